@@ -1,0 +1,66 @@
+"""The sizes of a Llama-family backbone that an adapter depends on. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# The seven linear modules of a Llama-family layer, in the order in which they run.
+MODULES = ("q", "k", "v", "o", "gate", "up", "down")
+
+# Where a module lives inside a decoder layer of Hugging Face's Llama, Mistral, Qwen2 and Gemma.
+MODULE_PATHS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+# `model_type` of the configurations whose decoder layers have exactly those modules.
+LLAMA_FAMILY = ("llama", "mistral", "qwen2", "gemma")
+
+
+@dataclass(frozen=True)
+class BackboneShape:
+    """Sizes of one backbone; all of them counts (of layers, features, heads, tokens)."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+
+    def features(self, module: str) -> tuple[int, int]:
+        """(D_in, D_out) of `module`; under grouped-query attention k and v have the KV size."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q": (self.hidden, q),
+            "k": (self.hidden, kv),
+            "v": (self.hidden, kv),
+            "o": (q, self.hidden),
+            "gate": (self.hidden, self.intermediate),
+            "up": (self.hidden, self.intermediate),
+            "down": (self.intermediate, self.hidden),
+        }[module]
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> BackboneShape:
+        """The shape that a Hugging Face `config.json` describes. KeyError names a field that is missing."""
+        heads = config["num_attention_heads"]
+        return cls(
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            intermediate=config["intermediate_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            vocab=config["vocab_size"],
+            context=config["max_position_embeddings"],
+        )

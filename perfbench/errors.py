@@ -1,0 +1,37 @@
+"""Every error a user can cause, and how a wrong name is answered. Free of torch.
+
+Each message is one line: where (file and line, or field), what was expected, what came, and the remedy.
+The command line prints it without a traceback and exits with code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PerfbenchError(Exception):
+    """The input can't be used as it is. Exit code 2."""
+
+
+class ScenarioError(PerfbenchError):
+    """A scenario file, or a `--set` on top of it, is malformed or asks for the impossible."""
+
+
+class BackboneError(PerfbenchError):
+    """A backbone does not exist, can't be fetched, or is not of the Llama family."""
+
+
+class AdapterError(PerfbenchError):
+    """An adapter folder is malformed, unsafe, not finite, or made for another backbone."""
+
+
+class RunDirectoryError(PerfbenchError):
+    """A run directory can't be written, read or resumed."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The tail of an error message on an unknown `name`: its nearest neighbour, or all that is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
