@@ -1,0 +1,54 @@
+"""FanLoRA (EMNLP 2024 Industry): LoRA on at most K_max = 2 linears of each layer, chosen by a search.
+
+A FanLoRA adapter is a PEFT LoRA checkpoint with explicit target modules, so everything but the setting is LoRA's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from perfbench.methods import lora, peft_lora_files
+from perfbench.methods.parameters import Parameters
+from perfbench.methods.plan import AdapterPlan
+from perfbench.methods.registry import FanLoraOptions, LoraOptions, Setting
+from perfbench.methods.shape import BackboneShape
+
+initialise = lora.initialise
+randomise = lora.randomise
+
+
+def default_setting(layers: int) -> Setting:
+    """Where no search was run: the first 9/16 of the layers keep v and o, the others up and down (Figure 1)."""
+    lower = round(layers * 9 / 16)
+    return (("v", "o"),) * lower + (("up", "down"),) * (layers - lower)
+
+
+def setting_of(shape: BackboneShape, options: FanLoraOptions) -> Setting:
+    """The kept modules of each layer; a layer may be empty. ValueError where the setting has another depth."""
+    if options.setting is None:
+        return default_setting(shape.layers)
+    if isinstance(options.setting, str):
+        raise ValueError(f"setting {options.setting!r} is a path: read it first")
+    if len(options.setting) != shape.layers:
+        raise ValueError(f"the setting has {len(options.setting)} layers, the backbone {shape.layers}")
+    return options.setting
+
+
+def shapes(shape: BackboneShape, options: FanLoraOptions) -> dict[str, tuple[int, ...]]:
+    """Trainable parameters: name -> size."""
+    return lora.shapes_of(setting_of(shape, options), options.rank, shape)
+
+
+def plan(parameters: Parameters, shape: BackboneShape, options: FanLoraOptions) -> AdapterPlan:
+    """As LoRA's."""
+    return lora.plan(parameters, shape, LoraOptions(rank=options.rank, alpha=options.alpha))
+
+
+def save(parameters: Parameters, shape: BackboneShape, options: FanLoraOptions, folder: Path, backbone: str) -> None:
+    """Writes a PEFT LoRA checkpoint folder whose target modules are spelled out in full."""
+    peft_lora_files.save(parameters, options.alpha, folder, backbone)
+
+
+def load(folder: Path, shape: BackboneShape, options: FanLoraOptions) -> AdapterPlan:
+    """The plan of a PEFT LoRA checkpoint folder, with the modules that it has. Raises AdapterError."""
+    return lora.load(folder, shape, LoraOptions())

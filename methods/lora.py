@@ -1,0 +1,85 @@
+"""LoRA (Hu et al., 2021): y = x W + x A B on the chosen linears, never merged.
+
+FanLoRA's equation has no scale, so alpha is the rank unless it is given. Parameters: `layers.<i>.<module>.a`
+[R, D_in] and `.b` [D_out, R], as PEFT keeps them.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from perfbench.methods import peft_lora_files
+from perfbench.methods.parameters import Parameters
+from perfbench.methods.plan import AdapterPlan, LayerPlan, LowRank
+from perfbench.methods.registry import LoraOptions, Setting
+from perfbench.methods.shape import MODULES, BackboneShape
+
+
+def setting_of(shape: BackboneShape, options: LoraOptions) -> Setting:
+    """The adapted modules of each layer, in the order in which they run."""
+    return (tuple(m for m in MODULES if m in options.modules),) * shape.layers
+
+
+def shapes(shape: BackboneShape, options: LoraOptions) -> dict[str, tuple[int, ...]]:
+    """Trainable parameters: name -> size."""
+    return shapes_of(setting_of(shape, options), options.rank, shape)
+
+
+def shapes_of(setting: Setting, rank: int, shape: BackboneShape) -> dict[str, tuple[int, ...]]:
+    """Low-rank pairs of `rank` at the places of `setting`: name -> size."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    for index, modules in enumerate(setting):
+        for module in modules:
+            d_in, d_out = shape.features(module)
+            sizes[f"layers.{index}.{module}.a"] = (rank, d_in)
+            sizes[f"layers.{index}.{module}.b"] = (d_out, rank)
+    return sizes
+
+
+def initialise(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
+    """A Kaiming-uniform with a = sqrt(5), as PEFT has it; B zero, so that the adapter starts as the identity."""
+    if name.endswith(".a"):
+        bound = 1 / math.sqrt(tensor.shape[1])
+        tensor.uniform_(-bound, bound, generator=generator)
+    else:
+        tensor.zero_()
+
+
+def randomise(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
+    """A, B such that x A B has about the size of x W for weights of standard deviation 0.02: a wrong tenant shows."""
+    rank = tensor.shape[0] if name.endswith(".a") else tensor.shape[1]
+    if name.endswith(".a"):
+        tensor.normal_(0, 1 / math.sqrt(tensor.shape[1]), generator=generator)
+    else:
+        tensor.normal_(0, 0.5 / math.sqrt(rank), generator=generator)
+
+
+def plan(parameters: Parameters, shape: BackboneShape, options: LoraOptions) -> AdapterPlan:
+    """Low-rank pairs with alpha / rank folded into b, where the rank is that of the pair itself."""
+    layers = []
+    for index in range(shape.layers):
+        low_rank = {}
+        for module in MODULES:
+            a = parameters.get(f"layers.{index}.{module}.a")
+            if a is not None:
+                b = parameters[f"layers.{index}.{module}.b"]
+                alpha = a.shape[0] if options.alpha is None else options.alpha
+                low_rank[module] = LowRank(a, b.t() * (alpha / a.shape[0]))
+        layers.append(LayerPlan(low_rank=low_rank))
+    return tuple(layers)
+
+
+def save(parameters: Parameters, shape: BackboneShape, options: LoraOptions, folder: Path, backbone: str) -> None:
+    """Writes a PEFT LoRA checkpoint folder."""
+    peft_lora_files.save(parameters, options.alpha, folder, backbone)
+
+
+def load(folder: Path, shape: BackboneShape, options: LoraOptions) -> AdapterPlan:
+    """The plan of a PEFT LoRA checkpoint folder. Raises AdapterError.
+
+    Ranks, modules and alpha are the checkpoint's own, whatever `options` say.
+    """
+    return plan(peft_lora_files.load(folder, shape), shape, LoraOptions())

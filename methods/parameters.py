@@ -1,0 +1,65 @@
+"""What every method file offers, and what follows from it for all of them alike.
+
+A method file is a module with
+
+- `shapes(shape, options) -> {name: size}`: the trainable parameters of one adapter, nothing allocated;
+- `initialise(name, tensor, generator)`: fills one of them with the papers' initial values;
+- `randomise(name, tensor, generator)`: fills one with values as a trained adapter might have;
+- `plan(parameters, shape, options) -> AdapterPlan`;
+- `save(parameters, shape, options, folder, backbone)` and `load(folder, shape, options) -> AdapterPlan`.
+
+`parameters` is a dict from name to tensor, fp32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from perfbench.methods.plan import AdapterPlan
+from perfbench.methods.registry import METHODS
+from perfbench.methods.shape import BackboneShape
+
+Parameters = dict[str, torch.Tensor]
+
+
+def implementation(method: str) -> Any:
+    """The module that implements `method` (a key of METHODS other than `none`)."""
+    module = METHODS[method].module
+    if module is None:
+        raise ValueError(f"{method} has no adapters")
+    return importlib.import_module(module)
+
+
+def parameter_count(method: str, shape: BackboneShape, options: Any) -> int:
+    """Trainable parameters of one adapter; exact, allocates nothing."""
+    if METHODS[method].module is None:
+        return 0
+    sizes = implementation(method).shapes(shape, options)
+    return sum(torch.Size(size).numel() for size in sizes.values())
+
+
+def make(method: str, shape: BackboneShape, options: Any, seed: int, *, initial: bool = False) -> Parameters:
+    """One adapter's parameters, fp32 on the CPU: the papers' initial values, or random ones as after training.
+
+    The same seed gives the same adapter on every machine; different seeds differ.
+    """
+    module = implementation(method)
+    generator = torch.Generator().manual_seed(seed)
+    fill = module.initialise if initial else module.randomise
+    parameters = {}
+    for name, size in module.shapes(shape, options).items():
+        parameters[name] = torch.empty(size)
+        fill(name, parameters[name], generator)
+    return parameters
+
+
+def meta_plan(method: str, shape: BackboneShape, options: Any) -> AdapterPlan:
+    """The plan of one adapter on the meta device: every size, no memory."""
+    module = implementation(method)
+    with torch.device("meta"):
+        parameters = {name: torch.empty(size) for name, size in module.shapes(shape, options).items()}
+        plan: AdapterPlan = module.plan(parameters, shape, options)
+    return plan

@@ -1,0 +1,104 @@
+"""The backbone: real weights, or a named shape with random ones, and skeletons that share its weights."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from perfbench.backbone_config import find_config, is_named
+from perfbench.errors import BackboneError
+from perfbench.methods.shape import BackboneShape
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One set of weights on one device."""
+
+    name: str
+    shape: BackboneShape
+    model: Any
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights; tied weights count once."""
+        return tensor_bytes(self.model)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights; tied weights count once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def skeleton(self) -> Any:
+        """A model of its own modules over the same weights, so that an arm can replace modules without a trace."""
+        shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        return copy.deepcopy(self.model, memo=dict(shared))
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that belongs to the weights. BackboneError where there is none."""
+        if is_named(self.name):
+            raise BackboneError(
+                f"{self.name}: a named shape has random weights and no tokenizer; for real prompts give a hub id or "
+                f"a local folder as backbone"
+            )
+        try:
+            return AutoTokenizer.from_pretrained(self.name)
+        except (OSError, ValueError) as error:
+            raise BackboneError(f"{self.name}: no tokenizer ({_first_line(error)})") from None
+
+
+def tensor_bytes(model: torch.nn.Module) -> int:
+    """Bytes of every distinct storage among a model's parameters and buffers."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}
+    storages |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.buffers()}
+    return sum(storages.values())
+
+
+def load(name: str, dtype: str, device: str, seed: int) -> Backbone:
+    """The backbone `name` in `dtype` on `device`. BackboneError says what is missing and what to do.
+
+    A named shape is made on the device in its own dtype: at no time is there an fp32 or a host copy.
+    """
+    config = find_config(name)
+    shape = BackboneShape.of_config(config)
+    torch_dtype = DTYPES[dtype]
+    if is_named(name):
+        model = _random(config, torch_dtype, device, seed)
+    else:
+        model = _real(name, torch_dtype, device)
+    model.eval().requires_grad_(False)
+    # End-of-sequence is off, so that every request makes exactly N tokens; nothing of the checkpoint's sampling is kept.
+    model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None, bos_token_id=None)
+    return Backbone(name, shape, model, torch_dtype, torch.device(device))
+
+
+def _random(config: dict[str, Any], dtype: torch.dtype, device: str, seed: int) -> Any:
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config["model_type"], **fields), dtype=dtype, attn_implementation="sdpa"
+        )
+
+
+def _real(name: str, dtype: torch.dtype, device: str) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, device_map=device, use_safetensors=True, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BackboneError(
+            f"{name}: the weights can't be loaded ({_first_line(error)}); "
+            f"check the folder, or accept the licence and log in, or download it beforehand"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,142 @@
+"""Runtime `transformers`: the Hugging Face model and its `generate()`, with layer plans put on its linear modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from perfbench.backbone import Backbone
+from perfbench.kernels import low_rank, row_scale, vector_generator
+from perfbench.methods.bank import Bank
+from perfbench.methods.plan import Generator, LayerPlan
+from perfbench.methods.shape import MODULE_PATHS
+from perfbench.runtimes.generation import Batch, Generation, generate
+
+
+class AdaptedLinear(torch.nn.Module):
+    """A linear of the backbone, plus what the requests of the batch in flight get on it.
+
+    While a batch is bound: pair = (a [G, R, D_in], b [G, R, D_out]) or None; scale_minus_one = [G, D_out] or None.
+    """
+
+    def __init__(self, base: torch.nn.Linear, kernels: str):
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.pair: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.scale_minus_one: torch.Tensor | None = None
+        self._low_rank: Callable[..., None] = low_rank.FORMS[kernels]
+        self._row_scale: Callable[..., None] = row_scale.FORMS[kernels]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, S, D_in] -> [rows, S, D_out]; rows of one request lie side by side."""
+        y = linear(x, self.weight, self.bias)
+        if self.pair is not None:
+            a, b = self.pair
+            groups = a.shape[0]
+            self._low_rank(y.view(groups, -1, y.shape[-1]), x.reshape(groups, -1, x.shape[-1]), a, b)
+        if self.scale_minus_one is not None:
+            groups = self.scale_minus_one.shape[0]
+            self._row_scale(y.view(groups, -1, y.shape[-1]), self.scale_minus_one)
+        return y
+
+
+class PromptVectors:
+    """A layer's generated scales: made when the layer sees the prompt, kept while its tokens are generated."""
+
+    def __init__(self, stacked: Generator, modules: dict[str, AdaptedLinear], kernels: str):
+        self.stacked = stacked
+        self.modules = modules
+        self.rows: torch.Tensor | None = None  # [G], where each group's adapter lies in the bank
+        self.last_prompt_token: torch.Tensor | None = None  # [Q]
+        self.beams = 1
+        self._generate: Callable[..., torch.Tensor] = vector_generator.FORMS[kernels]
+
+    def before_layer(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook before a decoder layer. An empty cache, not S > 1, is what tells a prompt from a generated token."""
+        cache = kwargs.get("past_key_values")
+        if self.rows is None or (cache is not None and cache.get_seq_length(layer.self_attn.layer_idx) > 0):
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        # The beams of one prompt are copies at this point: the first one speaks for all.
+        hidden = hidden[:: self.beams]
+        pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), self.last_prompt_token]
+        if self.stacked.normalised:
+            pooled = layer.input_layernorm(pooled)
+        vectors = self._generate(
+            pooled,
+            self.stacked.w_down[self.rows],
+            self.stacked.w_up[self.rows],
+            self.stacked.bias_minus_one[self.rows],
+        )
+        sizes = [self.modules[name].weight.shape[0] for name in self.stacked.modules]
+        for name, vector in zip(self.stacked.modules, vectors.split(sizes, dim=1), strict=True):
+            self.modules[name].scale_minus_one = vector
+
+
+class PlanArm:
+    """The adapters of a bank (or none) on a Hugging Face model; a skeleton of its own over the shared weights."""
+
+    def __init__(self, backbone: Backbone, bank: Bank | None, kernels: str):
+        self.model = backbone.skeleton()
+        self.bank = bank
+        self._linears: list[dict[str, AdaptedLinear]] = []
+        self._vectors: list[PromptVectors] = []
+        for layer, stacked in zip(self.model.model.layers, bank.layers if bank else (), strict=bank is not None):
+            linears = {name: _adapt(layer, name, kernels) for name in _modules(stacked)}
+            self._linears.append(linears)
+            if stacked.generator is not None:
+                vectors = PromptVectors(stacked.generator, linears, kernels)
+                layer.register_forward_pre_hook(vectors.before_layer, with_kwargs=True)
+                self._vectors.append(vectors)
+
+    def generate(self, batch: Batch, **observers: Any) -> Generation:
+        """Binds the batch's adapters, generates, lets them go; copying them is part of the call and of its time."""
+        self._bind(batch)
+        try:
+            return generate(self.model, batch, **observers)
+        finally:
+            self._release()
+
+    def _bind(self, batch: Batch) -> None:
+        if self.bank is None:
+            return
+        # Where all requests have one adapter, one group of rows reads it once.
+        slots = batch.slots[:1] if len(set(batch.slots)) == 1 else batch.slots
+        rows = self.bank.rows(slots)
+        for stacked, linears in zip(self.bank.layers, self._linears, strict=True):
+            for name, pair in stacked.low_rank.items():
+                linears[name].pair = (pair.a[rows], pair.b[rows])
+            for name, scale in stacked.scale_minus_one.items():
+                linears[name].scale_minus_one = scale[rows]
+        if self._vectors:
+            positions = torch.arange(batch.attention_mask.shape[1], device=batch.attention_mask.device)
+            last = (batch.attention_mask * positions).argmax(dim=1)  # right for left and for right padding
+            for vectors in self._vectors:
+                vectors.rows, vectors.last_prompt_token, vectors.beams = rows, last, batch.beams
+
+    def _release(self) -> None:
+        for linears in self._linears:
+            for module in linears.values():
+                module.pair = module.scale_minus_one = None
+        for vectors in self._vectors:
+            vectors.rows = vectors.last_prompt_token = None
+
+    def close(self) -> None:
+        """Drops the skeleton and the bank."""
+        self._linears, self._vectors = [], []
+        self.model = self.bank = None
+
+
+def _modules(stacked: LayerPlan) -> set[str]:
+    generated = stacked.generator.modules if stacked.generator else ()
+    return {*stacked.low_rank, *stacked.scale_minus_one, *generated}
+
+
+def _adapt(layer: torch.nn.Module, name: str, kernels: str) -> AdaptedLinear:
+    path = MODULE_PATHS[name]
+    adapted = AdaptedLinear(layer.get_submodule(path), kernels)
+    layer.set_submodule(path, adapted)
+    return adapted
