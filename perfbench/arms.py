@@ -1,0 +1,169 @@
+"""From a case to an arm on the device: the adapters of its tenants, the bank or PEFT model that holds them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from perfbench.backbone import Backbone
+from perfbench.cases import Case
+from perfbench.errors import AdapterError
+from perfbench.methods import parameters
+from perfbench.methods.adapter_folder import CONFIG
+from perfbench.methods.bank import Bank, union_layout
+from perfbench.methods.plan import AdapterPlan, plan_bytes
+from perfbench.methods.registry import METHODS
+from perfbench.methods.shape import BackboneShape
+from perfbench.runtimes.generation import Arm, Batch
+from perfbench.runtimes.peft_arms import PeftMixedArm, PeftSingleArm
+from perfbench.runtimes.peft_arms import admit as admit_peft
+from perfbench.runtimes.transformers_plan import PlanArm
+
+ADMISSIONS = 5
+
+
+@dataclass(frozen=True)
+class BuiltArm:
+    """An arm, its batch, and what its adapters are.
+
+    plan: one tenant's, sizes only (None for the bare backbone); adapters: `parameters_per_tenant`,
+    `bytes_per_tenant`, `admit_ms`.
+    """
+
+    arm: Arm
+    batch: Batch
+    plan: AdapterPlan | None
+    adapters: dict[str, Any]
+
+
+def build(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path) -> BuiltArm:
+    """The arm of `case` with `resident` tenants admitted. AdapterError on a folder that can't be served.
+
+    `scratch`: an empty folder for the checkpoints that PEFT, or the measured admission, reads.
+    """
+    served_by = METHODS[case.method].served_by
+    if case.method == "none":
+        return BuiltArm(PlanArm(backbone, None, case.kernels), batch, None, dict.fromkeys(ADAPTER_FIGURES))
+    if served_by == "plan":
+        return _build_plan(case, backbone, batch, resident, seed, scratch)
+    return _build_peft(case, backbone, batch, resident, seed, scratch)
+
+
+ADAPTER_FIGURES = ("parameters_per_tenant", "bytes_per_tenant", "admit_ms")
+
+
+def adapter_folders(path: str, resident: int) -> list[Path]:
+    """The checkpoint folders under `path`, one for each resident tenant, in the order of their names. AdapterError."""
+    root = Path(path).expanduser()
+    if (root / CONFIG).is_file():
+        found = [root]
+    else:
+        found = sorted(p.parent for p in root.glob(f"*/{CONFIG}"))
+    if len(found) < resident:
+        raise AdapterError(f"{path}: {resident} resident tenants need as many adapter folders, found {len(found)}")
+    return found[:resident]
+
+
+def plans(case: Case, shape: BackboneShape, resident: int, seed: int) -> Iterator[AdapterPlan]:
+    """One plan for each resident tenant: read from the folders of the case's options, else random. AdapterError."""
+    method = parameters.implementation(case.method)
+    if case.options.adapters is not None:
+        for folder in adapter_folders(case.options.adapters, resident):
+            yield method.load(folder, shape, case.options)
+    else:
+        for tenant in range(resident):
+            yield method.plan(_random(case, shape, seed, tenant), shape, case.options)
+
+
+def _random(case: Case, shape: BackboneShape, seed: int, tenant: int) -> parameters.Parameters:
+    return parameters.make(case.method, shape, case.options, seed=seed * 1_000_003 + tenant)
+
+
+def _build_plan(
+    case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path
+) -> BuiltArm:
+    method = parameters.implementation(case.method)
+    if case.options.adapters is not None:
+        read = list(plans(case, backbone.shape, resident, seed))
+        layout, cold = union_layout(read), adapter_folders(case.options.adapters, 1)[0]
+        trained = sum(t.numel() for layer in read[0] for t in layer.tensors())
+    else:
+        read = None
+        layout, cold = parameters.meta_plan(case.method, backbone.shape, case.options), scratch / "cold"
+        method.save(_random(case, backbone.shape, seed, 0), backbone.shape, case.options, cold, backbone.name)
+        trained = parameters.parameter_count(case.method, backbone.shape, case.options)
+    bank = Bank(layout, resident, backbone.dtype, backbone.device)
+    for plan in read or plans(case, backbone.shape, resident, seed):
+        bank.admit(plan)
+
+    def admit() -> None:
+        bank.admit(method.load(cold, backbone.shape, case.options))
+
+    # The first resident leaves and comes back: the last slot freed is the first to be taken.
+    admit_ms = _timed(admit, before=lambda: bank.evict(0), device=backbone.device)
+    figures = {
+        "parameters_per_tenant": trained,
+        "bytes_per_tenant": bank.bytes_per_slot,
+        "admit_ms": admit_ms,
+    }
+    return BuiltArm(PlanArm(backbone, bank, case.kernels), batch, layout, figures)
+
+
+def _build_peft(
+    case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path
+) -> BuiltArm:
+    method = parameters.implementation(case.method)
+    if case.options.adapters is not None:
+        folders = adapter_folders(case.options.adapters, resident)
+        layout = union_layout([method.load(folder, backbone.shape, case.options) for folder in folders])
+    else:
+        folders = [scratch / f"tenant{tenant}" for tenant in range(resident)]
+        for tenant, folder in enumerate(folders):
+            values = _random(case, backbone.shape, seed, tenant)
+            method.save(values, backbone.shape, case.options, folder, backbone.name)
+        layout = parameters.meta_plan(case.method, backbone.shape, case.options)
+    single = METHODS[case.method].served_by == "peft-single"
+    arm: PeftMixedArm | PeftSingleArm = PeftSingleArm(backbone, folders) if single else PeftMixedArm(backbone, folders)
+    figures = {
+        "parameters_per_tenant": sum(t.numel() for layer in layout for t in layer.tensors()),
+        "bytes_per_tenant": plan_bytes(layout, backbone.dtype),
+        "admit_ms": _timed(
+            lambda: admit_peft(arm.model, folders[0], "cold", backbone.dtype, backbone.device),
+            after=lambda: arm.model.delete_adapter("cold"),
+            device=backbone.device,
+        ),
+    }
+    if single:
+        slot = next((slot for slot in batch.slots if slot != -1), -1)
+        batch = replace(batch, slots=(slot,) * len(batch.slots))
+    return BuiltArm(arm, batch, layout, figures)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _timed(
+    action: Callable[[], None],
+    *,
+    before: Callable[[], None] = _nothing,
+    after: Callable[[], None] = _nothing,
+    device: torch.device,
+) -> float:
+    """Median milliseconds of `action` over ADMISSIONS turns; `before` and `after` each turn are not timed."""
+    times = []
+    for _ in range(ADMISSIONS):
+        before()
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+        after()
+    return median(times)

@@ -1,0 +1,123 @@
+"""The proof before speed: every request of a mixed batch gets what it would get alone with its own adapter.
+
+The check runs through the arm's real generate call. And it is checked itself: with the slots shifted by one, the
+same comparison must exceed the tolerance tenfold, or adapters this weak prove nothing and the check is void.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from perfbench.runtimes.generation import Arm, Batch
+from perfbench.workload import shift_slots
+
+SAMPLED_REQUESTS = 8
+SHIFTED_FACTOR = 10
+
+# Relative difference of the logits, per token: |batch - alone| / |alone|, in the 2-norm. Reductions in another
+# order leave about 1e-6 in fp32; rounding each activation to 8 (11) bits leaves about 1e-2 (1e-3).
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome. `status`: ok, check_failed or check_void; `reason`: one line, None when ok.
+
+    tokens_equal: fp32 only, else None; ties: requests whose tokens part where the two best choices are closer than
+    the tolerance; the differences are the largest over the sampled requests (shifted: the smallest), None for an
+    arm without adapters.
+    """
+
+    status: str
+    reason: str | None
+    requests: int
+    tokens_equal: bool | None
+    ties: int
+    relative_difference: float
+    tolerance: float
+    shifted_relative_difference: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The check as run.json has it."""
+        fields = asdict(self)
+        del fields["status"], fields["reason"]
+        # JSON has no infinity; the reason says what was found.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        return finite | {"passed": self.status == "ok"}
+
+
+def check(arm: Arm, batch: Batch, resident: int, dtype: torch.dtype, seed: int, *, has_adapters: bool) -> Check:
+    """Compares at most 8 sampled requests of `batch` with each run alone; then with shifted slots."""
+    tolerance = TOLERANCES[dtype]
+    requests = batch.input_ids.shape[0]
+    sampled = sorted(random.Random(seed).sample(range(requests), min(SAMPLED_REQUESTS, requests)))
+    together = arm.generate(batch, with_logits=True)
+    # Beam search keeps the logits of its own path; teacher forcing puts every run on the batch's tokens.
+    in_batch = arm.generate(batch, forced=together.tokens, with_logits=True).logits
+    shifted = None
+    if has_adapters:
+        wrong = replace(batch, slots=shift_slots(batch.slots, resident))
+        shifted = arm.generate(wrong, forced=together.tokens, with_logits=True).logits
+    worst, weakest, parted, ties = 0.0, float("inf"), [], 0
+    for request in sampled:
+        tokens = together.tokens[request : request + 1]
+        alone = arm.generate(batch.alone(request), forced=tokens, with_logits=True).logits[0]
+        worst = max(worst, relative_difference(in_batch[request], alone))
+        if shifted is not None:
+            weakest = min(weakest, relative_difference(shifted[request], alone))
+        if dtype == torch.float32:
+            own = arm.generate(batch.alone(request)).tokens
+            if not torch.equal(own, tokens):
+                tie = is_tie(arm, batch.alone(request), own, tokens, tolerance)
+                ties += tie
+                parted += [] if tie else [request]
+    shifted_difference = None if shifted is None else weakest
+    status, reason = verdict(worst, tolerance, shifted_difference, parted)
+    equal = not parted if dtype == torch.float32 else None
+    return Check(status, reason, len(sampled), equal, ties, worst, tolerance, shifted_difference)
+
+
+def relative_difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest over the tokens of |logits - reference| / |reference|; both [N, V]. Not finite counts as infinite."""
+    ratio = ((logits - reference).norm(dim=-1) / reference.norm(dim=-1)).max().item()
+    return ratio if ratio == ratio else float("inf")
+
+
+def is_tie(arm: Arm, alone: Batch, own: torch.Tensor, tokens: torch.Tensor, tolerance: float) -> bool:
+    """Whether two continuations of one request part only because two choices were equally good.
+
+    Greedy: at the first difference the gap between the two tokens' logits is within the tolerance, relative to the
+    spread of the logits. Beams: the log-probabilities of the two whole continuations are that close.
+    """
+    logits = arm.generate(alone, forced=own, with_logits=True).logits[0]
+    if alone.beams == 1:
+        step = int((own != tokens).long().argmax())
+        pair = logits[step, [own[0, step], tokens[0, step]]]
+        return bool((pair[0] - pair[1]).abs() <= tolerance * logits[step].std())
+    others = arm.generate(alone, forced=tokens, with_logits=True).logits[0]
+    scores = [
+        found.log_softmax(-1).gather(-1, path[0].unsqueeze(-1)).sum()
+        for found, path in ((logits, own), (others, tokens))
+    ]
+    return bool((scores[0] - scores[1]).abs() <= tolerance * scores[0].abs())
+
+
+def verdict(
+    worst: float, tolerance: float, shifted: float | None, parted: list[int]
+) -> tuple[str, str | None]:
+    """(status, reason) from the differences found and the requests whose tokens parted without a tie."""
+    if parted:
+        return "check_failed", f"request(s) {', '.join(map(str, parted))}: other tokens in the batch than alone"
+    if not worst <= tolerance:
+        return "check_failed", f"logits differ by {worst:.1e} from the request alone (tolerance {tolerance:.0e})"
+    if shifted is not None and not shifted >= SHIFTED_FACTOR * tolerance:
+        return "check_void", (
+            f"shifted slots differ by {shifted:.1e} only, less than {SHIFTED_FACTOR} x {tolerance:.0e}: "
+            f"the adapters are too weak to tell apart"
+        )
+    return "ok", None

@@ -1,0 +1,86 @@
+"""Figures without noise: operations, launches, FLOPs and bytes of one decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from perfbench.backbone import Backbone
+from perfbench.methods.plan import AdapterPlan
+from perfbench.runtimes.generation import Arm, Batch
+
+
+class _OperationCounter(TorchDispatchMode):
+    """Counts every ATen operation that reaches the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def decode_step(arm: Arm, batch: Batch, device: torch.device) -> dict[str, int | None]:
+    """What the last decode step adds: counts of a call with N tokens less those of a call with N - 1."""
+
+    def last_step(count: Callable[[Batch], int]) -> int:
+        return count(batch) - count(replace(batch, new_tokens=batch.new_tokens - 1))
+
+    return {
+        "aten_ops_per_decode_step": last_step(lambda b: _operations(arm, b)),
+        "kernel_launches_per_decode_step": last_step(lambda b: _launches(arm, b)) if device.type == "cuda" else None,
+        "flops_per_decode_step": last_step(lambda b: _flops(arm, b)),
+    }
+
+
+def _operations(arm: Arm, batch: Batch) -> int:
+    with _OperationCounter() as counter:
+        arm.generate(batch)
+    return counter.count
+
+
+def _flops(arm: Arm, batch: Batch) -> int:
+    with FlopCounterMode(display=False) as counter:
+        arm.generate(batch)
+    return counter.get_total_flops()
+
+
+def _launches(arm: Arm, batch: Batch) -> int:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        arm.generate(batch)
+        torch.cuda.synchronize()
+    on_device = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(1 for e in on_device if not e.name.startswith("Mem"))
+
+
+def bytes_per_decode_step(backbone: Backbone, batch: Batch, plan: AdapterPlan | None) -> int:
+    """The least bytes that the last decode step must move: the weights, each distinct tenant's adapter and the KV
+    cache are read once, the new KV entries and a row of the embedding for each row are beside the point.
+
+    `plan`: one tenant's (sizes only); generated scales are read for each request instead of a tenant's weights.
+    """
+    model, size = backbone.model, backbone.dtype.itemsize
+    weights = sum(p.numel() for p in model.parameters()) * size
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        weights -= model.get_input_embeddings().weight.numel() * size
+    shape = backbone.shape
+    cached = int(batch.attention_mask.sum()) * batch.beams
+    cached += (batch.new_tokens - 1) * batch.attention_mask.shape[0] * batch.beams
+    kv = 2 * shape.layers * shape.kv_heads * shape.head_dim * cached * size
+    served = [slot for slot in batch.slots if slot != -1]
+    adapters = 0
+    for layer in plan or ():
+        stored = [t for pair in layer.low_rank.values() for t in (pair.a, pair.b)]
+        stored += layer.scale_minus_one.values()
+        adapters += len(set(served)) * sum(t.numel() for t in stored) * size
+        if layer.generator is not None:
+            adapters += len(served) * layer.generator.bias_minus_one.numel() * size
+    return weights + kv + adapters

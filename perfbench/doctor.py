@@ -1,0 +1,296 @@
+"""What this machine can and can't do for perfbench, and how to fix it: one check a line, each by trying it.
+
+Nothing here opens the network. torch is imported inside the one check that asks for a device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from perfbench.backbone_config import NAMED_CONFIGS, parameter_count
+from perfbench.environment import governor, limits
+from perfbench.nvml import Nvml
+
+GIB = 2**30
+LOW_DISK_BYTES = GIB  # a run directory is some MB; a backbone from the hub is GBs, into its own cache
+
+Status = Literal["ok", "warn", "missing"]
+STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "missing": "red"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor. `status`: ok; warn, something is worse or can't be done; missing, perfbench
+    can't work until it is mended. `finding`: what is so; `remedy`: what to do, empty if nothing."""
+
+    name: str
+    status: Status
+    finding: str
+    remedy: str = ""
+
+
+def checks() -> list[Check]:
+    """Every check, in the order in which one would mend things. Takes some seconds: it imports torch."""
+    return [
+        python(),
+        *packages(),
+        *(check() for check in MACHINE_CHECKS),
+    ]
+
+
+def render(found: list[Check]) -> Group:
+    """The checks as a rich table with a closing line; text from the machine is never read as markup."""
+    table = Table("", "check", "finding", "what to do", show_header=True, box=None, pad_edge=False)
+    for check in found:
+        table.add_row(
+            Text(check.status, style=STYLES[check.status]),
+            Text(check.name),
+            Text(check.finding),
+            Text(check.remedy),
+        )
+    return Group(table, Text(), Text(verdict(found)))
+
+
+def verdict(found: list[Check]) -> str:
+    """One sentence: whether this machine can measure, and how many lines ask for attention."""
+    missing = [check.name for check in found if check.status == "missing"]
+    warned = [check.name for check in found if check.status == "warn"]
+    if missing:
+        return f"This machine can't run perfbench yet: mend {', '.join(missing)}."
+    if warned:
+        return f"This machine can run perfbench; read what is said of {', '.join(warned)}."
+    return "This machine can run perfbench."
+
+
+def python() -> Check:
+    """Python's version against perfbench's own requirement."""
+    version = platform.python_version()
+    try:
+        wanted = importlib.metadata.metadata("perfbench")["Requires-Python"]
+    except importlib.metadata.PackageNotFoundError:
+        return Check(
+            "perfbench", "missing", "not installed in this Python", "pip install -e . in its checkout"
+        )
+    if Version(version) not in SpecifierSet(wanted):
+        remedy = f"make a virtual environment of Python {wanted}"
+        return Check("python", "missing", f"{version}, outside {wanted}", remedy)
+    return Check("python", "ok", version)
+
+
+def packages(requirements: list[str] | None = None) -> list[Check]:
+    """Every package perfbench requires here, extras left out, against its range."""
+    if requirements is None:
+        try:
+            requirements = importlib.metadata.requires("perfbench") or []
+        except importlib.metadata.PackageNotFoundError:
+            return []  # python() has said so
+    parsed = [Requirement(line) for line in requirements]
+    return [
+        _package(wanted)
+        for wanted in parsed
+        if wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+    ]
+
+
+def _package(wanted: Requirement) -> Check:
+    remedy = f"pip install -c constraints.txt '{wanted.name}{wanted.specifier}'"
+    try:
+        version = importlib.metadata.version(wanted.name)
+    except importlib.metadata.PackageNotFoundError:
+        return Check(wanted.name, "missing", f"not installed; perfbench needs {wanted.specifier}", remedy)
+    if not wanted.specifier.contains(version, prereleases=True):
+        return Check(wanted.name, "warn", f"{version}, outside the tested range {wanted.specifier}", remedy)
+    return Check(wanted.name, "ok", version)
+
+
+def cuda() -> Check:
+    """Whether torch finds a CUDA device, by asking it."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library of torch's is missing
+        return Check("cuda", "missing", f"torch can't be imported: {_one_line(error)}", "install torch again")
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            why, remedy = "this torch is a CPU build", "on a machine with a GPU, install torch's CUDA build"
+        else:
+            why, remedy = (
+                "torch finds no usable GPU",
+                "check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES",
+            )
+        return Check("cuda", "warn", f"no CUDA device, so cases run on the CPU only: {why}", remedy)
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    names = ", ".join(f"{device.name} ({device.total_memory / GIB:.0f} GiB)" for device in devices)
+    bf16 = "" if torch.cuda.is_bf16_supported(including_emulation=False) else "; bf16 is not native: use fp16"
+    return Check("cuda", "warn" if bf16 else "ok", f"cases run on {names}{bf16}")
+
+
+def nvml() -> Check:
+    """Whether the driver can be read, and who else computes on the GPUs."""
+    reason = Nvml.why_not()
+    if reason is not None:
+        return Check(
+            "nvml",
+            "warn",
+            f"{reason}; device and process memory, SM clocks, throttling and energy stay empty",
+            "on a machine with an NVIDIA GPU, install its driver",
+        )
+    others = sorted(
+        process.name or f"process {process.pid}"
+        for gpu in Nvml.devices()
+        for process in gpu.processes()
+        if process.pid != os.getpid()
+    )
+    if others:
+        finding = (
+            f"{len(others)} other programs compute on the GPUs: {', '.join(others)}; timings will be noisy"
+        )
+        return Check("nvml", "warn", finding, "stop them, or choose an idle GPU with CUDA_VISIBLE_DEVICES")
+    return Check("nvml", "ok", "memory, clocks and energy can be read; nothing else computes on the GPUs")
+
+
+def triton() -> Check:
+    """Whether `kernels: triton` can be used, by importing triton."""
+    try:
+        importlib.import_module("triton")
+    except (ImportError, OSError) as error:
+        return Check(
+            "kernels: triton",
+            "warn",
+            f"{_one_line(error)}; kernels: eager works without it",
+            "install triton",
+        )
+    return Check("kernels: triton", "ok", "triton can be imported; its kernels run on a CUDA device")
+
+
+def kernels_name(package: Path = Path(__file__).parent) -> Check:
+    """Whether our folder `kernels` is reachable as perfbench.kernels and shadows no installed package."""
+    if not (package / "kernels").is_dir():
+        finding = "perfbench/kernels is not a folder: the symbolic link to it was lost"
+        return Check("name kernels", "missing", finding, "git config core.symlinks true, then git checkout .")
+    if (package / "kernels" / "__init__.py").exists():
+        finding = (
+            "kernels/__init__.py makes it shadow Hugging Face's package kernels, which transformers imports"
+        )
+        return Check("name kernels", "missing", finding, "delete kernels/__init__.py")
+    return Check("name kernels", "ok", "a namespace package: it shadows nothing")
+
+
+def memory() -> Check:
+    """The memory that is free, and which named backbones fit into it with fp32 weights."""
+    free = psutil.virtual_memory().available
+    limit = limits()["memory_bytes"]
+    free = min(free, int(limit)) if limit is not None else free
+    # Weights times 1.5: the rest is adapters, activations and the libraries themselves.
+    fit = [name for name, config in NAMED_CONFIGS.items() if 4 * 1.5 * parameter_count(config) + GIB < free]
+    too_large = [name for name in NAMED_CONFIGS if name not in fit]
+    finding = f"{free / GIB:.1f} GiB free; in fp32 on the CPU fit {', '.join(fit) or 'no named shapes'}"
+    if too_large:
+        finding += f"; too large are {', '.join(too_large)}"
+    if "llama-110m" not in fit:
+        return Check("memory", "warn", finding, "close other programs, or raise the container's limit")
+    return Check("memory", "ok", finding)
+
+
+def disk(folder: Path | None = None) -> Check:
+    """Whether a run directory can be written in `folder` (the current one), and the space there."""
+    folder = folder or Path.cwd()
+    if not os.access(folder, os.W_OK):
+        return Check("disk", "warn", "the current folder is not writable", "give another with --out")
+    free = shutil.disk_usage(folder).free
+    if free < LOW_DISK_BYTES:
+        return Check(
+            "disk", "warn", f"{free / GIB:.2f} GiB free in the current folder", "make room, or use --out"
+        )
+    return Check("disk", "ok", f"{free / GIB:.0f} GiB free in the current folder")
+
+
+def peak_memory(clear_refs: Path = Path("/proc/self/clear_refs")) -> Check:
+    """Whether the peak resident set can be reset before each memory pass, by resetting it."""
+    try:
+        clear_refs.write_text("5")
+    except OSError as error:
+        finding = f"the peak resident set can't be reset ({error.strerror}): peaks include what ran before"
+        return Check(
+            "host memory peak", "warn", finding, "run on Linux, where /proc/self/clear_refs is writable"
+        )
+    return Check("host memory peak", "ok", "the peak resident set can be reset before each pass")
+
+
+def cpu_clock() -> Check:
+    """Whether the CPU's clock is held still."""
+    found = governor()
+    if found is None:
+        finding = "the frequency governor is not visible (a virtual machine?): speed may drift"
+        return Check("cpu clock", "warn", finding, "compare arms of one run (kept), not figures of two")
+    if found != "performance":
+        finding = f"the frequency governor is {found}: speed depends on what ran before"
+        return Check("cpu clock", "warn", finding, "cpupower frequency-set -g performance")
+    return Check("cpu clock", "ok", "the frequency governor is performance")
+
+
+def cpu_load() -> Check:
+    """Whether other work runs on the cores, and whether a quota takes them away."""
+    cores = psutil.cpu_count() or 1
+    quota = limits()["cpus"]
+    if quota is not None and quota < cores:
+        finding = (
+            f"a container limit of {quota:g} cores on {cores} visible ones: threads beyond it are stopped"
+        )
+        return Check("cpu load", "warn", finding, f"use at most {max(1, int(quota))} threads")
+    load = os.getloadavg()[0]
+    if load > 0.5 * cores:
+        finding = f"{load:.1f} programs running on {cores} cores in the last minute: timings will be noisy"
+        return Check("cpu load", "warn", finding, "wait, or stop them")
+    return Check("cpu load", "ok", f"{cores} cores, load {load:.1f}")
+
+
+def hub() -> Check:
+    """Whether backbones can come from the hub, as far as can be told without opening the network."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    where = f"the hub's cache ({_short(cache)}) {'exists' if cache.is_dir() else 'does not exist yet'}"
+    if constants.HF_HUB_OFFLINE:
+        finding = f"HF_HUB_OFFLINE is set: only folders, named shapes and cached models; {where}"
+        return Check("hub", "warn", finding, "unset HF_HUB_OFFLINE to download models")
+    return Check("hub", "ok", f"models are downloaded where the network allows it (not tried); {where}")
+
+
+MACHINE_CHECKS: tuple[Callable[[], Check], ...] = (
+    cuda,
+    nvml,
+    triton,
+    kernels_name,
+    memory,
+    disk,
+    peak_memory,
+    cpu_clock,
+    cpu_load,
+    hub,
+)
+
+
+def _short(path: Path) -> str:
+    """`path` with ~ for the home folder, so that a pasted table names nobody."""
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

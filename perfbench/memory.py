@@ -1,0 +1,95 @@
+"""Peak memory of one generate call, as five separate figures, in a pass of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from perfbench.backbone import tensor_bytes
+from perfbench.nvml import Nvml
+from perfbench.runtimes.generation import Arm, Batch
+
+
+def peaks(arm: Arm, batch: Batch, resident_bytes: int, device: torch.device, nvml: Nvml | None) -> dict[str, Any]:
+    """Peak bytes while `arm` (alone on the device with the backbone) generates; None where a figure does not exist.
+
+    `resident_bytes`: weights and adapters that are there before the call, which the CPU's allocator does not count.
+    Every figure is reset before. The caching allocator gives nothing back to the driver within the call, so that
+    NVML read right after it shows the peak.
+    """
+    gc.collect()
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    resettable = _reset_peak_resident()
+    arm.generate(batch)
+    if on_gpu:
+        torch.cuda.synchronize()
+    found: dict[str, Any] = {
+        "peak_resident_bytes": _peak_resident() if resettable else None,
+        "peak_device_bytes": nvml.device_used_bytes() if nvml else None,
+        "peak_process_bytes": nvml.process_used_bytes(os.getpid()) if nvml else None,
+    }
+    if on_gpu:
+        found["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+        found["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
+    else:
+        found["peak_allocated_bytes"] = resident_bytes + _peak_allocated_on_cpu(arm, batch)
+        found["peak_reserved_bytes"] = None
+    return found
+
+
+def free_bytes(device: torch.device, transient_bytes: int) -> int:
+    """What is left for more tenants while such a call runs, right after one ran: what the driver has free, or what
+    the host has available less the `transient_bytes` that the call takes and gives back."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return max(0, psutil.virtual_memory().available - transient_bytes)
+
+
+def resident_bytes(arm: Arm) -> int:
+    """Bytes of the weights and the adapters that an arm keeps on its device."""
+    bank = getattr(arm, "bank", None)
+    stacks = [t for layer in bank.layers for t in layer.tensors()] if bank else []
+    return tensor_bytes(arm.model) + sum(t.untyped_storage().nbytes() for t in stacks)
+
+
+def _peak_allocated_on_cpu(arm: Arm, batch: Batch) -> int:
+    """Peak of the running sum over the allocator's events of one call: exact, and the same in every run."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        arm.generate(batch)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = current = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
+
+
+def _reset_peak_resident() -> bool:
+    """Makes VmHWM start again from the present resident set; False where the kernel does not offer it."""
+    if sys.platform != "linux":
+        return False
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak_resident() -> int:
+    """VmHWM of this process, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,99 @@
+"""The two papers' own numbers, to lay beside ours. Free of torch.
+
+None is a number that the paper does not give, or that is illegible in the copy it was read from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from perfbench.errors import ScenarioError, nearest
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """`tokens_per_s` and peak memory in `mib` (MiB) of one method at one beam size."""
+
+    tokens_per_s: float | None
+    mib: int | None
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One table of one paper; `rows` is keyed by (method, beams), `settings` has the options that it ran.
+
+    `speeds` says in a word why there are none, where that is so."""
+
+    title: str
+    machine: str
+    rows: Mapping[tuple[str, int], PaperRow]
+    settings: Mapping[str, Mapping[str, Any]]
+    speeds: str = ""
+
+    def row(self, method: str, beams: int, options: Mapping[str, Any]) -> PaperRow | None:
+        """The paper's numbers for an arm, or None where it has none or ran the method with other options."""
+        setting = self.settings.get(method, {})
+        if any(options.get(name, value) != value for name, value in setting.items()):
+            return None
+        return self.rows.get((method, beams))
+
+    def versus_lora(self, method: str, beams: int) -> float | None:
+        """The paper's tokens/s of `method` / those of its LoRA at the same beam size."""
+        one, lora = self.rows.get((method, beams)), self.rows.get(("lora", beams))
+        if one is None or lora is None or one.tokens_per_s is None or lora.tokens_per_s is None:
+            return None
+        return one.tokens_per_s / lora.tokens_per_s
+
+
+PAPERS: dict[str, Paper] = {
+    "para_table4": Paper(
+        title="PARA, Table 4: LLaMA-2 7B, prompt 274, 32 new tokens, mean of 100 runs",
+        machine="NVIDIA A40 48 GB",
+        rows={
+            ("lora", 1): PaperRow(25.1, 14616),
+            ("lora", 3): PaperRow(21.9, 16104),
+            ("ia3", 1): PaperRow(33.1, 14572),
+            ("ia3", 3): PaperRow(27.6, 16036),
+            ("para", 1): PaperRow(32.8, 14512),
+            ("para", 3): PaperRow(27.6, 15986),
+        },
+        settings={"lora": {"rank": 4}, "ia3": {"dim": 16}, "para": {"rank": 12}},
+    ),
+    "fanlora_table3": Paper(
+        title="FanLoRA, Table 3: LLM-Assist 7B (proprietary), prompt 276, 32 new tokens, mean of 100 runs",
+        machine="NVIDIA A40 48 GB",
+        rows={("fanlora", 3): PaperRow(None, 16054)},
+        settings={"fanlora": {"rank": 12}},
+        speeds="illegible",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PaperCount:
+    """Tunable parameters on LLaMA-2 7B: `printed` as the paper has it, `exact` (trainable), and
+    `paper_counts`, what the paper's own way of counting gives where that is another number."""
+
+    printed: str
+    exact: int
+    paper_counts: int | None = None
+    note: str = ""
+
+
+# On LLaMA-2 7B: 32 layers, hidden 4096, intermediate 11008.
+PARAMETERS: dict[str, PaperCount] = {
+    "lora": PaperCount("10.0M", 9_994_240),
+    "fanlora": PaperCount("8.6M-8.8M", 8_613_888, note="6.3M to 11.6M by the attention/FFN split"),
+    "ia3": PaperCount("9.8M", 9_831_936, note="without biases"),
+    "ia3-original": PaperCount("0.6M", 614_400),
+    "para": PaperCount("8.9M", 9_560_064, 8_945_664, note="the paper's figure omits b"),
+}
+
+
+def find_paper(name: str) -> Paper:
+    """The paper's table called `name`. Raises ScenarioError with the nearest name on an unknown one."""
+    if name not in PAPERS:
+        raise ScenarioError(f"scenario.paper: unknown table {name!r}; {nearest(name, PAPERS)}")
+    return PAPERS[name]

@@ -1,0 +1,50 @@
+"""The progress bar of a run, on standard error; plain lines where that is no terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class RunProgress:
+    """One bar over all steps of a run: a step is the preparation of a case, or one repetition of it."""
+
+    def __init__(self, steps: int, console: Console | None = None):
+        self._console = console or Console(stderr=True)
+        self._bar = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=steps)
+        self._spoken: str | None = None
+
+    def __enter__(self) -> RunProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def say(self, subject: str, text: str) -> None:
+        """What is being done now, and to which case."""
+        self._bar.update(self._task, description=escape(f"{subject.rsplit('/', 1)[-1]}: {text}"))
+        line = f"{subject}: {text}"
+        if not self._console.is_terminal and "round" not in text and line != self._spoken:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._spoken = line
+
+    def advance(self) -> None:
+        """One step done."""
+        self._bar.advance(self._task)
+
+    def already(self, steps: int) -> None:
+        """Steps that an earlier run has done."""
+        self._bar.advance(self._task, steps)

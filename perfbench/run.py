@@ -1,0 +1,254 @@
+"""`perfbench run`: the parent process. It starts one child for each comparison, writes what the child reports, and
+starts a child again without the case that killed it. Free of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from perfbench import __version__, cases, environment
+from perfbench.cases import Case, Comparison
+from perfbench.errors import PerfbenchError, RunDirectoryError
+from perfbench.progress import RunProgress
+from perfbench.result import SCHEMA_VERSION, RunDirectory, pending_case
+from perfbench.scenario import Scenario
+
+WORKER_LOG = "worker.log"
+# How a case ends that is not measured again by a resumed run.
+FINAL = ("check_failed", "check_void", "crashed", "out_of_memory")
+
+
+def threads() -> int:
+    """CPU threads that a child may use: the processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def manifest_of(scenario: Scenario, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """The run.json of a run in which nothing has been measured yet."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "perfbench_version": __version__,
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished_at": None,
+        "scenario": scenario.to_json(),
+        "environment": environment.collect(scenario.device, threads()),
+        "processes": 0,
+        "comparisons": [
+            {key: value for key, value in cases.to_json(comparison).items() if key != "cases"}
+            | {"case_ids": [case.id for case in comparison.cases]}
+            | {"backbone_parameters": None, "backbone_bytes": None}
+            for comparison in comparisons
+        ],
+        "cases": {
+            case.id: pending_case(
+                case.id, comparison.id, case.arm, case.method, asdict(case.options), case.kernels
+            )
+            for comparison in comparisons
+            for case in comparison.cases
+        },
+    }
+
+
+def execute(scenario: Scenario, comparisons: Sequence[Comparison], out: Path, *, resume: bool) -> RunDirectory:
+    """Measures what is not measured yet, into the run directory `out`, and summarises it.
+
+    RunDirectoryError where `out` can't be used; any PerfbenchError that a child finds in its input: then a new
+    directory without samples is removed again.
+    """
+    if resume:
+        directory = RunDirectory.open(out)
+        _same_plan(directory, manifest_of(scenario, comparisons))
+    else:
+        directory = RunDirectory.create(out, manifest_of(scenario, comparisons))
+    directory.manifest["finished_at"] = None
+    jobs = list(_jobs(comparisons, scenario.isolation))
+    arms = sum(len(job.cases) for job in jobs)
+    try:
+        with RunProgress(arms * (1 + scenario.repetitions)) as progress:
+            for job in jobs:
+                Supervisor(directory, scenario, progress).run(job)
+    except PerfbenchError:
+        if not resume and not directory.samples():
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+    directory.manifest["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+    directory.summarise()
+    directory.write_manifest()
+    return directory
+
+
+def _same_plan(directory: RunDirectory, fresh: dict[str, Any]) -> None:
+    """RunDirectoryError where the directory holds a run of something else."""
+    old = directory.manifest
+    for key in ("scenario", "cases"):
+        before = {k: v for k, v in old[key].items() if k != "notes"} if key == "scenario" else sorted(old[key])
+        after = {k: v for k, v in fresh[key].items() if k != "notes"} if key == "scenario" else sorted(fresh[key])
+        if before != after:
+            raise RunDirectoryError(f"{directory.path}: holds a run of another {key[:8]}; run with another --out")
+
+
+def _jobs(comparisons: Sequence[Comparison], isolation: str) -> Iterator[Comparison]:
+    """What one child measures: a whole comparison, or, isolated, one arm of it beside the bare backbone."""
+    for comparison in comparisons:
+        if isolation == "shared":
+            yield comparison
+            continue
+        bare = {case.kernels: case for case in comparison.cases if case.method == "none"}
+        others = [case for case in comparison.cases if case.method != "none"]
+        for case in others:
+            yield replace(comparison, cases=(bare[case.kernels], case))
+        if not others:
+            yield comparison
+
+
+class Supervisor:
+    """Brings one job to its end, through as many children as it takes."""
+
+    def __init__(self, directory: RunDirectory, scenario: Scenario, progress: RunProgress):
+        self.directory = directory
+        self.scenario = scenario
+        self.progress = progress
+        self.in_flight: str | None = None
+
+    @property
+    def _cases(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.directory.manifest["cases"]
+        return found
+
+    def run(self, job: Comparison) -> None:
+        """Until every case of the job is measured or has failed for good."""
+        self.progress.already(sum(len(rounds) for rounds in self._done(job).values()))
+        while alive := [case for case in job.cases if self._cases[case.id]["status"] not in FINAL]:
+            if all(len(rounds) >= self.scenario.repetitions for rounds in self._done(job).values()):
+                break
+            ended = self._child(replace(job, cases=tuple(alive)))
+            if ended is None:
+                break
+            self._fail(alive, *ended)
+        for case in job.cases:
+            if self._cases[case.id]["status"] == "pending" and self._cases[case.id]["check"]:
+                self._cases[case.id]["status"] = "ok"
+        self.directory.write_manifest()
+
+    def _done(self, job: Comparison) -> dict[str, set[int]]:
+        """Case id -> the rounds of which there is a sample, for the cases that can still be measured.
+
+        Isolated, the bare backbone goes along with its arm: what it did beside another arm does not count.
+        """
+        rounds: dict[str, set[int]] = {
+            case.id: set() for case in job.cases if self._cases[case.id]["status"] not in FINAL
+        }
+        for sample in self.directory.samples():
+            if sample["case"] in rounds:
+                rounds[sample["case"]].add(sample["round"])
+        if self.scenario.isolation != "shared" and len(job.cases) == 2:
+            bare, arm = (case.id for case in job.cases)
+            if bare in rounds and arm in rounds:
+                rounds[bare] &= rounds[arm]
+        return rounds
+
+    def _child(self, job: Comparison) -> tuple[str, str] | None:
+        """One child process. None when it came to its end, else (status, reason) of the case in flight."""
+        process_number = self.directory.manifest["processes"]
+        self.directory.manifest["processes"] += 1
+        self.directory.write_manifest()
+        self.in_flight = None
+        error: dict[str, Any] | None = None
+        with (self.directory.path / WORKER_LOG).open("ab") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "perfbench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+            )
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            child.stdin.write(json.dumps(self._job_json(job)).encode())
+            child.stdin.close()
+            for line in child.stdout:
+                if not line.endswith(b"\n"):
+                    break  # the child died while writing
+                event = json.loads(line)
+                if event["event"] == "error":
+                    error = event
+                elif event["event"] == "done":
+                    child.wait()
+                    return None
+                else:
+                    self._take(event, job, process_number)
+        finally:
+            child.kill()
+            code = child.wait()
+            child.stdout.close()
+        if error is not None:
+            if error["kind"] == "bad_input":
+                raise PerfbenchError(error["message"])
+            return error["kind"], error["message"]
+        return "crashed", _cause(code)
+
+    def _job_json(self, job: Comparison) -> dict[str, Any]:
+        prepared = {
+            case.id: "ok" if self._cases[case.id]["status"] == "pending" else self._cases[case.id]["status"]
+            for case in job.cases
+            if self._cases[case.id]["check"]
+        }
+        return {
+            "comparison": cases.to_json(job),
+            "prepared": prepared,
+            "done": {case_id: sorted(rounds) for case_id, rounds in self._done(job).items()},
+            "warmup": self.scenario.warmup,
+            "repetitions": self.scenario.repetitions,
+            "seed": self.scenario.seed,
+            "threads": threads(),
+        }
+
+    def _take(self, event: dict[str, Any], job: Comparison, process_number: int) -> None:
+        """Writes down what one event says."""
+        kind = event.pop("event")
+        if kind == "phase":
+            self.in_flight = event["case"]
+            self.progress.say(event["case"] or job.id, event["text"])
+        elif kind == "sample":
+            self.directory.append_sample({**event, "process": process_number})
+            self.progress.advance()
+        elif kind == "backbone":
+            entry = next(c for c in self.directory.manifest["comparisons"] if c["id"] == job.id)
+            entry["backbone_parameters"], entry["backbone_bytes"] = event["parameters"], event["bytes"]
+            self.directory.write_manifest()
+        elif kind == "case":
+            case_id, status = event.pop("case"), event.pop("status")
+            # A passed check is not yet a measured case: that it is only once its rounds are in.
+            self._cases[case_id].update(event, status="pending" if status == "ok" else status)
+            self.directory.write_manifest()
+            self.progress.advance()
+
+    def _fail(self, alive: Sequence[Case], status: str, reason: str) -> None:
+        """Marks the case in flight, or all of them where the child died before any: the backbone did not load."""
+        for case in alive:
+            if self.in_flight in (None, case.id):
+                self._cases[case.id].update(status=status, reason=reason)
+        self.directory.write_manifest()
+
+
+def _cause(code: int) -> str:
+    """Why a child ended without a word."""
+    if code >= 0:
+        return f"the child process ended with exit code {code}; see {WORKER_LOG}"
+    name = signal.Signals(-code).name
+    hint = " (out of host memory is the usual reason)" if name == "SIGKILL" else f"; see {WORKER_LOG}"
+    return f"the child process was ended by {name}{hint}"
+
+
+def default_out(scenario: Scenario) -> Path:
+    """`runs/<scenario>-<UTC time>`: a new folder for each run."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{scenario.name}-{stamp}"
+

@@ -1,0 +1,381 @@
+"""A run as a table: from the manifest of a run to rows, and from rows to text. Free of torch.
+
+`FORMATS` has the formats; `table` prints with rich, the others give text.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perfbench.errors import PerfbenchError, nearest
+from perfbench.papers import Paper, find_paper
+from perfbench.stats import overlap
+
+Row = dict[str, Any]
+WIDTH = 100
+NOTHING = "-"
+_MIB = 2**20
+_WORKLOAD = ("prompt_tokens", "new_tokens", "beams", "requests", "tenants", "resident", "tenant_mix")
+_MEDIANS = ("total_ms", "ttft_ms", "itl_ms", "decode_tokens_per_s", "tokens_per_s", "energy_mj_per_token")
+_PEAKS = tuple(f"peak_{kind}_bytes" for kind in ("allocated", "reserved", "device", "process", "resident"))
+_FIGURES = {
+    "memory": (*_PEAKS, "tenants_that_fit"),
+    "adapters": ("parameters_per_tenant", "bytes_per_tenant", "admit_ms"),
+    "exact": (
+        "aten_ops_per_decode_step",
+        "kernel_launches_per_decode_step",
+        "flops_per_decode_step",
+        "bytes_per_decode_step",
+        "kept_bound",
+    ),
+}
+_VERDICTS = {
+    "pending": "not measured",
+    "check_failed": "FAILED",
+    "check_void": "void",
+    "crashed": "CRASHED",
+    "out_of_memory": "OUT OF MEMORY",
+}
+_LEGEND = (
+    "kept: the share of the bare backbone's decode speed that is left with the adapters in, the median over "
+    "rounds with its 95% interval. ttft: until the first token; itl: between later tokens. tenant: adapter "
+    "memory of one more tenant; fit: tenants that memory has room for."
+)
+
+
+def rows(manifest: Mapping[str, Any]) -> list[Row]:
+    """One flat row for each case: identity, then every figure under its metric's name (the median, where it
+    was sampled), then the paper's numbers. What was not measured is None; units are in the names.
+
+    Raises ScenarioError where the scenario names a paper that there is not.
+    """
+    name = manifest["scenario"].get("paper")
+    paper = find_paper(name) if name else None
+    return [
+        _row(comparison, manifest["cases"][case_id], name, paper)
+        for comparison in manifest["comparisons"]
+        for case_id in comparison["case_ids"]
+    ]
+
+
+def _row(
+    comparison: Mapping[str, Any], case: Mapping[str, Any], name: str | None, paper: Paper | None
+) -> Row:
+    row: Row = {"comparison": comparison["id"]}
+    row |= {field: comparison[field] for field in ("backbone", "dtype", "device", "runtime")}
+    row |= {field: comparison["workload"].get(field) for field in _WORKLOAD}
+    row |= {"case": case["id"]} | {field: case[field] for field in ("arm", "method", "kernels", "status")}
+    summary = case["summary"] or {}
+    row |= {"check": _check(case), "reason": case["reason"]}
+    row |= {"rounds": summary["total_ms"]["rounds"] if summary else None}
+    row |= {metric: summary[metric]["median"] if metric in summary else None for metric in _MEDIANS}
+    for field in ("kept", "versus_lora"):
+        for speed in ("decode_tokens_per_s", "tokens_per_s"):
+            interval = (case[field] or {}).get(speed) or {}
+            row |= {f"{field}_{speed}{end}": interval.get(key) for end, key in _ENDS.items()}
+    for field, figures in _FIGURES.items():
+        row |= {figure: (case[field] or {}).get(figure) for figure in figures}
+    beams = comparison["workload"].get("beams")
+    theirs = paper.row(case["method"], beams, case["options"]) if paper else None
+    ratio = paper.versus_lora(case["method"], beams) if paper and theirs else None
+    return row | {
+        "paper": name if theirs else None,
+        "paper_tokens_per_s": theirs.tokens_per_s if theirs else None,
+        "paper_versus_lora_tokens_per_s": ratio,
+        "paper_mib": theirs.mib if theirs else None,
+    }
+
+
+_ENDS = {"": "ratio", "_low": "low", "_high": "high"}
+
+
+def _check(case: Mapping[str, Any]) -> str:
+    """The verdict on a case in a word or two, without its reason."""
+    if case["status"] != "ok":
+        return _VERDICTS[case["status"]]
+    if case["summary"] is None:
+        return "no valid sample"
+    ties = (case["check"] or {}).get("ties")
+    return f"tie {ties}" if ties else "ok"
+
+
+def _reason(row: Row) -> str:
+    """The verdict with its reason, in one line."""
+    return " ".join(f"{row['check']} {row['reason'] or ''}".split())
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: its `head`, how a row's `cell` reads, whether it is `text` (left-aligned)."""
+
+    head: str
+    cell: Callable[[Row], str]
+    text: bool = False
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return NOTHING if value is None else f"{value:,.{digits}f}"
+
+
+def _bytes(value: float | None) -> str:
+    if not value:
+        return NOTHING
+    return f"{value / 1024:,.1f} KiB" if value < _MIB else f"{value / _MIB:,.1f} MiB"
+
+
+def _interval(row: Row, name: str, scale: float, digits: int) -> str:
+    """`ratio [low, high]`; the ratio alone where one round gave no interval."""
+    ratio, low, high = (row[f"{name}{end}"] for end in _ENDS)
+    if ratio is None:
+        return NOTHING
+    text = _number(ratio * scale, digits)
+    return text if low is None else f"{text} [{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
+
+
+def _kept(row: Row) -> str:
+    if row["method"] == "none" and row["decode_tokens_per_s"] is not None:
+        return "the bare one"
+    return _interval(row, "kept_decode_tokens_per_s", 100, 1)
+
+
+def _versus_lora(row: Row) -> str:
+    """Ours, laid beside a paper's: nothing where the paper has no such arm, 1 for LoRA itself."""
+    if row["paper"] is None:
+        return NOTHING
+    if row["method"] == "lora" and row["versus_lora_tokens_per_s"] is None and row["tokens_per_s"] is not None:
+        return "1.00"
+    return _interval(row, "versus_lora_tokens_per_s", 1, 2)
+
+
+def _columns(group: Sequence[Row]) -> list[Column]:
+    """The columns of one comparison. Peak memory is the device's, or the host's where there is no device."""
+    on_device = any(row["peak_allocated_bytes"] is not None for row in group)
+    peak, head = ("peak_allocated_bytes", "peak MiB") if on_device else ("peak_resident_bytes", "host MiB")
+    kernels = len({row["kernels"] for row in group}) > 1
+    return [
+        Column("arm", lambda row: f"{row['arm']} ({row['kernels']})" if kernels else row["arm"], text=True),
+        Column("tokens/s", lambda row: _number(row["decode_tokens_per_s"])),
+        Column("kept %", _kept),
+        Column("ttft ms", lambda row: _number(row["ttft_ms"])),
+        Column("itl ms", lambda row: _number(row["itl_ms"], 2)),
+        Column(head, lambda row: _number(row[peak] / _MIB if row[peak] is not None else None, 0)),
+        Column("tenant", lambda row: _bytes(row["bytes_per_tenant"])),
+        Column("fit", lambda row: _number(row["tenants_that_fit"], 0)),
+        Column("ops/step", lambda row: _number(row["aten_ops_per_decode_step"], 0)),
+    ]
+
+
+def _paper_columns(paper: Paper, peak: Column) -> list[Column]:
+    """The paper's numbers beside ours; speeds as ratios to LoRA, because the machines differ."""
+
+    def theirs(row: Row) -> str:
+        ratio = row["paper_versus_lora_tokens_per_s"]
+        return (paper.speeds or NOTHING) if ratio is None and row["paper"] else _number(ratio, 2)
+
+    return [
+        Column("x LoRA's tokens/s, ours", _versus_lora),
+        Column("paper's", theirs),
+        Column(f"{peak.head}, ours", lambda row: peak.cell(row) if row["paper"] else NOTHING),
+        Column("paper's MiB", lambda row: _number(row["paper_mib"], 0)),
+    ]
+
+
+def _title(comparison: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """What one table is about; the workload's rarer fields where the run has several of their values."""
+    load = comparison["workload"]
+    length = load.get("prompt_tokens") or "as in the file"
+    parts = [
+        " ".join(str(comparison[field]) for field in ("backbone", "dtype", "device", "runtime")),
+        f"prompt {length}, new {load.get('new_tokens')}, beams {load.get('beams')}, requests {load.get('requests')}",
+        f"tenants {load.get('tenants')} ({load.get('tenant_mix')}), resident {load.get('resident')}",
+    ]
+    for field, value in load.items():
+        if field not in _WORKLOAD and any(other["workload"].get(field) != value for other in others):
+            parts.append(f"{field} {value}")
+    return "; ".join(parts)
+
+
+def _hardware(manifest: Mapping[str, Any], comparison: Mapping[str, Any], group: Sequence[Row]) -> str:
+    """The machine and the number of rounds, which belong beside every number."""
+    cpu = manifest["environment"].get("cpu") or {}
+    host = f"{cpu.get('model') or 'unknown CPU'}, {cpu.get('threads') or 'unknown'} threads"
+    gpus = sorted({gpu.get("name") or "unknown" for gpu in manifest["environment"].get("gpus") or []})
+    on_gpu = str(comparison["device"]).startswith("cuda")
+    machine = f"{', '.join(gpus) or 'unknown GPU'} (host: {host})" if on_gpu else host
+    counted = sorted({row["rounds"] for row in group if row["rounds"] is not None})
+    if not counted:
+        return f"On {machine}; nothing was timed."
+    planned, few = manifest["scenario"].get("repetitions"), str(counted[0])
+    rounds = few if len(counted) == 1 else f"{few} to {counted[-1]}"
+    # Void samples, or a run that was stopped: said, because the medians rest on fewer rounds than planned.
+    of = f" of {planned} planned" if planned is not None and counted != [planned] else ""
+    return f"On {machine}; medians of {rounds}{of} rounds."
+
+
+def _conclusion(group: Sequence[Row]) -> Iterator[str]:
+    """In words: which arm kept most of the bare backbone's speed, with its ties, and which costs least."""
+    measured = [row for row in group if row["kept_decode_tokens_per_s"] is not None]
+    if measured:
+        best = max(measured, key=lambda row: row["kept_decode_tokens_per_s"])
+        share = f"{best['kept_decode_tokens_per_s']:.1%}"
+        if len(measured) == 1:
+            yield f"{_name(best, group)} kept {share} of the bare backbone's decode speed."
+        else:
+            name, ties = _name(best, group), _ties(best, measured)
+            yield f"{name} kept most of the bare backbone's decode speed, {share}{ties}"
+    priced = [row for row in group if row["bytes_per_tenant"] and row["status"] == "ok"]
+    if priced:
+        least = min(row["bytes_per_tenant"] for row in priced)
+        names = [_name(row, group) for row in priced if row["bytes_per_tenant"] == least]
+        yield f"A tenant costs least with {' and '.join(names)}: {_bytes(least)}."
+
+
+def _ties(best: Row, measured: Sequence[Row]) -> str:
+    """The rest of the sentence: whose interval overlaps that of the `best`."""
+
+    def interval(row: Row) -> Row:
+        return {key: row[f"kept_decode_tokens_per_s{end}"] for end, key in _ENDS.items()}
+
+    others = [row for row in measured if row is not best]
+    overlaps = {_name(row, measured): overlap(interval(best), interval(row)) for row in others}
+    if None in overlaps.values():
+        return "; with a single round there is no interval, so the order may be chance."
+    ties = [name for name, tied in overlaps.items() if tied]
+    if not ties:
+        return ", and no other arm's interval reaches it."
+    return f", a tie with {' and '.join(ties)}: the intervals overlap."
+
+
+def _name(row: Row, group: Sequence[Row]) -> str:
+    return _columns(group)[0].cell(row)
+
+
+def render(manifest: Mapping[str, Any], format: str = "table", console: Any = None) -> str | None:
+    """The run `manifest` in one of `FORMATS`: text, or None for `table`, which prints to `console` (rich's;
+    by default standard output, at most 100 columns wide).
+
+    Raises PerfbenchError on an unknown format.
+    """
+    if format == "table":
+        _print(manifest, console)
+        return None
+    if format not in FORMATS:
+        raise PerfbenchError(f"--format: unknown format {format!r}; {nearest(format, FORMATS)}")
+    return _TEXTS[format](manifest)
+
+
+def _groups(manifest: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], list[Row]]]:
+    flat = rows(manifest)
+    for comparison in manifest["comparisons"]:
+        yield comparison, [row for row in flat if row["comparison"] == comparison["id"]]
+
+
+def _heading(manifest: Mapping[str, Any]) -> list[str]:
+    scenario = manifest["scenario"]
+    head = f"{scenario.get('name')}: {scenario.get('question') or 'no question given'}"
+    return [" ".join(str(line).split()) for line in (head, *(scenario.get("notes") or ()))]
+
+
+def _print(manifest: Mapping[str, Any], console: Any) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+    width = min(console.width, WIDTH)
+
+    def say(line: str, style: str = "") -> None:
+        # Text, not a string: names are printed as they are, never read as markup.
+        console.print(Text(line, style), width=width)
+
+    for line in _heading(manifest):
+        say(line)
+    for comparison, group in _groups(manifest):
+        columns = [*_columns(group), Column("check", lambda row: row["check"], text=True)]
+        console.print()
+        console.print(_grid(_title(comparison, manifest["comparisons"]), columns, group), width=width)
+        for row in group:
+            if row["status"] != "ok":
+                say(f"{_name(row, group)}: {_reason(row)}", "red")
+        say(_hardware(manifest, comparison, group), "dim")
+        for sentence in _conclusion(group):
+            say(sentence)
+        paper = _paper(manifest)
+        beside = [row for row in group if row["paper"]]
+        if paper and beside:
+            console.print()
+            grid = _grid(_paper_title(paper), [columns[0], *_paper_columns(paper, columns[5])], beside)
+            console.print(grid, width=width)
+    console.print()
+    say(_LEGEND, "dim")
+
+
+def _grid(title: str, columns: Sequence[Column], group: Sequence[Row]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(title=Text(title, "bold"), title_justify="left", box=box.HORIZONTALS, show_edge=False)
+    grid.collapse_padding, grid.pad_edge = True, False
+    for column in columns:
+        justify: Any = "left" if column.text else "right"
+        grid.add_column(Text(column.head), justify=justify, overflow="fold", no_wrap=not column.text)
+    for row in group:
+        grid.add_row(*(Text(column.cell(row)) for column in columns))
+    return grid
+
+
+def _paper(manifest: Mapping[str, Any]) -> Paper | None:
+    name = manifest["scenario"].get("paper")
+    return find_paper(name) if name else None
+
+
+def _paper_title(paper: Paper) -> str:
+    return f"Beside {paper.title}; on {paper.machine}"
+
+
+def _markdown(manifest: Mapping[str, Any]) -> str:
+    lines, paper = [], _paper(manifest)
+    for line in _heading(manifest):
+        lines += [_plain(line), ""]
+    for comparison, group in _groups(manifest):
+        columns = _columns(group)
+        if paper:
+            columns += _paper_columns(paper, columns[5])
+        columns.append(Column("check", _reason, text=True))
+        lines += [f"**{_plain(_title(comparison, manifest['comparisons']))}**", ""]
+        lines.append(f"| {' | '.join(column.head for column in columns)} |")
+        lines.append(f"|{'|'.join(' --- ' if column.text else ' ---: ' for column in columns)}|")
+        lines += [f"| {' | '.join(_plain(column.cell(row)) for column in columns)} |" for row in group]
+        lines += ["", _plain(_hardware(manifest, comparison, group)), *map(_plain, _conclusion(group))]
+        if paper:
+            lines.append(_plain(f"{_paper_title(paper)}."))
+        lines.append("")
+    return "\n".join([*lines, _LEGEND]) + "\n"
+
+
+def _plain(text: str) -> str:
+    """`text` in one line that Markdown shows as it is, inside a table too."""
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _csv(manifest: Mapping[str, Any]) -> str:
+    flat, text = rows(manifest), io.StringIO()
+    if flat:
+        writer = csv.DictWriter(text, fieldnames=list(flat[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+    return text.getvalue()
+
+
+def _json(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(rows(manifest), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+_TEXTS: dict[str, Callable[[Mapping[str, Any]], str]] = {"markdown": _markdown, "csv": _csv, "json": _json}
+FORMATS = ("table", *_TEXTS)

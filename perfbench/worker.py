@@ -1,0 +1,189 @@
+"""The child process that touches the device: one comparison, its arms in turn.
+
+It reads a job (JSON) on standard input and writes events, one line of JSON each, to what was its standard output;
+whatever the libraries print goes to standard error. The parent alone writes the run directory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+Emit = Callable[..., None]
+
+# The statuses that a case can end with here; a crash is seen by the parent.
+OUT_OF_MEMORY = "out_of_memory"
+
+
+def main() -> int:
+    """Runs the job on standard input; exit code 0 when it came to its end, 1 after an `error` event."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan keeps a GPU busy
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    job = json.load(sys.stdin)
+    state: dict[str, Any] = {"case": None}
+
+    def emit(event: str, **fields: Any) -> None:
+        if event == "phase":
+            state["case"] = fields["case"]
+        _write(events, {"event": event, **fields})
+
+    from perfbench.errors import PerfbenchError
+
+    try:
+        _run(job, emit)
+    except PerfbenchError as error:
+        emit("error", kind="bad_input", case=state["case"], message=str(error))
+    except Exception as error:
+        kind = OUT_OF_MEMORY if _is_out_of_memory(error) else "crashed"
+        emit("error", kind=kind, case=state["case"], message=f"{type(error).__name__}: {_first_line(error)}")
+        raise
+    else:
+        emit("done")
+        return 0
+    return 1
+
+
+def _write(events: TextIO, event: dict[str, Any]) -> None:
+    events.write(json.dumps(event, allow_nan=False) + "\n")
+    events.flush()
+
+
+def _run(job: dict[str, Any], emit: Emit) -> None:
+    import torch
+    import transformers
+
+    from perfbench import backbone as backbones
+    from perfbench import cases, workload
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(job["threads"])
+    comparison = cases.from_json(job["comparison"])
+    emit("phase", case=None, text=f"loading {comparison.backbone}")
+    backbone = backbones.load(comparison.backbone, comparison.dtype, comparison.device, job["seed"])
+    emit("backbone", parameters=backbone.parameters, bytes=backbone.bytes)
+    batch = workload.make(comparison.workload, backbone, job["seed"])
+    session = Session(job, comparison, backbone, batch, emit)
+    passed = [case for case in comparison.cases if session.prepare(case)]
+    session.time(passed)
+
+
+class Session:
+    """One job: the comparison's arms over one backbone and one batch."""
+
+    def __init__(self, job: dict[str, Any], comparison: Any, backbone: Any, batch: Any, emit: Emit):
+        self.job = job
+        self.comparison = comparison
+        self.backbone = backbone
+        self.batch = batch
+        self.emit = emit
+        self.nvml = _nvml(backbone.device)
+
+    def prepare(self, case: Any) -> bool:
+        """Check, memory and exact figures of one case, with only its arm resident. True where it may be timed.
+
+        What an earlier child of this run has found is not measured again.
+        """
+        from perfbench import check, counts, memory
+
+        if (status := self.job["prepared"].get(case.id)) is not None:
+            return bool(status == "ok")
+        self.emit("phase", case=case.id, text="admitting tenants")
+        built = self._build(case)
+        arm, batch, device = built.arm, built.batch, self.backbone.device
+        self.emit("phase", case=case.id, text="checking")
+        resident = self.comparison.workload.resident
+        found = check.check(
+            arm, batch, resident, self.backbone.dtype, self.job["seed"], has_adapters=case.method != "none"
+        )
+        self.emit("phase", case=case.id, text="measuring memory")
+        held = memory.resident_bytes(arm)
+        peaks = memory.peaks(arm, batch, held, device, self.nvml)
+        free = memory.free_bytes(device, peaks["peak_allocated_bytes"] - held)
+        per_tenant = built.adapters["bytes_per_tenant"]
+        self.emit("phase", case=case.id, text="counting operations")
+        least = {
+            name: counts.bytes_per_decode_step(self.backbone, batch, plan)
+            for name, plan in (("bytes", built.plan), ("bare_bytes", None))
+        }
+        exact = counts.decode_step(arm, batch, device) | {
+            "bytes_per_decode_step": least["bytes"],
+            "kept_bound": least["bare_bytes"] / least["bytes"],
+        }
+        self.emit(
+            "case",
+            case=case.id,
+            status=found.status,
+            reason=found.reason,
+            check=found.to_json(),
+            memory=peaks | {"tenants_that_fit": free // per_tenant if per_tenant else None},
+            adapters=built.adapters,
+            exact=exact,
+        )
+        arm.close()
+        return found.status == "ok"
+
+    def time(self, cases: list[Any]) -> None:
+        """Warm-up, then the rounds that are still missing; in each, every arm once, in an order drawn for it."""
+        from perfbench import measure
+
+        missing = {case.id: set(range(self.job["repetitions"])) - set(self.job["done"][case.id]) for case in cases}
+        cases = [case for case in cases if missing[case.id]]
+        built = {}
+        for case in cases:
+            self.emit("phase", case=case.id, text="warming up")
+            built[case.id] = self._build(case)
+            for _ in range(self.job["warmup"]):
+                measure.repetition(built[case.id].arm, built[case.id].batch, self.backbone.device, self.nvml)
+        for number in range(self.job["repetitions"]):
+            turn = [case for case in cases if number in missing[case.id]]
+            random.Random(f"{self.job['seed']}/{number}").shuffle(turn)
+            for case in turn:
+                self.emit("phase", case=case.id, text=f"round {number + 1} of {self.job['repetitions']}")
+                arm, batch = built[case.id].arm, built[case.id].batch
+                sample = measure.repetition(arm, batch, self.backbone.device, self.nvml)
+                self.emit("sample", case=case.id, round=number, **sample)
+
+    def _build(self, case: Any) -> Any:
+        from perfbench import arms
+
+        with tempfile.TemporaryDirectory(prefix="perfbench-") as scratch:
+            return arms.build(
+                case, self.backbone, self.batch, self.comparison.workload.resident, self.job["seed"], Path(scratch)
+            )
+
+
+def _nvml(device: Any) -> Any:
+    import torch
+
+    from perfbench.nvml import Nvml
+
+    if device.type != "cuda":
+        return None
+    return Nvml.open(str(torch.cuda.get_device_properties(device).uuid))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch's CPU allocator raises a plain RuntimeError, which only its text tells apart."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

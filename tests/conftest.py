@@ -1,0 +1,58 @@
+"""Shared by all tests: no network, where the real data is, and GPU tests skipped where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Read by huggingface_hub when it is first imported, so it has to stand before any import of it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, with the reason, where torch finds no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none here"))
+
+
+@pytest.fixture(autouse=True)
+def _pinned_threads() -> Iterator[None]:
+    """Two torch threads in tests that use torch, so that sums are split alike on every machine."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real data that PERFBENCH_TEST_DATA names; the test is skipped where there is none."""
+    folder = os.environ.get("PERFBENCH_TEST_DATA")
+    if not folder:
+        pytest.skip("needs real data: set PERFBENCH_TEST_DATA to its folder")
+    if not Path(folder).is_dir():
+        pytest.skip(f"needs real data: PERFBENCH_TEST_DATA is {folder}, and there is no such folder")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def stories260k(test_data: Path) -> Path:
+    """The folder of a real Llama of 260,032 parameters with its tokenizer."""
+    folder = test_data / "stories260K" / "hf"
+    if not folder.is_dir():
+        pytest.skip(f"needs a real checkpoint: no folder stories260K/hf in {test_data}")
+    return folder
