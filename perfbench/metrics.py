@@ -33,7 +33,7 @@ METRICS: dict[str, Metric] = {
     "tokens_per_s": Metric(
         "tokens/s", "higher", "requests x N / total: the figure to lay beside the papers'"
     ),
-    "peak_allocated_bytes": Metric("bytes", "lower", "most device memory in tensors, only that arm resident"),
+    "peak_allocated_bytes": Metric("bytes", "lower", "most memory in tensors on the device, that arm alone"),
     "peak_reserved_bytes": Metric("bytes", "lower", "most device memory the allocator held, that arm alone"),
     "peak_device_bytes": Metric("bytes", "lower", "most memory in use on the device by all processes (NVML)"),
     "peak_process_bytes": Metric("bytes", "lower", "most device memory used by the measuring process (NVML)"),

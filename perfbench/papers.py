@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perfbench.errors import ScenarioError, nearest
+from perfbench.methods.shape import MODULES
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,11 @@ class Paper:
     def row(self, method: str, beams: int, options: Mapping[str, Any]) -> PaperRow | None:
         """The paper's numbers for an arm, or None where it has none or ran the method with other options."""
         setting = self.settings.get(method, {})
-        if any(options.get(name, value) != value for name, value in setting.items()):
-            return None
+        for name, value in setting.items():
+            ours = options.get(name, value)
+            # Read back from JSON, a tuple is a list.
+            if (tuple(ours) if isinstance(ours, list) else ours) != value:
+                return None
         return self.rows.get((method, beams))
 
     def versus_lora(self, method: str, beams: int) -> float | None:
@@ -59,7 +63,7 @@ PAPERS: dict[str, Paper] = {
             ("para", 1): PaperRow(32.8, 14512),
             ("para", 3): PaperRow(27.6, 15986),
         },
-        settings={"lora": {"rank": 4}, "ia3": {"dim": 16}, "para": {"rank": 12}},
+        settings={"lora": {"rank": 4, "modules": MODULES}, "ia3": {"dim": 16}, "para": {"rank": 12}},
     ),
     "fanlora_table3": Paper(
         title="FanLoRA, Table 3: LLM-Assist 7B (proprietary), prompt 276, 32 new tokens, mean of 100 runs",

@@ -200,7 +200,7 @@ def _point_problem(axes: WorkloadAxes, backbone: str, shape: BackboneShape) -> t
 def _parse_set(text: str) -> tuple[list[str], Source]:
     """The keys and the value of `key.sub=value`; else ScenarioError."""
     key, separator, value = text.partition("=")
-    origin, keys = f"--set {text}", key.strip().split(".")
+    origin, keys = f"--set {' '.join(text.split())}", key.strip().split(".")
     if not separator or not value.strip() or not all(keys):
         raise ScenarioError(f"{origin}: expected key=value, such as workload.tenants=4")
     if keys[0] == "overrides":
@@ -218,10 +218,8 @@ def _validate(source: Source) -> None:
 
 
 def _rank(written: list[Place], place: Place) -> int:
-    """Where in the order of writing `place` comes; a missing one where its container comes."""
-    while place not in written:
-        place = place[:-1]
-    return written.index(place)
+    """Where in the order of writing `place` comes; what is missing comes last: a misspelt key may be why."""
+    return written.index(place) if place in written else len(written)
 
 
 def _last_set(source: Source, *places: Place) -> Place:
@@ -234,7 +232,8 @@ def _refuse(source: Source, message: str, *place: str | int) -> NoReturn:
     origin, name = source.origin(place), dotted(place)
     # `--set workload.tenants=0` names its place already.
     known = not name or origin.startswith(f"--set {name}=")
-    raise ScenarioError(f"{origin}: {message}" if known else f"{origin}: {name}: {message}")
+    text = f"{origin}: {message}" if known else f"{origin}: {name}: {message}"
+    raise ScenarioError(" ".join(text.splitlines()))  # a key between quotes may hold a line break
 
 
 def _build(source: Source, path: Path, device_kind: str, notes: tuple[str, ...]) -> Scenario:
@@ -330,8 +329,10 @@ def _arms(source: Source, path: Path) -> tuple[Arm, ...]:
         if label == "none" and method != "none":
             _refuse(source, "the label 'none' is the bare backbone's; choose another", "methods", index)
         if label in first_at:
-            message = f"label {label!r}: is that of methods.{first_at[label]} already; give this one another"
-            _refuse(source, f"{message}, such as {{{method}: {{label: {label}-2}}}}", "methods", index)
+            message = f"the label {label!r} is that of methods.{first_at[label]} already"
+            remedy = f"give it another, such as {{{method}: {{label: {label}-2}}}}"
+            remedy = "keep one" if method == "none" else remedy
+            _refuse(source, f"{message}; {remedy}", "methods", index)
         first_at[label] = index
         arms[label] = Arm(label, method, _options(source, path, ("methods", index, method), method, options))
     return tuple(arms.values())

@@ -233,7 +233,7 @@ _OVERRIDE: Schema = {
 
 SCHEMA: Schema = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "perfbench scenario",
+    "description": "a perfbench scenario",
     "type": "object",
     "properties": {
         **_FIELDS,
@@ -299,8 +299,8 @@ def _explain(error: ValidationError) -> Iterator[Problem]:
             if isinstance(value, str):  # else the type is wrong, which is an error of its own
                 yield Problem(place, f"unknown {schema['title']} {shown(value)}; {nearest(value, limit)}")
         case "minItems" | "minLength":
-            kind = "list" if isinstance(value, list) else "string"
-            yield Problem(place, f"expected something in it, got an empty {kind}")
+            least = "at least one value" if isinstance(value, list) else "at least one character"
+            yield Problem(place, f"expected {least}, {got}")
         case "uniqueItems":
             yield Problem(place, f"expected each value once, {got}")
         case "minProperties" | "maxProperties":

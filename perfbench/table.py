@@ -36,7 +36,7 @@ _FIGURES = {
     ),
 }
 _VERDICTS = {
-    "pending": "not measured",
+    "pending": "pending",
     "check_failed": "FAILED",
     "check_void": "void",
     "crashed": "CRASHED",
@@ -44,8 +44,8 @@ _VERDICTS = {
 }
 _LEGEND = (
     "kept: the share of the bare backbone's decode speed that is left with the adapters in, the median over "
-    "rounds with its 95% interval. ttft: until the first token; itl: between later tokens. tenant: adapter "
-    "memory of one more tenant; fit: tenants that memory has room for."
+    "rounds with its 95% interval. ttft: until the first token; itl: between later tokens. a tenant: adapter "
+    "memory that one more takes. ops: ATen operations in a decode step."
 )
 
 
@@ -119,8 +119,18 @@ class Column:
     text: bool = False
 
 
-def _number(value: float | None, digits: int = 1) -> str:
-    return NOTHING if value is None else f"{value:,.{digits}f}"
+def _figure(value: float | None) -> str:
+    """At least three digits that count: 1.23, 12.3, 123, 1,234."""
+    if value is None:
+        return NOTHING
+    return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
+
+
+def _count(value: int | None) -> str:
+    """A count in at most six characters: 9,999, 553k, 7.6M."""
+    if value is None or value < 10_000:
+        return NOTHING if value is None else f"{value:,}"
+    return f"{value // 1000}k" if value < 1_000_000 else f"{value / 1e6:,.1f}M"
 
 
 def _bytes(value: float | None) -> str:
@@ -134,7 +144,7 @@ def _interval(row: Row, name: str, scale: float, digits: int) -> str:
     ratio, low, high = (row[f"{name}{end}"] for end in _ENDS)
     if ratio is None:
         return NOTHING
-    text = _number(ratio * scale, digits)
+    text = f"{ratio * scale:.{digits}f}"
     return text if low is None else f"{text} [{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
 
 
@@ -148,26 +158,27 @@ def _versus_lora(row: Row) -> str:
     """Ours, laid beside a paper's: nothing where the paper has no such arm, 1 for LoRA itself."""
     if row["paper"] is None:
         return NOTHING
-    if row["method"] == "lora" and row["versus_lora_tokens_per_s"] is None and row["tokens_per_s"] is not None:
+    ratio = row["versus_lora_tokens_per_s"]
+    if row["method"] == "lora" and ratio is None and row["tokens_per_s"] is not None:
         return "1.00"
     return _interval(row, "versus_lora_tokens_per_s", 1, 2)
 
 
 def _columns(group: Sequence[Row]) -> list[Column]:
-    """The columns of one comparison. Peak memory is the device's, or the host's where there is no device."""
-    on_device = any(row["peak_allocated_bytes"] is not None for row in group)
-    peak, head = ("peak_allocated_bytes", "peak MiB") if on_device else ("peak_resident_bytes", "host MiB")
+    """The columns of one comparison. Peak memory is that of tensors, or the host's where it is not known."""
+    known = any(row["peak_allocated_bytes"] is not None for row in group)
+    peak, head = ("peak_allocated_bytes", "peak\nMiB") if known else ("peak_resident_bytes", "host\nMiB")
     kernels = len({row["kernels"] for row in group}) > 1
     return [
         Column("arm", lambda row: f"{row['arm']} ({row['kernels']})" if kernels else row["arm"], text=True),
-        Column("tokens/s", lambda row: _number(row["decode_tokens_per_s"])),
-        Column("kept %", _kept),
-        Column("ttft ms", lambda row: _number(row["ttft_ms"])),
-        Column("itl ms", lambda row: _number(row["itl_ms"], 2)),
-        Column(head, lambda row: _number(row[peak] / _MIB if row[peak] is not None else None, 0)),
-        Column("tenant", lambda row: _bytes(row["bytes_per_tenant"])),
-        Column("fit", lambda row: _number(row["tenants_that_fit"], 0)),
-        Column("ops/step", lambda row: _number(row["aten_ops_per_decode_step"], 0)),
+        Column("tokens\n/s", lambda row: _figure(row["decode_tokens_per_s"])),
+        Column("kept\n%", _kept),
+        Column("ttft\nms", lambda row: _figure(row["ttft_ms"])),
+        Column("itl\nms", lambda row: _figure(row["itl_ms"])),
+        Column(head, lambda row: NOTHING if row[peak] is None else f"{row[peak] / _MIB:,.0f}"),
+        Column("a\ntenant", lambda row: _bytes(row["bytes_per_tenant"])),
+        Column("tenants\nfit", lambda row: _count(row["tenants_that_fit"])),
+        Column("ops\n/step", lambda row: _count(row["aten_ops_per_decode_step"])),
     ]
 
 
@@ -176,23 +187,24 @@ def _paper_columns(paper: Paper, peak: Column) -> list[Column]:
 
     def theirs(row: Row) -> str:
         ratio = row["paper_versus_lora_tokens_per_s"]
-        return (paper.speeds or NOTHING) if ratio is None and row["paper"] else _number(ratio, 2)
+        return (paper.speeds or NOTHING) if ratio is None and row["paper"] else _figure(ratio)
 
     return [
-        Column("x LoRA's tokens/s, ours", _versus_lora),
-        Column("paper's", theirs),
-        Column(f"{peak.head}, ours", lambda row: peak.cell(row) if row["paper"] else NOTHING),
-        Column("paper's MiB", lambda row: _number(row["paper_mib"], 0)),
+        Column("tokens/s to LoRA's, ours", _versus_lora),
+        Column("the paper's ratio", theirs),
+        Column(f"{_plain(peak.head)}, ours", lambda row: peak.cell(row) if row["paper"] else NOTHING),
+        Column("the paper's MiB", lambda row: f"{row['paper_mib']:,}" if row["paper_mib"] else NOTHING),
     ]
 
 
 def _title(comparison: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     """What one table is about; the workload's rarer fields where the run has several of their values."""
     load = comparison["workload"]
-    length = load.get("prompt_tokens") or "as in the file"
+    counts = {field: load.get(field) for field in ("new_tokens", "beams", "requests")}
     parts = [
         " ".join(str(comparison[field]) for field in ("backbone", "dtype", "device", "runtime")),
-        f"prompt {length}, new {load.get('new_tokens')}, beams {load.get('beams')}, requests {load.get('requests')}",
+        f"prompt {load.get('prompt_tokens') or 'as in the file'}, "
+        + ", ".join(f"{field.removesuffix('_tokens')} {count}" for field, count in counts.items()),
         f"tenants {load.get('tenants')} ({load.get('tenant_mix')}), resident {load.get('resident')}",
     ]
     for field, value in load.items():
@@ -300,7 +312,7 @@ def _print(manifest: Mapping[str, Any], console: Any) -> None:
         console.print()
         console.print(_grid(_title(comparison, manifest["comparisons"]), columns, group), width=width)
         for row in group:
-            if row["status"] != "ok":
+            if row["reason"]:
                 say(f"{_name(row, group)}: {_reason(row)}", "red")
         say(_hardware(manifest, comparison, group), "dim")
         for sentence in _conclusion(group):
@@ -322,9 +334,13 @@ def _grid(title: str, columns: Sequence[Column], group: Sequence[Row]) -> Any:
 
     grid = Table(title=Text(title, "bold"), title_justify="left", box=box.HORIZONTALS, show_edge=False)
     grid.collapse_padding, grid.pad_edge = True, False
-    for column in columns:
+    for place, column in enumerate(columns):
+        # Figures never wrap, and arms only beyond 15 characters; the verdict wraps.
+        name = min(15, max((len(column.cell(row)) for row in group), default=0)) if place == 0 else None
         justify: Any = "left" if column.text else "right"
-        grid.add_column(Text(column.head), justify=justify, overflow="fold", no_wrap=not column.text)
+        grid.add_column(
+            Text(column.head), justify=justify, overflow="fold", min_width=name, no_wrap=not column.text
+        )
     for row in group:
         grid.add_row(*(Text(column.cell(row)) for column in columns))
     return grid
@@ -349,7 +365,7 @@ def _markdown(manifest: Mapping[str, Any]) -> str:
             columns += _paper_columns(paper, columns[5])
         columns.append(Column("check", _reason, text=True))
         lines += [f"**{_plain(_title(comparison, manifest['comparisons']))}**", ""]
-        lines.append(f"| {' | '.join(column.head for column in columns)} |")
+        lines.append(f"| {' | '.join(_plain(column.head) for column in columns)} |")
         lines.append(f"|{'|'.join(' --- ' if column.text else ' ---: ' for column in columns)}|")
         lines += [f"| {' | '.join(_plain(column.cell(row)) for column in columns)} |" for row in group]
         lines += ["", _plain(_hardware(manifest, comparison, group)), *map(_plain, _conclusion(group))]

@@ -1,7 +1,7 @@
 """YAML read strictly and laid over other YAML, every value knowing where it was written. Free of torch.
 
-Only what JSON can hold is accepted: mappings with string keys, lists, strings, finite numbers, booleans, null.
-Duplicate keys, aliases (with which a few lines can expand to gigabytes) and custom tags are refused.
+Only what JSON can hold is accepted: mappings with string keys, lists, strings, finite numbers, booleans and
+null. Duplicate keys, aliases (with which a few lines can expand to gigabytes) and custom tags are refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ Place = tuple[str | int, ...]
 # A scenario is a page of text; a larger file is another file given by mistake.
 MAX_BYTES = 1_000_000
 
-_SCALAR_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
+# The types that JSON has too; `node.tag` of everything else, such as a date or a Python object, is another.
+_TAGS = {
+    yaml.ScalarNode: {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")},
+    yaml.SequenceNode: {"tag:yaml.org,2002:seq"},
+    yaml.MappingNode: {"tag:yaml.org,2002:map"},
+}
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,14 @@ def dotted(place: Place) -> str:
 
 
 def read(path: str | Path) -> Source:
-    """The values of the YAML file at `path`. ScenarioError says what is wrong with it, and on which line."""
+    """The values of the YAML file at `path`. ScenarioError says what is wrong, and on which line."""
     path = Path(path)
     text = _read_text(path)
     return _parse(text, lambda line: f"{path}:{line}", str(path))
 
 
 def parse(text: str, origin: str) -> Source:
-    """The values of a piece of YAML without a file, all of them written at `origin`. ScenarioError as `read`."""
+    """The values of a piece of YAML without a file, all written at `origin`. ScenarioError as `read`."""
     return _parse(text, lambda line: origin, origin)
 
 
@@ -69,7 +74,7 @@ def shown(value: Any) -> str:
 
 
 def lay_over(target: Source, place: Place, over: Source, inside: Place) -> Iterator[str]:
-    """Merges the mapping at `inside` of `over` into the one at `place` of `target`; yields each change in words.
+    """Merges the mapping at `inside` of `over` into the one at `place` of `target`; yields what changes.
 
     Mappings merge deeply, lists and scalars replace.
     """
@@ -120,7 +125,7 @@ def _at_place(values: Any, place: Place) -> Any:
 
 
 def _put(target: Source, place: Place, over: Source, inside: Place) -> str:
-    """Replaces what is at `place` of `target`, origins too; returns the change in words, "" if there is none."""
+    """Replaces what is at `place` of `target`, origins too; returns the change in words, "" if none."""
     container, value = _at_place(target.values, place[:-1]), _at_place(over.values, inside)
     absent = isinstance(container, dict) and place[-1] not in container
     old = None if absent else container[place[-1]]
@@ -160,8 +165,9 @@ def _read_text(path: Path) -> str:
 
 def _parse(text: str, origin_of_line: Callable[[int], str], where: str) -> Source:
     """The values of `text`; `origin_of_line` names the origin of a line (from 1), `where` the whole."""
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             raise ScenarioError(f"{where}: is empty; expected YAML")
@@ -178,7 +184,8 @@ def _parse(text: str, origin_of_line: Callable[[int], str], where: str) -> Sourc
     except RecursionError:
         raise ScenarioError(f"{where}: malformed YAML: nested too deeply") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 class _Loader(yaml.SafeLoader):
@@ -198,6 +205,8 @@ class _Loader(yaml.SafeLoader):
         self, node: yaml.Node, place: Place, origin_of_line: Callable[[int], str], origins: dict[Place, str]
     ) -> Any:
         """The plain value of `node`, which is at `place`; fills `origins` for the places inside it."""
+        if node.tag not in _TAGS[type(node)]:
+            raise _at(node, f"expected a plain value, got one of type {node.tag}; put it between quotes")
         if isinstance(node, yaml.SequenceNode):
             items = []
             for index, item in enumerate(node.value):
@@ -223,9 +232,6 @@ class _Loader(yaml.SafeLoader):
         return str(node.value)
 
     def _scalar(self, node: yaml.Node) -> Any:
-        if node.tag not in _SCALAR_TAGS:
-            got = f"got {node.value!r} of another type"
-            raise _at(node, f"expected a string, number, boolean or null, {got}; put it between quotes")
         try:
             value = SafeConstructor.construct_object(self, node)
         except (ValueError, KeyError):  # such as `!!int x`, or more digits than Python converts

@@ -35,7 +35,7 @@ def stale_tables(readme: str) -> list[str]:
     return [
         path
         for path, shown in tables_of(readme)
-        if render(json.loads((ROOT / path).read_text(encoding="utf-8")), "markdown").strip() != shown
+        if (render(json.loads((ROOT / path).read_text(encoding="utf-8")), "markdown") or "").strip() != shown
     ]
 
 
