@@ -69,7 +69,7 @@ class Bank:
 
 
 def union_layout(plans: Sequence[AdapterPlan]) -> AdapterPlan:
-    """The smallest layout, on the meta device, that holds each of `plans`: every module any has, at the largest rank."""
+    """The smallest layout, on the meta device, that holds each of `plans`: every module of any, at the largest rank."""
     return tuple(_union([plan[i] for plan in plans]) for i in range(len(plans[0])))
 
 

@@ -50,7 +50,11 @@ def randomise(name: str, tensor: torch.Tensor, generator: torch.Generator) -> No
 def plan(parameters: Parameters, shape: BackboneShape, options: Ia3Options) -> AdapterPlan:
     """Stored scales: l - 1 = z P."""
     return tuple(
-        LayerPlan(scale_minus_one={m: parameters[f"layers.{i}.{m}.z"] @ parameters[f"layers.{i}.{m}.p"] for m in IA3_MODULES})
+        LayerPlan(
+            scale_minus_one={
+                m: parameters[f"layers.{i}.{m}.z"] @ parameters[f"layers.{i}.{m}.p"] for m in IA3_MODULES
+            }
+        )
         for i in range(shape.layers)
     )
 

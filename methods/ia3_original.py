@@ -44,7 +44,7 @@ def plan(parameters: Parameters, shape: BackboneShape, options: Ia3OriginalOptio
     layers = []
     for index in range(shape.layers):
         places = {m: parameters.get(f"layers.{index}.{m}.l") for m in IA3_MODULES}
-        scales = {"up" if m == "down" else m: l - 1 for m, l in places.items() if l is not None}
+        scales = {"up" if m == "down" else m: scale - 1 for m, scale in places.items() if scale is not None}
         layers.append(LayerPlan(scale_minus_one=scales))
     return tuple(layers)
 

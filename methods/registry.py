@@ -79,10 +79,18 @@ class Method:
 METHODS: dict[str, Method] = {
     "none": Method(NoOptions, None, "plan", "the bare backbone; always measured"),
     "lora": Method(LoraOptions, "perfbench.methods.lora", "plan", "LoRA on all seven linears, rank 4"),
-    "fanlora": Method(FanLoraOptions, "perfbench.methods.fanlora", "plan", "LoRA on at most two linears a layer, rank 12"),
+    "fanlora": Method(
+        FanLoraOptions, "perfbench.methods.fanlora", "plan", "LoRA on at most two linears a layer, rank 12"
+    ),
     "ia3": Method(Ia3Options, "perfbench.methods.ia3", "plan", "(IA)3, the papers' variant: scales on Q, K, Up"),
-    "ia3-original": Method(Ia3OriginalOptions, "perfbench.methods.ia3_original", "plan", "(IA)3: scales on K, V, down's input"),
+    "ia3-original": Method(
+        Ia3OriginalOptions, "perfbench.methods.ia3_original", "plan", "(IA)3: scales on K, V, down's input"
+    ),
     "para": Method(ParaOptions, "perfbench.methods.para", "plan", "scales on Q, V, Up made from the prompt, once"),
-    "peft": Method(LoraOptions, "perfbench.methods.lora", "peft", "the same LoRA in PEFT's mixed batch (adapter_names)"),
-    "peft-single": Method(LoraOptions, "perfbench.methods.lora", "peft-single", "the same LoRA in PEFT, one tenant at a time"),
+    "peft": Method(
+        LoraOptions, "perfbench.methods.lora", "peft", "the same LoRA in PEFT's mixed batch (adapter_names)"
+    ),
+    "peft-single": Method(
+        LoraOptions, "perfbench.methods.lora", "peft-single", "the same LoRA in PEFT, one tenant at a time"
+    ),
 }

@@ -61,10 +61,7 @@ ADAPTER_FIGURES = ("parameters_per_tenant", "bytes_per_tenant", "admit_ms")
 def adapter_folders(path: str, resident: int) -> list[Path]:
     """The checkpoint folders under `path`, one for each resident tenant, in the order of their names. AdapterError."""
     root = Path(path).expanduser()
-    if (root / CONFIG).is_file():
-        found = [root]
-    else:
-        found = sorted(p.parent for p in root.glob(f"*/{CONFIG}"))
+    found = [root] if (root / CONFIG).is_file() else sorted(p.parent for p in root.glob(f"*/{CONFIG}"))
     if len(found) < resident:
         raise AdapterError(f"{path}: {resident} resident tenants need as many adapter folders, found {len(found)}")
     return found[:resident]

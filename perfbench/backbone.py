@@ -69,12 +69,9 @@ def load(name: str, dtype: str, device: str, seed: int) -> Backbone:
     config = find_config(name)
     shape = BackboneShape.of_config(config)
     torch_dtype = DTYPES[dtype]
-    if is_named(name):
-        model = _random(config, torch_dtype, device, seed)
-    else:
-        model = _real(name, torch_dtype, device)
+    model = _random(config, torch_dtype, device, seed) if is_named(name) else _real(name, torch_dtype, device)
     model.eval().requires_grad_(False)
-    # End-of-sequence is off, so that every request makes exactly N tokens; nothing of the checkpoint's sampling is kept.
+    # End-of-sequence is off, so that every request makes exactly N tokens; no sampling setting is kept.
     model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None, bos_token_id=None)
     return Backbone(name, shape, model, torch_dtype, torch.device(device))
 

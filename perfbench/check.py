@@ -56,17 +56,17 @@ def check(arm: Arm, batch: Batch, resident: int, dtype: torch.dtype, seed: int, 
     tolerance = TOLERANCES[dtype]
     requests = batch.input_ids.shape[0]
     sampled = sorted(random.Random(seed).sample(range(requests), min(SAMPLED_REQUESTS, requests)))
-    together = arm.generate(batch, with_logits=True)
+    together = arm.generate(batch)
     # Beam search keeps the logits of its own path; teacher forcing puts every run on the batch's tokens.
-    in_batch = arm.generate(batch, forced=together.tokens, with_logits=True).logits
+    in_batch = forced_logits(arm, batch, together.tokens)
     shifted = None
     if has_adapters:
         wrong = replace(batch, slots=shift_slots(batch.slots, resident))
-        shifted = arm.generate(wrong, forced=together.tokens, with_logits=True).logits
+        shifted = forced_logits(arm, wrong, together.tokens)
     worst, weakest, parted, ties = 0.0, float("inf"), [], 0
     for request in sampled:
         tokens = together.tokens[request : request + 1]
-        alone = arm.generate(batch.alone(request), forced=tokens, with_logits=True).logits[0]
+        alone = forced_logits(arm, batch.alone(request), tokens)[0]
         worst = max(worst, relative_difference(in_batch[request], alone))
         if shifted is not None:
             weakest = min(weakest, relative_difference(shifted[request], alone))
@@ -82,6 +82,13 @@ def check(arm: Arm, batch: Batch, resident: int, dtype: torch.dtype, seed: int, 
     return Check(status, reason, len(sampled), equal, ties, worst, tolerance, shifted_difference)
 
 
+def forced_logits(arm: Arm, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+    """fp32 [Q, N, V]: the logits of each step when the batch is made to choose `tokens` (int64 [Q, N])."""
+    logits = arm.generate(batch, forced=tokens, with_logits=True).logits
+    assert logits is not None
+    return logits
+
+
 def relative_difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
     """The largest over the tokens of |logits - reference| / |reference|; both [N, V]. Not finite counts as infinite."""
     ratio = ((logits - reference).norm(dim=-1) / reference.norm(dim=-1)).max().item()
@@ -94,12 +101,12 @@ def is_tie(arm: Arm, alone: Batch, own: torch.Tensor, tokens: torch.Tensor, tole
     Greedy: at the first difference the gap between the two tokens' logits is within the tolerance, relative to the
     spread of the logits. Beams: the log-probabilities of the two whole continuations are that close.
     """
-    logits = arm.generate(alone, forced=own, with_logits=True).logits[0]
+    logits = forced_logits(arm, alone, own)[0]
     if alone.beams == 1:
         step = int((own != tokens).long().argmax())
         pair = logits[step, [own[0, step], tokens[0, step]]]
         return bool((pair[0] - pair[1]).abs() <= tolerance * logits[step].std())
-    others = arm.generate(alone, forced=tokens, with_logits=True).logits[0]
+    others = forced_logits(arm, alone, tokens)[0]
     scores = [
         found.log_softmax(-1).gather(-1, path[0].unsqueeze(-1)).sum()
         for found, path in ((logits, own), (others, tokens))

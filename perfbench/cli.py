@@ -139,7 +139,7 @@ def _params(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    """Checks scenario files for every kind of device, without torch and without a network. Exit code 2 if one is bad."""
+    """Checks scenario files for every kind of device, without torch or a network. Exit code 2 if one is bad."""
     import json
 
     from perfbench.scenario_schema import SCHEMA

@@ -59,11 +59,11 @@ def repetition(arm: Arm, batch: Batch, device: torch.device, nvml: Nvml | None) 
             gc.enable()
     compiled = CompilationWatch.count - compilations
     sample = sample_metrics(token_times_ms, batch.input_ids.shape[0], total_ms)
-    known = energy_before is not None and energy_after is not None
+    energy = None if energy_before is None or energy_after is None else energy_after - energy_before
     return sample | {
         "void": f"{compiled} compilation(s) inside the window" if compiled else None,
         "sm_clock_mhz": nvml.sm_clock_mhz() if nvml else None,
         "throttle_reasons": nvml.throttle_reasons() if nvml else None,
-        "energy_mj": energy_after - energy_before if known else None,
+        "energy_mj": energy,
         "unix_time_s": time.time(),
     }

@@ -8,6 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+# In a log, one line a case is enough; these steps come many times.
+QUIET = ("warming up", "round")
+
 
 class RunProgress:
     """One bar over all steps of a run: a step is the preparation of a case, or one repetition of it."""
@@ -36,10 +39,9 @@ class RunProgress:
     def say(self, subject: str, text: str) -> None:
         """What is being done now, and to which case."""
         self._bar.update(self._task, description=escape(f"{subject.rsplit('/', 1)[-1]}: {text}"))
-        line = f"{subject}: {text}"
-        if not self._console.is_terminal and "round" not in text and line != self._spoken:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-            self._spoken = line
+        if not self._console.is_terminal and subject != self._spoken and not text.startswith(QUIET):
+            self._console.print(f"{subject}: {text}", markup=False, highlight=False, soft_wrap=True)
+            self._spoken = subject
 
     def advance(self) -> None:
         """One step done."""

@@ -7,6 +7,7 @@ whatever the libraries print goes to standard error. The parent alone writes the
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import random
@@ -145,6 +146,9 @@ class Session:
             built[case.id] = self._build(case)
             for _ in range(self.job["warmup"]):
                 measure.repetition(built[case.id].arm, built[case.id].batch, self.backbone.device, self.nvml)
+        # What is here now stays: without it, the collection before each repetition takes longer than a short one.
+        gc.collect()
+        gc.freeze()
         for number in range(self.job["repetitions"]):
             turn = [case for case in cases if number in missing[case.id]]
             random.Random(f"{self.job['seed']}/{number}").shuffle(turn)

@@ -21,6 +21,8 @@ PROMPT_KEYS = ("prompt", "question", "instruction", "text", "turns")
 def make(workload: Workload, backbone: Backbone, seed: int) -> Batch:
     """The batch of a workload on the backbone's device; the same seed gives the same batch. ScenarioError."""
     if workload.prompts is None:
+        if workload.prompt_tokens is None:
+            raise ScenarioError("workload: expected prompt_tokens or prompts")
         generator = torch.Generator().manual_seed(seed)
         size = (workload.requests, workload.prompt_tokens)
         ids = torch.randint(3, backbone.shape.vocab, size, generator=generator)

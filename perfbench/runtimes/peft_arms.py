@@ -19,7 +19,7 @@ from perfbench.runtimes.generation import Batch, Generation, generate
 def _load(backbone: Backbone, folders: Sequence[Path]) -> PeftModel:
     """A PEFT model with one adapter `tenant<i>` for each folder, in the backbone's dtype."""
     # autocast_adapter_dtype would keep the adapters in fp32 and cast around each product: slower than the rest.
-    options = {"autocast_adapter_dtype": False, "torch_device": str(backbone.device)}
+    options: dict[str, Any] = {"autocast_adapter_dtype": False, "torch_device": str(backbone.device)}
     model = PeftModel.from_pretrained(backbone.skeleton(), str(folders[0]), adapter_name="tenant0", **options)
     for index, folder in enumerate(folders[1:], start=1):
         model.load_adapter(str(folder), adapter_name=f"tenant{index}", **options)

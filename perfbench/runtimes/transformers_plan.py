@@ -137,6 +137,9 @@ def _modules(stacked: LayerPlan) -> set[str]:
 
 def _adapt(layer: torch.nn.Module, name: str, kernels: str) -> AdaptedLinear:
     path = MODULE_PATHS[name]
-    adapted = AdaptedLinear(layer.get_submodule(path), kernels)
+    base = layer.get_submodule(path)
+    if not isinstance(base, torch.nn.Linear):
+        raise TypeError(f"{path}: expected a torch Linear, got {type(base).__name__}")
+    adapted = AdaptedLinear(base, kernels)
     layer.set_submodule(path, adapted)
     return adapted

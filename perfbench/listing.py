@@ -1,0 +1,45 @@
+"""`perfbench list`: everything that a scenario can choose from, and what each figure means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from perfbench.backbone_config import NAMED_CONFIGS, parameter_count
+from perfbench.methods.registry import METHODS
+from perfbench.metrics import METRICS
+from perfbench.scenario_schema import KERNELS, RUNTIMES
+from perfbench.yaml_source import read
+
+SCENARIOS = Path(__file__).parent / "scenarios"
+
+
+def render(console: Console | None = None) -> None:
+    """Prints one table each of methods, backbones, runtimes, kernel sets, scenarios and metrics."""
+    console = console or Console()
+    _print(console, "methods", ((name, method.summary) for name, method in METHODS.items()))
+    shapes = (
+        (name, f"{parameter_count(config) / 1e6:,.1f}M parameters, random weights")
+        for name, config in NAMED_CONFIGS.items()
+    )
+    _print(console, "backbones", (*shapes, ("FOLDER or HUB/ID", "any Llama-family checkpoint in safetensors")))
+    _print(console, "runtimes", RUNTIMES.items())
+    _print(console, "kernels", KERNELS.items())
+    files = sorted(SCENARIOS.glob("*.yaml"))
+    _print(console, "scenarios", ((f"scenarios/{p.name}", str(read(p).values.get("question", ""))) for p in files))
+    metrics = ((name, f"{metric.definition} [{metric.unit}]") for name, metric in METRICS.items())
+    _print(console, "metrics", metrics)
+
+
+def _print(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, text in rows:
+        table.add_row(Text(name), Text(text))
+    console.print(table)

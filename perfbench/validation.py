@@ -1,0 +1,41 @@
+"""`perfbench validate`: scenario files checked for every kind of device, without torch and without a network."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from perfbench import cases, scenario
+from perfbench.backbone_config import is_named
+from perfbench.errors import PerfbenchError
+
+
+def validate(files: Sequence[Path]) -> int:
+    """Prints a line for each file, errors on standard error; exit code 0, or 2 where one file is bad."""
+    bad = 0
+    for path in files:
+        try:
+            print(f"{path}: ok, {summary(path)}")
+        except PerfbenchError as error:
+            print(f"perfbench: {error}", file=sys.stderr)
+            bad += 1
+    return 2 if bad else 0
+
+
+def summary(path: Path) -> str:
+    """How many cases `path` makes on each kind of device. Raises ScenarioError or BackboneError.
+
+    A backbone is checked against the scenario where that needs no network: a named shape or a local folder.
+    """
+    document = scenario.load(path)
+    parts = []
+    for kind in document.device_kinds:
+        resolved = scenario.resolve(document, kind)
+        remote = [name for name in resolved.backbone if not is_named(name) and not Path(name).expanduser().is_dir()]
+        if not remote:
+            scenario.check_against_backbone(resolved)
+        count = sum(len(comparison.cases) for comparison in cases.expand(resolved))
+        unchecked = f", {', '.join(remote)} not looked up" if remote else ""
+        parts.append(f"{count} cases on {kind}{unchecked}")
+    return "; ".join(parts)
