@@ -39,9 +39,9 @@ METRICS: dict[str, Metric] = {
     "peak_process_bytes": Metric("bytes", "lower", "most device memory used by the measuring process (NVML)"),
     "peak_resident_bytes": Metric("bytes", "lower", "most host memory the measuring process had resident"),
     "tenants_that_fit": Metric(
-        "tenants", "higher", "tenants whose adapters fit in the memory that is left, those resident included"
+        "tenants", "higher", "more tenants whose adapters fit in the memory that is left while a batch runs"
     ),
-    "admit_ms": Metric("ms", "lower", "to put one cold tenant's adapter into its slot of the bank"),
+    "admit_ms": Metric("ms", "lower", "from one cold tenant's checkpoint folder into its slot (page cache warm)"),
     "parameters_per_tenant": Metric("parameters", None, "trained adapter parameters of one tenant"),
     "bytes_per_tenant": Metric("bytes", "lower", "what one more resident tenant takes in the bank"),
     "energy_mj_per_token": Metric("mJ/token", "lower", "device energy in generate / (requests x N) (NVML)"),

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -171,8 +172,9 @@ class Supervisor:
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            child.stdin.write(json.dumps(self._job_json(job)).encode())
-            child.stdin.close()
+            # A child that is dead already breaks the pipe: how it ended is told below.
+            with suppress(BrokenPipeError), child.stdin:
+                child.stdin.write(json.dumps(self._job_json(job)).encode())
             for line in child.stdout:
                 if not line.endswith(b"\n"):
                     break  # the child died while writing

@@ -28,6 +28,7 @@ def main() -> int:
     """Runs the job on standard input; exit code 0 when it came to its end, 1 after an `error` event."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan keeps a GPU busy
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own chatter, before torch is imported
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     job = json.load(sys.stdin)

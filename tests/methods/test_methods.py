@@ -1,0 +1,119 @@
+"""Every method file: how many parameters, what the initial values do, what a seed decides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from perfbench import backbone
+from perfbench.backbone_config import find_config
+from perfbench.methods import fanlora, parameters
+from perfbench.methods.bank import Bank
+from perfbench.methods.registry import METHODS, FanLoraOptions
+from perfbench.methods.shape import BackboneShape
+from perfbench.runtimes.generation import Batch
+from perfbench.runtimes.transformers_plan import PlanArm
+
+SERVED = tuple(name for name, method in METHODS.items() if method.served_by == "plan" and name != "none")
+LLAMA2_7B = BackboneShape.of_config(find_config("llama2-7b"))
+TINY = BackboneShape.of_config(find_config("llama-tiny"))
+
+PAPER_COUNTS = {
+    "lora": 9_994_240,
+    "fanlora": 8_613_888,
+    "ia3": 9_831_936,
+    "ia3-original": 614_400,
+    "para": 9_560_064,
+}
+
+
+def test_every_served_method_has_a_count_to_meet() -> None:
+    assert set(PAPER_COUNTS) == set(SERVED)
+
+
+@pytest.mark.parametrize("method", SERVED)
+def test_parameters_on_llama2_7b_are_the_papers(method: str) -> None:
+    assert parameters.parameter_count(method, LLAMA2_7B, METHODS[method].options()) == PAPER_COUNTS[method]
+
+
+def test_the_peft_arms_serve_as_many_parameters_as_lora() -> None:
+    for method in ("peft", "peft-single"):
+        assert parameters.parameter_count(method, LLAMA2_7B, METHODS[method].options()) == PAPER_COUNTS["lora"]
+
+
+def test_the_bare_backbone_has_none() -> None:
+    assert parameters.parameter_count("none", LLAMA2_7B, METHODS["none"].options()) == 0
+    with pytest.raises(ValueError, match="none has no adapters"):
+        parameters.implementation("none")
+
+
+@pytest.mark.parametrize("method", SERVED)
+def test_a_meta_plan_allocates_nothing(method: str) -> None:
+    plan = parameters.meta_plan(method, LLAMA2_7B, METHODS[method].options())
+    tensors = [t for layer in plan for t in layer.tensors()]
+    assert tensors
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+
+
+@pytest.mark.parametrize("method", SERVED)
+def test_a_meta_plan_has_the_sizes_of_a_real_one(method: str) -> None:
+    options = METHODS[method].options()
+    real = parameters.implementation(method).plan(parameters.make(method, TINY, options, seed=1), TINY, options)
+    sizes = [[t.shape for t in layer.tensors()] for layer in real]
+    assert [[t.shape for t in layer.tensors()] for layer in parameters.meta_plan(method, TINY, options)] == sizes
+
+
+@pytest.fixture(scope="module")
+def tiny() -> backbone.Backbone:
+    return backbone.load("llama-tiny", "fp32", "cpu", seed=0)
+
+
+def logits(tiny: backbone.Backbone, bank: Bank | None) -> torch.Tensor:
+    ids = torch.arange(3, 3 + 2 * 9).view(2, 9)
+    batch = Batch(ids, torch.ones_like(ids), (0, 0) if bank else (-1, -1), beams=1, new_tokens=4)
+    return PlanArm(tiny, bank, "eager").generate(batch, with_logits=True).logits
+
+
+@pytest.mark.parametrize("initial", [True, False], ids=["initial", "randomised"])
+@pytest.mark.parametrize("method", SERVED)
+def test_initial_values_are_the_identity_and_random_ones_are_not(
+    tiny: backbone.Backbone, method: str, initial: bool
+) -> None:
+    options = METHODS[method].options()
+    values = parameters.make(method, tiny.shape, options, seed=5, initial=initial)
+    bank = Bank(parameters.meta_plan(method, tiny.shape, options), 1, tiny.dtype, tiny.device)
+    bank.admit(parameters.implementation(method).plan(values, tiny.shape, options))
+    assert torch.equal(logits(tiny, bank), logits(tiny, None)) is initial
+
+
+@pytest.mark.parametrize("method", SERVED)
+def test_the_seed_decides_the_adapter(method: str) -> None:
+    options = METHODS[method].options()
+    one, again, other = (parameters.make(method, TINY, options, seed=seed) for seed in (1, 1, 2))
+    assert one.keys() == again.keys() == other.keys()
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_fanlora_s_default_keeps_v_and_o_below_and_up_and_down_above() -> None:
+    assert fanlora.default_setting(32) == (("v", "o"),) * 18 + (("up", "down"),) * 14
+
+
+def test_fanlora_takes_a_setting_with_an_empty_layer(tiny: backbone.Backbone) -> None:
+    options = FanLoraOptions(rank=2, setting=(("q",), (), ("gate", "down")))
+    values = parameters.make("fanlora", tiny.shape, options, seed=3)
+    plan = fanlora.plan(values, tiny.shape, options)
+    assert [tuple(layer.low_rank) for layer in plan] == [("q",), (), ("gate", "down")]
+    bank = Bank(parameters.meta_plan("fanlora", tiny.shape, options), 1, tiny.dtype, tiny.device)
+    bank.admit(plan)
+    assert not torch.equal(logits(tiny, bank), logits(tiny, None))
+
+
+def test_fanlora_refuses_a_setting_of_another_depth_and_an_unread_path() -> None:
+    options = FanLoraOptions(setting=(("q",),))
+    with pytest.raises(ValueError, match="the setting has 1 layers, the backbone 3"):
+        fanlora.setting_of(TINY, options)
+    with pytest.raises(ValueError, match="is a path"):
+        fanlora.setting_of(TINY, replace(options, setting="setting.json"))

@@ -1,0 +1,150 @@
+"""The commands: what each prints, where, and what it costs to ask."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from perfbench.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+SCENARIOS = sorted((ROOT / "scenarios").glob("*.yaml"))
+
+
+def ids(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """The case ids that a dry run prints."""
+    assert main(["run", *arguments, "--dry-run"]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+SMOKE = str(ROOT / "scenarios" / "smoke.yaml")
+
+
+def test_a_dry_run_prints_the_ids_and_creates_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = ids(capsys, SMOKE, "--set", "device=cpu")
+    assert len(found) == len(set(found)) == 2 * 8
+    assert not list(tmp_path.iterdir())
+    ids(capsys, SMOKE, "--set", "device=cpu", "--out", str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_case_keeps_the_bare_backbone(capsys: pytest.CaptureFixture[str]) -> None:
+    found = ids(capsys, SMOKE, "--set", "device=cpu", "--case", "*b3*/para-*")
+    assert [name.rsplit("/", 1)[1] for name in found] == ["none-eager", "para-eager"]
+    assert all("-b3-" in name for name in found)
+
+
+def test_set_is_told_aloud(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", SMOKE, "--set", "device=cpu", "--set", "workload.beams=1", "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert "workload.beams" in said.err
+    assert "[1, 3]" in said.err
+    assert "-b3-" not in said.out
+
+
+def test_every_shipped_scenario_is_valid(capsys: pytest.CaptureFixture[str]) -> None:
+    assert SCENARIOS
+    assert main(["validate", *map(str, SCENARIOS)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ok")[0] for line in lines] == list(map(str, SCENARIOS))
+
+
+def test_validate_goes_on_after_a_bad_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(Path(SMOKE).read_text().replace("peft-single", "peft-singel"))
+    assert main(["validate", str(bad), SMOKE]) == 2
+    said = capsys.readouterr()
+    assert "peft-single" in said.err
+    assert f"{SMOKE}: ok" in said.out
+
+
+def test_validate_without_a_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate"]) == 2
+    assert "--schema" in capsys.readouterr().err
+
+
+def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "--schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["required"]
+
+
+def test_list_names_every_method_and_scenario(capsys: pytest.CaptureFixture[str]) -> None:
+    from perfbench.methods.registry import METHODS
+
+    assert main(["list"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in METHODS)
+    assert all(path.stem in said for path in SCENARIOS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["run", "--help"],
+        ["validate", *map(str, SCENARIOS)],
+        ["run", SMOKE, "--set", "device=cpu", "--dry-run"],
+    ],
+    ids=["help", "version", "run-help", "validate", "dry-run"],
+)
+def test_asking_does_not_import_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from perfbench.cli import main\n"
+        "try:\n"
+        "    code = main(sys.argv[1:])\n"
+        "except SystemExit as leave:\n"
+        "    code = leave.code\n"
+        "sys.exit(code or ('torch' in sys.modules) * 99)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stderr
+
+
+def test_no_command_and_an_unknown_one_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["rum"]):
+        with pytest.raises(SystemExit) as leave:
+            main(arguments)
+        assert leave.value.code == 2
+        assert "usage: perfbench" in capsys.readouterr().err
+
+
+def test_show_of_no_run_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["show", str(tmp_path)]) == 2
+    assert "not a run directory" in capsys.readouterr().err
+
+
+def test_the_main_job_on_a_real_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, test_data: Path, stories260k: Path
+) -> None:
+    prompts = test_data / "mt_bench" / "question.jsonl"
+    if not prompts.is_file():
+        pytest.skip(f"needs real prompts: no {prompts}")
+    changes = {
+        "device": "cpu",
+        "dtype": "fp32",
+        "backbone": stories260k,
+        "workload.prompts": prompts,
+        "workload.prompt_tokens": 64,
+        "repetitions": 2,
+        "warmup": 1,
+    }
+    sets = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    out = tmp_path / "run"
+    code = main(["run", str(ROOT / "scenarios" / "multitenant.yaml"), *sets, "--out", str(out)])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    cases = json.loads((out / "run.json").read_text())["cases"].values()
+    assert {case["method"] for case in cases} == {
+        "none", "lora", "fanlora", "ia3", "ia3-original", "para", "peft", "peft-single",
+    }  # fmt: skip
+    assert all(case["check"]["passed"] and case["status"] == "ok" for case in cases)
+    assert all(case["arm"] in said.out for case in cases)

@@ -1,0 +1,180 @@
+"""The batch: who asks, with which adapter, in which words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perfbench import backbone, workload
+from perfbench.cases import Workload
+from perfbench.errors import BackboneError, ScenarioError
+
+BASE = Workload(
+    prompts=None,
+    prompt_tokens=9,
+    new_tokens=4,
+    beams=1,
+    requests=12,
+    tenants=4,
+    resident=10,
+    tenant_mix="distinct",
+    zipf_exponent=None,
+    without_adapter=0.0,
+)
+MIXES: dict[str, dict[str, Any]] = {
+    "distinct": {},
+    "identical": {"tenant_mix": "identical"},
+    "uniform": {"tenant_mix": "uniform"},
+    "zipf": {"tenant_mix": "zipf", "zipf_exponent": 1.2},
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_slots_are_residents_and_the_seed_decides_them(mix: str) -> None:
+    point = replace(BASE, **MIXES[mix], without_adapter=0.25)
+    draws = {workload.assign_slots(point, seed) for seed in range(20)}
+    assert workload.assign_slots(point, 3) == workload.assign_slots(point, 3)
+    assert len(draws) > 10
+    for slots in draws:
+        assert len(slots) == 12
+        assert slots.count(-1) == 3
+        assert set(slots) <= {-1, *range(10)}
+        assert len(set(slots) - {-1}) <= 4
+
+
+def test_distinct_tenants_take_turns() -> None:
+    assert set(Counter(workload.assign_slots(BASE, 1)).values()) == {3}
+    each = workload.assign_slots(replace(BASE, tenants=12, resident=12), 1)
+    assert sorted(each) == list(range(12))
+
+
+def test_identical_is_one_tenant() -> None:
+    assert len(set(workload.assign_slots(replace(BASE, tenant_mix="identical"), 1))) == 1
+
+
+def test_zipf_favours_low_ranks_as_its_exponent_says_and_uniform_none() -> None:
+    # All residents ask, so that the first drawn resident is rank 1; its share is 1 / (1 + 1/2 + 1/3 + 1/4) = 0.48.
+    point = replace(BASE, requests=20_000, resident=4, tenant_mix="zipf", zipf_exponent=1.0)
+    shares = [count / 20_000 for _, count in Counter(workload.assign_slots(point, 5)).most_common()]
+    assert shares == pytest.approx([0.48, 0.24, 0.16, 0.12], abs=0.02)
+    uniform = Counter(workload.assign_slots(replace(point, tenant_mix="uniform", zipf_exponent=None), 5))
+    assert [count / 20_000 for count in uniform.values()] == pytest.approx([0.25] * 4, abs=0.02)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_the_share_without_adapter_is_exact(share: float) -> None:
+    assert workload.assign_slots(replace(BASE, without_adapter=share), 7).count(-1) == round(12 * share)
+
+
+def test_shifted_slots_are_all_wrong_and_all_valid() -> None:
+    assert workload.shift_slots((0, 3, -1, 2), resident=4) == (1, 0, 0, 3)
+    assert workload.shift_slots((0, -1), resident=1) == (-1, 0)
+    for resident in (1, 2, 5):
+        slots = (-1, *range(resident))
+        shifted = workload.shift_slots(slots, resident)
+        assert all(old != new for old, new in zip(slots, shifted, strict=True))
+        assert set(shifted) <= set(slots)
+
+
+def test_random_prompts_are_the_seed_s() -> None:
+    base = backbone.load("llama-tiny", "fp32", "cpu", seed=0)
+    one, again, other = (workload.make(BASE, base, seed) for seed in (1, 1, 2))
+    assert one.input_ids.shape == (12, 9)
+    assert bool((one.attention_mask == 1).all())
+    assert torch.equal(one.input_ids, again.input_ids)
+    assert one.slots == again.slots
+    assert not torch.equal(one.input_ids, other.input_ids)
+    assert int(one.input_ids.max()) < base.shape.vocab
+
+
+def test_a_named_shape_has_no_words(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("one\n" * 12, encoding="utf-8")
+    base = backbone.load("llama-tiny", "fp32", "cpu", seed=0)
+    with pytest.raises(BackboneError, match="no tokenizer"):
+        workload.make(replace(BASE, prompts=str(tmp_path / "p.txt")), base, 1)
+
+
+READABLE = {
+    "p.txt": ("one\n\n  \ntwo words\n", ["one", "two words"]),
+    "a.jsonl": ('{"prompt": "one"}\n"two"\n', ["one", "two"]),
+    "b.jsonl": ('{"question": "one", "answer": "x"}\n{"turns": ["two", "three"]}\n', ["one", "two"]),
+}
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_prompts_are_read(name: str, tmp_path: Path) -> None:
+    text, expected = READABLE[name]
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert workload.read_prompts(tmp_path / name) == expected
+
+
+UNREADABLE = {
+    "empty.txt": (b"\n \n", r"empty\.txt: expected at least one prompt"),
+    "latin.txt": (b"\xff\xfe", "can't read the prompts"),
+    "broken.jsonl": (b'"one"\n{"prompt": \n', r"broken\.jsonl:2: expected a line of JSON"),
+    "keys.jsonl": (b'{"word": "one"}\n', r"keys\.jsonl:1: expected a string or an object"),
+    "type.jsonl": (b'{"prompt": 3}\n', r"type\.jsonl:1: expected a string or an object"),
+    "turns.jsonl": (b'{"turns": []}\n', r"turns\.jsonl:1: expected a string or an object"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_prompts_that_can_not_be_read_say_where(name: str, tmp_path: Path) -> None:
+    content, message = UNREADABLE[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ScenarioError, match=message) as raised:
+        workload.read_prompts(tmp_path / name)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_prompt_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ScenarioError, match=r"none\.txt: can't read the prompts"):
+        workload.read_prompts(tmp_path / "none.txt")
+
+
+@pytest.fixture(scope="module")
+def real(stories260k: Path) -> backbone.Backbone:
+    return backbone.load(str(stories260k), "fp32", "cpu", seed=0)
+
+
+@pytest.fixture(scope="module")
+def questions(test_data: Path) -> Path:
+    path = test_data / "mt_bench" / "question.jsonl"
+    if not path.is_file():
+        pytest.skip(f"needs real prompts: no mt_bench/question.jsonl in {test_data}")
+    return path
+
+
+def test_real_prompts_are_padded_on_the_left(real: backbone.Backbone, questions: Path) -> None:
+    texts, tokenizer = workload.read_prompts(questions), real.tokenizer()
+    assert len(texts) == 80
+    ids, mask = workload.tokenise(texts, tokenizer, 5, None)
+    rows = [tokenizer(text)["input_ids"] for text in texts[:5]]
+    lengths = [len(row) for row in rows]
+    assert len(set(lengths)) > 1
+    assert ids.shape == mask.shape == (5, max(lengths))
+    assert mask.sum(dim=1).tolist() == lengths
+    for i, row in enumerate(rows):
+        assert ids[i, -len(row) :].tolist() == row
+        assert mask[i].tolist() == [0] * (max(lengths) - len(row)) + [1] * len(row)
+
+
+def test_real_prompts_are_cut_and_served(real: backbone.Backbone, questions: Path) -> None:
+    point = replace(BASE, prompts=str(questions), prompt_tokens=20)
+    batch = workload.make(point, real, 1)
+    assert batch.input_ids.shape == (12, 20)
+    assert tuple(batch.alone(0).attention_mask.unique().tolist()) == (1,)
+
+
+def test_too_long_and_too_few_prompts_are_refused(real: backbone.Backbone, questions: Path, tmp_path: Path) -> None:
+    long = replace(BASE, prompts=str(questions), prompt_tokens=None, new_tokens=real.shape.context)
+    with pytest.raises(ScenarioError, match=r"set workload\.prompt_tokens to cut them"):
+        workload.make(long, real, 1)
+    (tmp_path / "p.txt").write_text("one\n", encoding="utf-8")
+    with pytest.raises(ScenarioError, match="12 requests need as many prompts, got 1"):
+        workload.make(replace(BASE, prompts=str(tmp_path / "p.txt")), real, 1)
