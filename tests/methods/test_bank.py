@@ -88,7 +88,10 @@ def too_wide(tiny: backbone.Backbone) -> AdapterPlan:
 
 UNFIT = {
     "rank": (too_wide, r"layer 2: expected at most \[2, 64\], got \[3, 64\]"),
-    "module": (lambda t: make_plan(t, "lora", LoraOptions(rank=1, modules=("q", "o")), 1), "without a low-rank pair on o"),
+    "module": (
+        lambda t: make_plan(t, "lora", LoraOptions(rank=1, modules=("q", "o")), 1),
+        "without a low-rank pair on o",
+    ),
     "scale": (lambda t: make_plan(t, "ia3", METHODS["ia3"].options(), 1), "without a scale on q"),
     "generator": (lambda t: make_plan(t, "para", ParaOptions(), 1), "another generator"),
     "depth": (lambda t: make_plan(t, "lora", LoraOptions(rank=1, modules=("q", "v")), 1)[:2], "3 layers, got 2"),

@@ -32,7 +32,7 @@ warmup: 1
 repetitions: 3
 seed: 5
 """
-LONG = 150  # repetitions of a run that is to be killed: seconds of rounds
+LONG = 40  # repetitions of a run that is to be killed: long enough to be caught in its rounds
 DEADLINE_S = 120
 
 
@@ -88,7 +88,7 @@ def running(scenario: Path, out: Path, repetitions: int) -> Any:
     )
     samples = out / result.SAMPLES
     try:
-        wait_for(lambda: samples.exists() and samples.read_bytes().count(b"\n") >= 5, process)
+        wait_for(lambda: samples.exists() and samples.read_bytes().count(b"\n") >= 4, process)
         (worker,) = psutil.Process(process.pid).children()
         assert "perfbench.worker" in worker.cmdline()
         yield process, worker
@@ -146,7 +146,7 @@ def test_a_full_run_measures_every_case(full: tuple[Path, Any]) -> None:
         else:
             assert case["check"]["shifted_relative_difference"] >= 10 * case["check"]["tolerance"]
             kept = case["kept"]["decode_tokens_per_s"]
-            assert 0 < kept["low"] <= kept["median"] <= kept["high"]
+            assert 0 < kept["low"] <= kept["ratio"] <= kept["high"]
             assert 0 < case["exact"]["kept_bound"] < 1
             assert case["adapters"]["bytes_per_tenant"] > 0
 
@@ -170,8 +170,8 @@ def test_every_case_has_one_sample_in_every_round(full: tuple[Path, Any]) -> Non
 def test_the_table_is_printed_and_the_progress_is_not_in_it(full: tuple[Path, Any]) -> None:
     _, process = full
     assert "lora" in process.stdout
-    assert "warming up" in process.stderr
-    assert "warming up" not in process.stdout
+    assert "admitting tenants" in process.stderr
+    assert "admitting tenants" not in process.stdout
 
 
 @pytest.mark.parametrize("layout", ["table", "markdown", "csv", "json"])
@@ -205,7 +205,7 @@ def test_no_worker_outlives_a_killed_run(killed: dict[str, Any]) -> None:
 
 def test_a_killed_run_keeps_what_it_had(killed: dict[str, Any]) -> None:
     # samples_of has parsed every whole line.
-    assert 5 <= len(killed["at_kill"]) < 3 * LONG
+    assert 4 <= len(killed["at_kill"]) < 3 * LONG
     assert killed["manifest"]["finished_at"] is None
     assert all(case["check"]["passed"] for case in killed["manifest"]["cases"].values())
 
@@ -231,7 +231,7 @@ def test_two_runs_of_one_scenario_agree_on_what_is_exact(full: tuple[Path, Any],
 
 def test_the_arms_take_turns_in_an_order_that_the_seed_draws(full: tuple[Path, Any], killed: dict[str, Any]) -> None:
     whole = orders(killed["at_kill"])
-    complete = {number: order for number, order in orders(samples_of(killed["out"])).items()}
+    complete = orders(samples_of(killed["out"]))
     assert len({tuple(order) for order in complete.values()}) > 1
     short = orders(samples_of(full[0]))
     shared = [number for number in short if len(whole.get(number, [])) == 3]
@@ -300,7 +300,7 @@ def test_isolated_arms_each_have_the_bare_backbone_beside_them(scenario: Path, t
     assert seen == {0: {"none", "lora"}, 1: {"none", "ia3"}}
     arms = by_arm(out)
     for arm in ("lora", "ia3"):
-        assert arms[arm]["kept"]["decode_tokens_per_s"]["median"] > 0
+        assert arms[arm]["kept"]["decode_tokens_per_s"]["ratio"] > 0
     assert all(case["status"] == "ok" for case in arms.values())
 
 
