@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from perfbench.backbone_config import find_config, is_named
@@ -90,7 +91,7 @@ def _real(name: str, dtype: torch.dtype, device: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map=device, use_safetensors=True, attn_implementation="sdpa"
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BackboneError(
             f"{name}: the weights can't be loaded ({_first_line(error)}); "
             f"check the folder, or accept the licence and log in, or download it beforehand"

@@ -95,7 +95,7 @@ def _same_plan(directory: RunDirectory, fresh: dict[str, Any]) -> None:
         before = {k: v for k, v in old[key].items() if k != "notes"} if key == "scenario" else sorted(old[key])
         after = {k: v for k, v in fresh[key].items() if k != "notes"} if key == "scenario" else sorted(fresh[key])
         if before != after:
-            raise RunDirectoryError(f"{directory.path}: holds a run of another {key[:8]}; run with another --out")
+            raise RunDirectoryError(f"{directory.path}: holds a run of other {'cases' if key == 'cases' else 'settings'}; run with another --out")
 
 
 def _jobs(comparisons: Sequence[Comparison], isolation: str) -> Iterator[Comparison]:
