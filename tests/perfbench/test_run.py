@@ -244,7 +244,7 @@ def test_a_run_of_something_else_is_not_resumed(scenario: Path, full: tuple[Path
     for other in ("seed=6", "workload.new_tokens=4", "methods=[lora]"):
         process = perfbench("run", scenario, "--out", full[0], "--resume", "--set", other)
         assert process.returncode == 2
-        assert "holds a run of another" in process.stderr
+        assert "holds a run of other" in process.stderr
     assert (full[0] / result.MANIFEST).read_bytes() == before
 
 
