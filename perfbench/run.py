@@ -90,12 +90,16 @@ def execute(scenario: Scenario, comparisons: Sequence[Comparison], out: Path, *,
 
 def _same_plan(directory: RunDirectory, fresh: dict[str, Any]) -> None:
     """RunDirectoryError where the directory holds a run of something else."""
+    def settings(manifest: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in manifest["scenario"].items() if key != "notes"}
+
     old = directory.manifest
-    for key in ("scenario", "cases"):
-        before = {k: v for k, v in old[key].items() if k != "notes"} if key == "scenario" else sorted(old[key])
-        after = {k: v for k, v in fresh[key].items() if k != "notes"} if key == "scenario" else sorted(fresh[key])
-        if before != after:
-            raise RunDirectoryError(f"{directory.path}: holds a run of other {'cases' if key == 'cases' else 'settings'}; run with another --out")
+    for what, same in (
+        ("settings", settings(old) == settings(fresh)),
+        ("cases", sorted(old["cases"]) == sorted(fresh["cases"])),
+    ):
+        if not same:
+            raise RunDirectoryError(f"{directory.path}: holds a run of other {what}; run with another --out")
 
 
 def _jobs(comparisons: Sequence[Comparison], isolation: str) -> Iterator[Comparison]:
