@@ -245,7 +245,7 @@ def _conclusion(group: Sequence[Row]) -> Iterator[str]:
     if priced:
         least = min(row["bytes_per_tenant"] for row in priced)
         names = [_name(row, group) for row in priced if row["bytes_per_tenant"] == least]
-        yield f"A tenant costs least with {' and '.join(names)}: {_bytes(least)}."
+        yield f"A tenant costs least with {_enumerated(names)}: {_bytes(least)}."
 
 
 def _ties(best: Row, measured: Sequence[Row]) -> str:
@@ -261,7 +261,12 @@ def _ties(best: Row, measured: Sequence[Row]) -> str:
     ties = [name for name, tied in overlaps.items() if tied]
     if not ties:
         return ", and no other arm's interval reaches it."
-    return f", a tie with {' and '.join(ties)}: the intervals overlap."
+    return f", a tie with {_enumerated(ties)}: the intervals overlap."
+
+
+def _enumerated(names: Sequence[str]) -> str:
+    """a; a and b; a, b and c."""
+    return " and ".join([part for part in (", ".join(names[:-1]), names[-1]) if part])
 
 
 def _name(row: Row, group: Sequence[Row]) -> str:

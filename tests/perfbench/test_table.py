@@ -243,6 +243,11 @@ def test_csv_is_one_row_a_case_with_units_in_its_names() -> None:
     assert read[2]["tokens_per_s"] == ""
 
 
+def test_a_tie_of_several_arms_is_enumerated() -> None:
+    members = [case(name, (0.9, 0.8, 1.0), method="lora") for name in ("first", "second", "third", "fourth")]
+    assert "a tie with second, third and fourth: the intervals overlap." in words(printed(manifest(NONE, *members)))
+
+
 def test_json_is_the_rows() -> None:
     run = manifest(NONE, LORA)
     text = render(run, "json")
@@ -252,8 +257,12 @@ def test_json_is_the_rows() -> None:
 
 
 def test_a_run_without_cases_still_renders() -> None:
-    for format in FORMATS:
-        render(manifest(), format, Console(file=io.StringIO()))
+    console = Console(file=io.StringIO())
+    texts = {format: render(manifest(), format, console) for format in FORMATS}
+    assert texts.pop("table") is None
+    assert "which" in console.file.getvalue().lower()  # type: ignore[attr-defined]
+    assert all(text is not None for text in texts.values())
+    assert json.loads(texts["json"] or "null") == []
 
 
 def test_an_unknown_format_is_answered_with_the_nearest() -> None:
