@@ -56,24 +56,29 @@ def check(arm: Arm, batch: Batch, resident: int, dtype: torch.dtype, seed: int, 
     tolerance = TOLERANCES[dtype]
     requests = batch.input_ids.shape[0]
     sampled = sorted(random.Random(seed).sample(range(requests), min(SAMPLED_REQUESTS, requests)))
-    together = arm.generate(batch)
+    greedy = batch.beams == 1
+    together = arm.generate(batch, with_logits=greedy)
     # Beam search keeps the logits of its own path; teacher forcing puts every run on the batch's tokens.
-    in_batch = forced_logits(arm, batch, together.tokens)
+    in_batch = together.logits if greedy else forced_logits(arm, batch, together.tokens)
+    assert in_batch is not None
     shifted = None
     if has_adapters:
         wrong = replace(batch, slots=shift_slots(batch.slots, resident))
         shifted = forced_logits(arm, wrong, together.tokens)
     worst, weakest, parted, ties = 0.0, float("inf"), [], 0
     for request in sampled:
-        tokens = together.tokens[request : request + 1]
-        alone = forced_logits(arm, batch.alone(request), tokens)[0]
-        worst = max(worst, relative_difference(in_batch[request], alone))
+        tokens, alone = together.tokens[request], batch.alone(request)
+        logits = forced_logits(arm, alone, tokens.unsqueeze(0))[0]
+        worst = max(worst, relative_difference(in_batch[request], logits))
         if shifted is not None:
-            weakest = min(weakest, relative_difference(shifted[request], alone))
+            weakest = min(weakest, relative_difference(shifted[request], logits))
         if dtype == torch.float32:
-            own = arm.generate(batch.alone(request)).tokens
+            # Greedy search alone makes these tokens exactly where each is the best choice after those before it.
+            own = logits.argmax(-1) if greedy else arm.generate(alone).tokens[0]
             if not torch.equal(own, tokens):
-                tie = is_tie(arm, batch.alone(request), own, tokens, tolerance)
+                tie = is_greedy_tie(logits, own, tokens, tolerance) if greedy else is_beam_tie(
+                    logits, forced_logits(arm, alone, own.unsqueeze(0))[0], own, tokens, tolerance
+                )
                 ties += tie
                 parted += [] if tie else [request]
     shifted_difference = None if shifted is None else weakest
@@ -95,21 +100,24 @@ def relative_difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
     return ratio if ratio == ratio else float("inf")
 
 
-def is_tie(arm: Arm, alone: Batch, own: torch.Tensor, tokens: torch.Tensor, tolerance: float) -> bool:
-    """Whether two continuations of one request part only because two choices were equally good.
+def is_greedy_tie(logits: torch.Tensor, own: torch.Tensor, tokens: torch.Tensor, tolerance: float) -> bool:
+    """Whether two tokens [N] part only because two choices were equally good: at the first difference the gap between
+    their logits [N, V] is within the tolerance, relative to the spread of the logits."""
+    step = int((own != tokens).long().argmax())
+    pair = logits[step, [own[step], tokens[step]]]
+    return bool((pair[0] - pair[1]).abs() <= tolerance * logits[step].std())
 
-    Greedy: at the first difference the gap between the two tokens' logits is within the tolerance, relative to the
-    spread of the logits. Beams: the log-probabilities of the two whole continuations are that close.
+
+def is_beam_tie(
+    logits: torch.Tensor, own_logits: torch.Tensor, own: torch.Tensor, tokens: torch.Tensor, tolerance: float
+) -> bool:
+    """Whether the log-probabilities of two whole continuations of one request are within the tolerance.
+
+    logits, own_logits [N, V]: of the request alone, made to choose `tokens` and `own` [N].
     """
-    logits = forced_logits(arm, alone, own)[0]
-    if alone.beams == 1:
-        step = int((own != tokens).long().argmax())
-        pair = logits[step, [own[0, step], tokens[0, step]]]
-        return bool((pair[0] - pair[1]).abs() <= tolerance * logits[step].std())
-    others = forced_logits(arm, alone, tokens)[0]
     scores = [
-        found.log_softmax(-1).gather(-1, path[0].unsqueeze(-1)).sum()
-        for found, path in ((logits, own), (others, tokens))
+        found.log_softmax(-1).gather(-1, path.unsqueeze(-1)).sum()
+        for found, path in ((logits, tokens), (own_logits, own))
     ]
     return bool((scores[0] - scores[1]).abs() <= tolerance * scores[0].abs())
 

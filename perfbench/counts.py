@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,28 +28,32 @@ class _OperationCounter(TorchDispatchMode):
 
 
 def decode_step(arm: Arm, batch: Batch, device: torch.device) -> dict[str, int | None]:
-    """What the last decode step adds: counts of a call with N tokens less those of a call with N - 1."""
-
-    def last_step(count: Callable[[Batch], int]) -> int:
-        return count(batch) - count(replace(batch, new_tokens=batch.new_tokens - 1))
-
+    """What the last decode step adds: counts of a call with 2 tokens less those of a call with 1, on prompts made
+    longer so that the second token sees the context that the batch's last one sees."""
+    filler = torch.ones_like(batch.input_ids[:, :1]).expand(-1, batch.new_tokens - 2)
+    longer = replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, filler], dim=1),
+        attention_mask=torch.cat([batch.attention_mask, filler], dim=1),
+        new_tokens=2,
+    )
+    with_step, without = longer, replace(longer, new_tokens=1)
+    operations, flops = (a - b for a, b in zip(_operations(arm, with_step), _operations(arm, without), strict=True))
+    launches = None
+    if device.type == "cuda":
+        launches = _launches(arm, with_step) - _launches(arm, without)
     return {
-        "aten_ops_per_decode_step": last_step(lambda b: _operations(arm, b)),
-        "kernel_launches_per_decode_step": last_step(lambda b: _launches(arm, b)) if device.type == "cuda" else None,
-        "flops_per_decode_step": last_step(lambda b: _flops(arm, b)),
+        "aten_ops_per_decode_step": operations,
+        "kernel_launches_per_decode_step": launches,
+        "flops_per_decode_step": flops,
     }
 
 
-def _operations(arm: Arm, batch: Batch) -> int:
-    with _OperationCounter() as counter:
+def _operations(arm: Arm, batch: Batch) -> tuple[int, int]:
+    """(ATen operations, FLOPs) of one call. The inner counter sees an operation before the outer one splits it up."""
+    with FlopCounterMode(display=False) as flops, _OperationCounter() as operations:
         arm.generate(batch)
-    return counter.count
-
-
-def _flops(arm: Arm, batch: Batch) -> int:
-    with FlopCounterMode(display=False) as counter:
-        arm.generate(batch)
-    return counter.get_total_flops()
+    return operations.count, flops.get_total_flops()
 
 
 def _launches(arm: Arm, batch: Batch) -> int:

@@ -170,15 +170,48 @@ def test_prompt_vectors_pooled_at_the_wrong_token_fail(backbones: dict[str, back
 
 
 def test_a_tie_is_told_from_a_difference(backbones: dict[str, backbone.Backbone]) -> None:
-    arm = make_arm(backbones["fp32"], "lora")
-    alone = make_batch().alone(0)
-    own = arm.generate(alone).tokens
-    logits = arm.generate(alone, with_logits=True).logits[0, 0]
+    found = make_arm(backbones["fp32"], "lora").generate(make_batch().alone(0), with_logits=True)
+    own, logits = found.tokens[0], found.logits[0]
+    assert torch.equal(own, logits.argmax(-1))
     other = own.clone()
-    other[0, 0] = logits.argsort()[-2]
-    gap = float(logits.sort().values[-1] - logits.sort().values[-2])
-    assert not check.is_tie(arm, alone, own, other, tolerance=0.9 * gap / float(logits.std()))
-    assert check.is_tie(arm, alone, own, other, tolerance=1.1 * gap / float(logits.std()))
+    other[1] = logits[1].argsort()[-2]
+    gap = float(logits[1].sort().values[-1] - logits[1].sort().values[-2]) / float(logits[1].std())
+    assert not check.is_greedy_tie(logits, own, other, tolerance=0.9 * gap)
+    assert check.is_greedy_tie(logits, own, other, tolerance=1.1 * gap)
+
+
+def test_a_tie_of_beams_is_told_from_a_difference(backbones: dict[str, backbone.Backbone]) -> None:
+    arm, alone = make_arm(backbones["fp32"], "lora"), make_batch(beams=3).alone(0)
+    own = arm.generate(alone).tokens[0]
+    other = own.flip(0) if not torch.equal(own, own.flip(0)) else own + 1
+    paths = [check.forced_logits(arm, alone, path.unsqueeze(0))[0] for path in (other, own)]
+    scores = [
+        sum(float(step.log_softmax(-1)[token]) for step, token in zip(logits, path, strict=True))
+        for logits, path in zip(paths, (other, own), strict=True)
+    ]
+    gap = abs(scores[0] - scores[1]) / abs(scores[0])
+    assert not check.is_beam_tie(*paths, own, other, tolerance=0.9 * gap)
+    assert check.is_beam_tie(*paths, own, other, tolerance=1.1 * gap)
+
+
+class AnotherToken(Faulty):
+    """Logits as they should be, but the batch is given another token than its logits say."""
+
+    def generate(self, batch: Batch, **observers: Any) -> Generation:
+        found = self.arm.generate(batch, **observers)
+        if len(batch.slots) > 1 and "forced" not in observers:
+            tokens = found.tokens.clone()
+            tokens[-1, -1] = (tokens[-1, -1] + 1) % 256
+            found = replace(found, tokens=tokens)
+        return found
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_token_that_is_not_the_best_choice_fails(backbones: dict[str, backbone.Backbone], beams: int) -> None:
+    found = run(AnotherToken(make_arm(backbones["fp32"], "lora")), backbones["fp32"], make_batch(beams))
+    assert found.status == "check_failed"
+    assert "request(s) 4: other tokens" in (found.reason or "")
+    assert found.tokens_equal is False
 
 
 @pytest.mark.parametrize(
