@@ -13,4 +13,17 @@ def eager(y: torch.Tensor, scale_minus_one: torch.Tensor) -> None:
     y.addcmul_(y, scale_minus_one.unsqueeze(1))
 
 
-FORMS = {"eager": eager}
+def scale_columns(y: torch.Tensor, scale_minus_one: torch.Tensor, first: int) -> None:
+    """The same on the columns of y [G x M, D] from `first` on; scale_minus_one [G, columns]."""
+    groups, columns = scale_minus_one.shape
+    eager(y.view(groups, -1, y.shape[-1])[:, :, first : first + columns], scale_minus_one)
+
+
+def triton(y: torch.Tensor, scale_minus_one: torch.Tensor) -> None:
+    """Imported when first used: triton is only there on Linux."""
+    from perfbench.kernels.row_scale_triton import scale_rows
+
+    scale_rows(y, scale_minus_one)
+
+
+FORMS = {"eager": eager, "triton": triton}

@@ -19,4 +19,13 @@ def eager(
     return torch.baddbmm(bias_minus_one.unsqueeze(1), bottleneck, w_up).view(h.shape[0], -1)
 
 
-FORMS = {"eager": eager}
+def triton(
+    h: torch.Tensor, w_down: torch.Tensor, w_up: torch.Tensor, bias_minus_one: torch.Tensor
+) -> torch.Tensor:
+    """Imported when first used: triton is only there on Linux."""
+    from perfbench.kernels.vector_generator_triton import generate
+
+    return generate(h, w_down, w_up, bias_minus_one)
+
+
+FORMS = {"eager": eager, "triton": triton}

@@ -23,9 +23,13 @@ from perfbench.methods.shape import BackboneShape
 from perfbench.runtimes.generation import Arm, Batch
 from perfbench.runtimes.peft_arms import PeftMixedArm, PeftSingleArm
 from perfbench.runtimes.peft_arms import admit as admit_peft
+from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.transformers_plan import PlanArm
 
 ADMISSIONS = 5
+
+# Runtime -> what serves a bank of layer plans, or none, on it.
+PLAN_ARMS: dict[str, type[PlanArm] | type[StaticArm]] = {"transformers": PlanArm, "static": StaticArm}
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ def build(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int
     """
     served_by = METHODS[case.method].served_by
     if case.method == "none":
-        return BuiltArm(PlanArm(backbone, None, case.kernels), batch, None, dict.fromkeys(ADAPTER_FIGURES))
+        bare = PLAN_ARMS[case.runtime](backbone, None, case.kernels)
+        return BuiltArm(bare, batch, None, dict.fromkeys(ADAPTER_FIGURES))
     if served_by == "plan":
         return _build_plan(case, backbone, batch, resident, seed, scratch)
     return _build_peft(case, backbone, batch, resident, seed, scratch)
@@ -109,7 +114,7 @@ def _build_plan(
         "bytes_per_tenant": bank.bytes_per_slot,
         "admit_ms": admit_ms,
     }
-    return BuiltArm(PlanArm(backbone, bank, case.kernels), batch, layout, figures)
+    return BuiltArm(PLAN_ARMS[case.runtime](backbone, bank, case.kernels), batch, layout, figures)
 
 
 def _build_peft(

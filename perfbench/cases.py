@@ -1,7 +1,8 @@
 """The comparisons and cases of a scenario, with stable readable ids. Free of torch.
 
 A comparison is what can be compared: one backbone, dtype, device, runtime and workload. Its cases are the
-arms, each with each kernel set. An id depends on its own values only, never on what else is on an axis.
+arms that the runtime can serve, each with each kernel set. An id depends on its own values only, never on what else
+is on an axis.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from perfbench import backbone_config
 from perfbench.errors import ScenarioError, nearest
 from perfbench.methods.registry import METHODS
+from perfbench.runtime_support import serves
 from perfbench.scenario import Scenario, WorkloadAxes, frozen
 
 
@@ -48,6 +50,7 @@ class Case:
     arm: str
     method: str
     options: Any
+    runtime: str
     kernels: str
 
 
@@ -167,9 +170,10 @@ def _comparison(
         runtime=runtime,
         workload=workload,
         cases=tuple(
-            Case(f"{prefix}/{arm.label}-{kernels}", arm.label, arm.method, arm.options, kernels)
+            Case(f"{prefix}/{arm.label}-{kernels}", arm.label, arm.method, arm.options, runtime, kernels)
             for kernels in scenario.kernels
             for arm in scenario.methods
+            if serves(runtime, arm.method)
         ),
     )
 

@@ -60,6 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     params.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="what bytes are counted in")
     params.set_defaults(command=_params)
 
+    roof = commands.add_parser("roof", help="the least possible time on a device", description=_roof.__doc__)
+    roof.add_argument("backbone", nargs="?", default="llama2-7b", help="a named shape, folder or hub id")
+    roof.add_argument("--device", default="a40", help="such as a40 or h200; `here` measures this machine")
+    roof.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16")
+    roof.add_argument("--requests", type=_positive, nargs="+", default=[1, 8, 64], metavar="N")
+    roof.add_argument("--tenants", type=_positive, metavar="N", help="default: one for each request")
+    roof.add_argument("--prompt-tokens", type=_positive, default=274, metavar="N")
+    roof.add_argument("--new-tokens", type=_positive, default=32, metavar="N")
+    roof.add_argument("--beams", type=_positive, default=1, metavar="N")
+    roof.set_defaults(command=_roof)
+
     validate = commands.add_parser("validate", help="check scenario files", description=_validate.__doc__)
     validate.add_argument("files", nargs="*", type=Path)
     validate.add_argument("--schema", action="store_true", help="print the JSON Schema of a scenario, for editors")
@@ -68,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine can do", description=_doctor.__doc__)
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _positive(text: str) -> int:
+    """An integer >= 1 of the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
+    return int(text)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -135,6 +153,32 @@ def _params(arguments: argparse.Namespace) -> int:
     from perfbench.params import render
 
     render(arguments.backbone, arguments.dtype)
+    return 0
+
+
+def _roof(arguments: argparse.Namespace) -> int:
+    """Prints what each method could reach at most, from bytes and operations over a device's speeds; runs nothing."""
+    from perfbench.roof import find_device
+    from perfbench.roof_table import Question, render
+
+    if arguments.device == "here":
+        from perfbench.measured_roof import measure_here
+
+        device = measure_here(arguments.dtype)
+    else:
+        device = find_device(arguments.device)
+    render(
+        Question(
+            backbone=arguments.backbone,
+            dtype=arguments.dtype,
+            requests=tuple(arguments.requests),
+            tenants=arguments.tenants,
+            prompt_tokens=arguments.prompt_tokens,
+            new_tokens=arguments.new_tokens,
+            beams=arguments.beams,
+        ),
+        device,
+    )
     return 0
 
 

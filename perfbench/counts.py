@@ -1,4 +1,4 @@
-"""Figures without noise: operations, launches, FLOPs and bytes of one decode step."""
+"""Figures without noise: operations, launches and FLOPs of one decode step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from perfbench.backbone import Backbone
-from perfbench.methods.plan import AdapterPlan
 from perfbench.runtimes.generation import Arm, Batch
 
 
@@ -62,28 +60,3 @@ def _launches(arm: Arm, batch: Batch) -> int:
         torch.cuda.synchronize()
     on_device = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     return sum(1 for e in on_device if not e.name.startswith("Mem"))
-
-
-def bytes_per_decode_step(backbone: Backbone, batch: Batch, plan: AdapterPlan | None) -> int:
-    """The least bytes that the last decode step must move: the weights, each distinct tenant's adapter and the KV
-    cache are read once, the new KV entries and a row of the embedding for each row are beside the point.
-
-    `plan`: one tenant's (sizes only); generated scales are read for each request instead of a tenant's weights.
-    """
-    model, size = backbone.model, backbone.dtype.itemsize
-    weights = sum(p.numel() for p in model.parameters()) * size
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        weights -= model.get_input_embeddings().weight.numel() * size
-    shape = backbone.shape
-    cached = int(batch.attention_mask.sum()) * batch.beams
-    cached += (batch.new_tokens - 1) * batch.attention_mask.shape[0] * batch.beams
-    kv = 2 * shape.layers * shape.kv_heads * shape.head_dim * cached * size
-    served = [slot for slot in batch.slots if slot != -1]
-    adapters = 0
-    for layer in plan or ():
-        stored = [t for pair in layer.low_rank.values() for t in (pair.a, pair.b)]
-        stored += layer.scale_minus_one.values()
-        adapters += len(set(served)) * sum(t.numel() for t in stored) * size
-        if layer.generator is not None:
-            adapters += len(served) * layer.generator.bias_minus_one.numel() * size
-    return weights + kv + adapters

@@ -48,8 +48,16 @@ METRICS: dict[str, Metric] = {
     "aten_ops_per_decode_step": Metric("operations", "lower", "ATen operations called in one decode step"),
     "kernel_launches_per_decode_step": Metric("launches", "lower", "device kernels launched in one step"),
     "flops_per_decode_step": Metric("FLOPs", "lower", "floating-point operations of one decode step"),
-    "bytes_per_decode_step": Metric("bytes", "lower", "weights, adapters and cache one step must move"),
+    "bytes_per_decode_step": Metric("bytes", "lower", "weights, adapters and cache the last step must read"),
+    "least_flops_per_decode_step": Metric("FLOPs", "lower", "products that the last step can't do without"),
+    "least_ms_per_decode_step": Metric(
+        "ms", "lower", "the last step's least bytes or FLOPs over the device's speeds, whichever takes longer"
+    ),
+    "roof_share": Metric("ratio", "higher", "least_ms_per_decode_step / the median of itl_ms"),
     "kept": Metric("ratio", "higher", "median over rounds of arm / `none` within the same round"),
+    "versus_plain": Metric(
+        "ratio", "higher", "median over rounds of arm / itself on transformers with eager, same round"
+    ),
     "kept_bound": Metric(
         "ratio", "higher", "bytes of `none` per step / bytes of the arm: the `kept` that traffic allows"
     ),

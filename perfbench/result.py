@@ -19,7 +19,7 @@ from perfbench.errors import RunDirectoryError
 from perfbench.metrics import energy_mj_per_token
 from perfbench.stats import Interval, median_interval, paired_ratios, summary
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 STATUSES = ("pending", "ok", "check_failed", "check_void", "crashed", "out_of_memory")
 MANIFEST, SAMPLES = "run.json", "samples.jsonl"
 # One fixed name, so that what a kill leaves behind is overwritten by the next write.
@@ -46,7 +46,7 @@ def pending_case(
     case_id: str, comparison: str, arm: str, method: str, options: Mapping[str, Any], kernels: str
 ) -> dict[str, Any]:
     """The manifest's entry of a case that is not measured yet: every field is there, every figure is None."""
-    figures = ("reason", "check", "memory", "adapters", "exact", "summary", "kept", "versus_lora")
+    figures = ("reason", "check", "memory", "adapters", "exact", "summary", "kept", "versus_lora", "versus_plain")
     return {
         "id": case_id,
         "comparison": comparison,
@@ -213,7 +213,7 @@ class RunDirectory:
         return RunDirectoryError(f"{self.samples_path}:{number}: {what}; delete that line, or {_ELSEWHERE}")
 
     def summarise(self) -> None:
-        """Fills `summary`, `kept` and `versus_lora` of every case from the samples that are not void.
+        """Fills `summary`, `kept`, `versus_lora` and `versus_plain` of every case from the samples that are not void.
 
         A case whose status is not ok gets none of them: no speed without its check. Writes nothing.
         Raises RunDirectoryError as `samples` does, and where a case has two samples in one turn.
@@ -229,6 +229,21 @@ class RunDirectory:
             for case in members:
                 for field, method in (("kept", "none"), ("versus_lora", "lora")):
                     case[field] = self._versus(case, _reference(members, method, case["kernels"]), valid)
+        for comparison in self.manifest["comparisons"]:
+            plain = self._plain(comparison)
+            for case in (cases[case_id] for case_id in comparison["case_ids"]):
+                case["versus_plain"] = self._versus(case, plain.get(case["arm"]), valid)
+
+    def _plain(self, comparison: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Arm -> its case on runtime transformers with kernels eager, everything else being as in `comparison`."""
+        same = ("backbone", "dtype", "device", "workload")
+        return {
+            case["arm"]: case
+            for other in self.manifest["comparisons"]
+            if other["runtime"] == "transformers" and all(other[key] == comparison[key] for key in same)
+            for case in (self.manifest["cases"][case_id] for case_id in other["case_ids"])
+            if case["kernels"] == "eager"
+        }
 
     def _versus(
         self, case: dict[str, Any], reference: dict[str, Any] | None, valid: list[dict[str, Any]]

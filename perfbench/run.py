@@ -1,4 +1,4 @@
-"""`perfbench run`: the parent process. It starts one child for each comparison, writes what the child reports, and
+"""`perfbench run`: the parent process. It starts one child for each job, writes what the child reports, and
 starts a child again without the case that killed it. Free of torch.
 """
 
@@ -47,7 +47,7 @@ def manifest_of(scenario: Scenario, comparisons: Sequence[Comparison]) -> dict[s
         "comparisons": [
             {key: value for key, value in cases.to_json(comparison).items() if key != "cases"}
             | {"case_ids": [case.id for case in comparison.cases]}
-            | {"backbone_parameters": None, "backbone_bytes": None}
+            | {"backbone_parameters": None, "backbone_bytes": None, "roof": None}
             for comparison in comparisons
         ],
         "cases": {
@@ -73,7 +73,7 @@ def execute(scenario: Scenario, comparisons: Sequence[Comparison], out: Path, *,
         directory = RunDirectory.create(out, manifest_of(scenario, comparisons))
     directory.manifest["finished_at"] = None
     jobs = list(_jobs(comparisons, scenario.isolation))
-    arms = sum(len(job.cases) for job in jobs)
+    arms = sum(len(_cases_of(job)) for job in jobs)
     try:
         with RunProgress(arms * (1 + scenario.repetitions)) as progress:
             for job in jobs:
@@ -102,18 +102,31 @@ def _same_plan(directory: RunDirectory, fresh: dict[str, Any]) -> None:
             raise RunDirectoryError(f"{directory.path}: holds a run of other {what}; run with another --out")
 
 
-def _jobs(comparisons: Sequence[Comparison], isolation: str) -> Iterator[Comparison]:
-    """What one child measures: a whole comparison, or, isolated, one arm of it beside the bare backbone."""
+# The comparisons, or parts of them, whose cases take turns in one child process.
+Job = tuple[Comparison, ...]
+
+
+def _jobs(comparisons: Sequence[Comparison], isolation: str) -> Iterator[Job]:
+    """What one child measures: all comparisons that differ in nothing but the runtime, so that runtimes too take
+    turns; or, isolated, one arm of a comparison beside the bare backbone."""
+    if isolation == "shared":
+        alike: dict[Any, list[Comparison]] = {}
+        for comparison in comparisons:
+            key = (comparison.backbone, comparison.dtype, comparison.device, comparison.workload)
+            alike.setdefault(key, []).append(comparison)
+        yield from map(tuple, alike.values())
+        return
     for comparison in comparisons:
-        if isolation == "shared":
-            yield comparison
-            continue
         bare = {case.kernels: case for case in comparison.cases if case.method == "none"}
         others = [case for case in comparison.cases if case.method != "none"]
         for case in others:
-            yield replace(comparison, cases=(bare[case.kernels], case))
+            yield (replace(comparison, cases=(bare[case.kernels], case)),)
         if not others:
-            yield comparison
+            yield (comparison,)
+
+
+def _cases_of(job: Job) -> list[Case]:
+    return [case for comparison in job for case in comparison.cases]
 
 
 class Supervisor:
@@ -130,39 +143,40 @@ class Supervisor:
         found: dict[str, Any] = self.directory.manifest["cases"]
         return found
 
-    def run(self, job: Comparison) -> None:
+    def run(self, job: Job) -> None:
         """Until every case of the job is measured or has failed for good."""
         self.progress.already(sum(len(rounds) for rounds in self._done(job).values()))
-        while alive := [case for case in job.cases if self._cases[case.id]["status"] not in FINAL]:
+        while alive := [case for case in _cases_of(job) if self._cases[case.id]["status"] not in FINAL]:
             if all(len(rounds) >= self.scenario.repetitions for rounds in self._done(job).values()):
                 break
-            ended = self._child(replace(job, cases=tuple(alive)))
+            left = (replace(one, cases=tuple(case for case in one.cases if case in alive)) for one in job)
+            ended = self._child(tuple(one for one in left if one.cases))
             if ended is None:
                 break
             self._fail(alive, *ended)
-        for case in job.cases:
+        for case in _cases_of(job):
             if self._cases[case.id]["status"] == "pending" and self._cases[case.id]["check"]:
                 self._cases[case.id]["status"] = "ok"
         self.directory.write_manifest()
 
-    def _done(self, job: Comparison) -> dict[str, set[int]]:
+    def _done(self, job: Job) -> dict[str, set[int]]:
         """Case id -> the rounds of which there is a sample, for the cases that can still be measured.
 
         Isolated, the bare backbone goes along with its arm: what it did beside another arm does not count.
         """
         rounds: dict[str, set[int]] = {
-            case.id: set() for case in job.cases if self._cases[case.id]["status"] not in FINAL
+            case.id: set() for case in _cases_of(job) if self._cases[case.id]["status"] not in FINAL
         }
         for sample in self.directory.samples():
             if sample["case"] in rounds:
                 rounds[sample["case"]].add(sample["round"])
-        if self.scenario.isolation != "shared" and len(job.cases) == 2:
-            bare, arm = (case.id for case in job.cases)
+        if self.scenario.isolation != "shared" and len(_cases_of(job)) == 2:
+            bare, arm = (case.id for case in _cases_of(job))
             if bare in rounds and arm in rounds:
                 rounds[bare] &= rounds[arm]
         return rounds
 
-    def _child(self, job: Comparison) -> tuple[str, str] | None:
+    def _child(self, job: Job) -> tuple[str, str] | None:
         """One child process. None when it came to its end, else (status, reason) of the case in flight."""
         process_number = self.directory.manifest["processes"]
         self.directory.manifest["processes"] += 1
@@ -200,14 +214,14 @@ class Supervisor:
             return error["kind"], error["message"]
         return "crashed", _cause(code)
 
-    def _job_json(self, job: Comparison) -> dict[str, Any]:
+    def _job_json(self, job: Job) -> dict[str, Any]:
         prepared = {
             case.id: "ok" if self._cases[case.id]["status"] == "pending" else self._cases[case.id]["status"]
-            for case in job.cases
+            for case in _cases_of(job)
             if self._cases[case.id]["check"]
         }
         return {
-            "comparison": cases.to_json(job),
+            "comparisons": [cases.to_json(comparison) for comparison in job],
             "prepared": prepared,
             "done": {case_id: sorted(rounds) for case_id, rounds in self._done(job).items()},
             "warmup": self.scenario.warmup,
@@ -216,18 +230,21 @@ class Supervisor:
             "threads": threads(),
         }
 
-    def _take(self, event: dict[str, Any], job: Comparison, process_number: int) -> None:
+    def _take(self, event: dict[str, Any], job: Job, process_number: int) -> None:
         """Writes down what one event says."""
         kind = event.pop("event")
         if kind == "phase":
             self.in_flight = event["case"]
-            self.progress.say(event["case"] or job.id, event["text"])
+            self.progress.say(event["case"] or job[0].id, event["text"])
         elif kind == "sample":
             self.directory.append_sample({**event, "process": process_number})
             self.progress.advance()
         elif kind == "backbone":
-            entry = next(c for c in self.directory.manifest["comparisons"] if c["id"] == job.id)
-            entry["backbone_parameters"], entry["backbone_bytes"] = event["parameters"], event["bytes"]
+            ids = {comparison.id for comparison in job}
+            for entry in self.directory.manifest["comparisons"]:
+                if entry["id"] in ids:
+                    entry["backbone_parameters"], entry["backbone_bytes"] = event["parameters"], event["bytes"]
+                    entry["roof"] = event["roof"]
             self.directory.write_manifest()
         elif kind == "case":
             case_id, status = event.pop("case"), event.pop("status")

@@ -13,7 +13,7 @@ import copy
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +22,7 @@ from perfbench import backbone_config
 from perfbench.errors import ScenarioError
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
+from perfbench.runtime_support import kernels_problem, serves, unsupported
 from perfbench.scenario_schema import LAYERS, problems
 from perfbench.yaml_source import Place, Source, assign, dotted, lay_over, parse, read
 
@@ -160,7 +161,11 @@ def check_against_backbone(scenario: Scenario) -> None:
     """
     places = _workload_places(scenario.source)
     for backbone in scenario.backbone:
-        shape = backbone_config.shape_of(backbone)
+        config = backbone_config.find_config(backbone)
+        shape = BackboneShape.of_config(config)
+        for runtime in scenario.runtime:
+            if (reason := unsupported(runtime, config)) is not None:
+                _refuse(scenario.source, f"{backbone}: {reason}", "runtime")
         for place, axes in zip(places, scenario.workload, strict=True):
             problem = _point_problem(axes, backbone, shape)
             if problem:
@@ -239,7 +244,13 @@ def _refuse(source: Source, message: str, *place: str | int) -> NoReturn:
 def _build(source: Source, path: Path, device_kind: str, notes: tuple[str, ...]) -> Scenario:
     """The frozen scenario of values that the schema accepts."""
     values = source.values
-    dtypes = _axis(values["dtype"])
+    dtypes, runtimes = _axis(values["dtype"]), _axis(values.get("runtime", "transformers"))
+    kernels = _axis(values.get("kernels", "eager"))
+    for runtime, name in itertools.product(runtimes, kernels):
+        if (reason := kernels_problem(runtime, name, device_kind)) is not None:
+            _refuse(source, reason, "kernels")
+    arms = _arms(source, path)
+    notes += tuple(_unserved(source, arms, runtimes))
     if device_kind == "cpu" and "fp16" in dtypes:
         _refuse(
             source, "fp16 on the CPU is slow and partly unsupported by torch; choose bf16 or fp32", "dtype"
@@ -250,9 +261,9 @@ def _build(source: Source, path: Path, device_kind: str, notes: tuple[str, ...])
         backbone=_axis(values["backbone"]),
         dtype=dtypes,
         device=device_kind,
-        runtime=_axis(values.get("runtime", "transformers")),
-        kernels=_axis(values.get("kernels", "eager")),
-        methods=_arms(source, path),
+        runtime=runtimes,
+        kernels=kernels,
+        methods=arms,
         workload=tuple(_axes(source, place, path) for place in _workload_places(source)),
         warmup=values.get("warmup", 3),
         repetitions=values.get("repetitions", 100),
@@ -336,6 +347,18 @@ def _arms(source: Source, path: Path) -> tuple[Arm, ...]:
         first_at[label] = index
         arms[label] = Arm(label, method, _options(source, path, ("methods", index, method), method, options))
     return tuple(arms.values())
+
+
+def _unserved(source: Source, arms: Sequence[Arm], runtimes: Sequence[str]) -> Iterator[str]:
+    """A note for each runtime that can't serve some arm; ScenarioError for an arm that no runtime can."""
+    for arm in arms:
+        if not any(serves(runtime, arm.method) for runtime in runtimes):
+            message = f"{arm.method} is served by PEFT, on runtime transformers only; add that runtime"
+            _refuse(source, f"{message}, or leave {arm.label} out", "methods")
+    for runtime in runtimes:
+        left_out = [arm.label for arm in arms if not serves(runtime, arm.method)]
+        if left_out:
+            yield f"runtime {runtime}: without {', '.join(left_out)}, which PEFT serves on transformers only"
 
 
 def _options(source: Source, path: Path, place: Place, method: str, options: dict[str, Any]) -> Any:

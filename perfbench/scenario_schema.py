@@ -21,8 +21,11 @@ DTYPES = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 
 # Name -> what it is. A runtime generates tokens, a kernel set does the adapters' arithmetic.
-RUNTIMES = {"transformers": "the Hugging Face model and its generate()"}
-KERNELS = {"eager": "plain torch"}
+RUNTIMES = {
+    "transformers": "the Hugging Face model and its generate()",
+    "static": "our own decode loop over fused weights and a fixed cache, for the Llama family",
+}
+KERNELS = {"eager": "plain torch", "triton": "fused Triton kernels, on a CUDA device"}
 
 ISOLATION = {
     "shared": "all arms of a comparison take turns in one child process",

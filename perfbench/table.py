@@ -15,6 +15,7 @@ from typing import Any
 
 from perfbench.errors import PerfbenchError, nearest
 from perfbench.papers import Paper, find_paper
+from perfbench.roof import Device, Work
 from perfbench.stats import overlap
 
 Row = dict[str, Any]
@@ -32,6 +33,7 @@ _FIGURES = {
         "kernel_launches_per_decode_step",
         "flops_per_decode_step",
         "bytes_per_decode_step",
+        "least_flops_per_decode_step",
         "kept_bound",
     ),
 }
@@ -44,9 +46,12 @@ _VERDICTS = {
 }
 _LEGEND = (
     "kept: the share of the bare backbone's decode speed that is left with the adapters in, the median over "
-    "rounds with its 95% interval. ttft: until the first token; itl: between later tokens. a tenant: adapter "
-    "memory that one more takes. ops: ATen operations in a decode step."
+    "rounds with its 95% interval. ttft: until the first token. a tenant: adapter "
+    "memory that one more takes; more fit: how many more. roof: the least time of the last step, from what it must "
+    "read, over the time between tokens. ops: ATen operations in a decode step."
 )
+_LEGEND_PLAIN = " times plain: decode speed over that of the same arm on runtime transformers with kernels eager."
+
 
 
 def rows(manifest: Mapping[str, Any]) -> list[Row]:
@@ -75,12 +80,15 @@ def _row(
     row |= {"check": _check(case), "reason": case["reason"]}
     row |= {"rounds": summary["total_ms"]["rounds"] if summary else None}
     row |= {metric: summary[metric]["median"] if metric in summary else None for metric in _MEDIANS}
-    for field in ("kept", "versus_lora"):
+    for field in ("kept", "versus_lora", "versus_plain"):
         for speed in ("decode_tokens_per_s", "tokens_per_s"):
             interval = (case[field] or {}).get(speed) or {}
             row |= {f"{field}_{speed}{end}": interval.get(key) for end, key in _ENDS.items()}
     for field, figures in _FIGURES.items():
         row |= {figure: (case[field] or {}).get(figure) for figure in figures}
+    least_ms = _least_ms(comparison, row)
+    row |= {"least_ms_per_decode_step": least_ms}
+    row |= {"roof_share": least_ms / row["itl_ms"] if least_ms and row["itl_ms"] else None}
     beams = comparison["workload"].get("beams")
     theirs = paper.row(case["method"], beams, case["options"]) if paper else None
     ratio = paper.versus_lora(case["method"], beams) if paper and theirs else None
@@ -90,6 +98,16 @@ def _row(
         "paper_versus_lora_tokens_per_s": ratio,
         "paper_mib": theirs.mib if theirs else None,
     }
+
+
+def _least_ms(comparison: Mapping[str, Any], row: Row) -> float | None:
+    """The least time of the last decode step on the device of this comparison; None where something is not known."""
+    roof = comparison.get("roof")
+    if not roof or row["bytes_per_decode_step"] is None or row["least_flops_per_decode_step"] is None:
+        return None
+    device = Device(**roof)
+    work = Work(row["bytes_per_decode_step"], 0, 0, row["least_flops_per_decode_step"])
+    return work.least_s(device, row["dtype"]) * 1e3
 
 
 _ENDS = {"": "ratio", "_low": "low", "_high": "high"}
@@ -164,20 +182,26 @@ def _versus_lora(row: Row) -> str:
     return _interval(row, "versus_lora_tokens_per_s", 1, 2)
 
 
-def _columns(group: Sequence[Row]) -> list[Column]:
-    """The columns of one comparison. Peak memory is that of tensors, or the host's where it is not known."""
+def _peak(group: Sequence[Row]) -> Column:
+    """Peak memory is that of tensors, or the host's where it is not known."""
     known = any(row["peak_allocated_bytes"] is not None for row in group)
     peak, head = ("peak_allocated_bytes", "peak\nMiB") if known else ("peak_resident_bytes", "host\nMiB")
-    kernels = len({row["kernels"] for row in group}) > 1
+    return Column(head, lambda row: NOTHING if row[peak] is None else f"{row[peak] / _MIB:,.0f}")
+
+
+def _columns(group: Sequence[Row]) -> list[Column]:
+    """The columns of one comparison; the ratio to the plain runtime and kernels where that was measured too."""
+    kernels, plain = len({row["kernels"] for row in group}) > 1, "versus_plain_decode_tokens_per_s"
     return [
         Column("arm", lambda row: f"{row['arm']} ({row['kernels']})" if kernels else row["arm"], text=True),
         Column("tokens\n/s", lambda row: _figure(row["decode_tokens_per_s"])),
         Column("kept\n%", _kept),
+        *([Column("times\nplain", lambda row: _figure(row[plain]))] if any(row[plain] for row in group) else []),
         Column("ttft\nms", lambda row: _figure(row["ttft_ms"])),
-        Column("itl\nms", lambda row: _figure(row["itl_ms"])),
-        Column(head, lambda row: NOTHING if row[peak] is None else f"{row[peak] / _MIB:,.0f}"),
+        _peak(group),
         Column("a\ntenant", lambda row: _bytes(row["bytes_per_tenant"])),
-        Column("tenants\nfit", lambda row: _count(row["tenants_that_fit"])),
+        Column("more\nfit", lambda row: _count(row["tenants_that_fit"])),
+        Column("roof\n%", lambda row: NOTHING if row["roof_share"] is None else f"{row['roof_share'] * 100:.0f}"),
         Column("ops\n/step", lambda row: _count(row["aten_ops_per_decode_step"])),
     ]
 
@@ -287,6 +311,11 @@ def render(manifest: Mapping[str, Any], format: str = "table", console: Any = No
     return _TEXTS[format](manifest)
 
 
+def _legend(manifest: Mapping[str, Any]) -> str:
+    beside_plain = any(case["versus_plain"] for case in manifest["cases"].values())
+    return _LEGEND + (_LEGEND_PLAIN if beside_plain else "")
+
+
 def _groups(manifest: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], list[Row]]]:
     flat = rows(manifest)
     for comparison in manifest["comparisons"]:
@@ -326,10 +355,10 @@ def _print(manifest: Mapping[str, Any], console: Any) -> None:
         beside = [row for row in group if row["paper"]]
         if paper and beside:
             console.print()
-            grid = _grid(_paper_title(paper), [columns[0], *_paper_columns(paper, columns[5])], beside)
+            grid = _grid(_paper_title(paper), [columns[0], *_paper_columns(paper, _peak(group))], beside)
             console.print(grid, width=width)
     console.print()
-    say(_LEGEND, "dim")
+    say(_legend(manifest), "dim")
 
 
 def _grid(title: str, columns: Sequence[Column], group: Sequence[Row]) -> Any:
@@ -367,7 +396,7 @@ def _markdown(manifest: Mapping[str, Any]) -> str:
     for comparison, group in _groups(manifest):
         columns = _columns(group)
         if paper:
-            columns += _paper_columns(paper, columns[5])
+            columns += _paper_columns(paper, _peak(group))
         columns.append(Column("check", _reason, text=True))
         lines += [f"**{_plain(_title(comparison, manifest['comparisons']))}**", ""]
         lines.append(f"| {' | '.join(_plain(column.head) for column in columns)} |")
@@ -377,7 +406,7 @@ def _markdown(manifest: Mapping[str, Any]) -> str:
         if paper:
             lines.append(_plain(f"{_paper_title(paper)}."))
         lines.append("")
-    return "\n".join([*lines, _LEGEND]) + "\n"
+    return "\n".join([*lines, _legend(manifest)]) + "\n"
 
 
 def _plain(text: str) -> str:

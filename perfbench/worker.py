@@ -1,4 +1,4 @@
-"""The child process that touches the device: one comparison, its arms in turn.
+"""The child process that touches the device: the comparisons of one backbone and workload, their arms in turn.
 
 It reads a job (JSON) on standard input and writes events, one line of JSON each, to what was its standard output;
 whatever the libraries print goes to standard error. The parent alone writes the run directory.
@@ -65,27 +65,30 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
     import transformers
 
     from perfbench import backbone as backbones
-    from perfbench import cases, workload
+    from perfbench import cases, measured_roof, workload
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(job["threads"])
-    comparison = cases.from_json(job["comparison"])
-    emit("phase", case=None, text=f"loading {comparison.backbone}")
-    backbone = backbones.load(comparison.backbone, comparison.dtype, comparison.device, job["seed"])
-    emit("backbone", parameters=backbone.parameters, bytes=backbone.bytes)
-    batch = workload.make(comparison.workload, backbone, job["seed"])
-    session = Session(job, comparison, backbone, batch, emit)
-    passed = [case for case in comparison.cases if session.prepare(case)]
+    comparisons = [cases.from_json(comparison) for comparison in job["comparisons"]]
+    first = comparisons[0]
+    emit("phase", case=None, text=f"loading {first.backbone}")
+    backbone = backbones.load(first.backbone, first.dtype, first.device, job["seed"])
+    roof = measured_roof.device_roof(backbone.device, first.dtype)
+    emit("backbone", parameters=backbone.parameters, bytes=backbone.bytes, roof=vars(roof))
+    batch = workload.make(first.workload, backbone, job["seed"])
+    session = Session(job, first, backbone, batch, emit)
+    passed = [case for comparison in comparisons for case in comparison.cases if session.prepare(case)]
     session.time(passed)
 
 
 class Session:
-    """One job: the comparison's arms over one backbone and one batch."""
+    """One job: arms over one backbone and one batch; `first` is any of its comparisons."""
 
-    def __init__(self, job: dict[str, Any], comparison: Any, backbone: Any, batch: Any, emit: Emit):
+    def __init__(self, job: dict[str, Any], first: Any, backbone: Any, batch: Any, emit: Emit):
         self.job = job
-        self.comparison = comparison
+        self.dtype = first.dtype
+        self.resident = first.workload.resident
         self.backbone = backbone
         self.batch = batch
         self.emit = emit
@@ -104,9 +107,8 @@ class Session:
         built = self._build(case)
         arm, batch, device = built.arm, built.batch, self.backbone.device
         self.emit("phase", case=case.id, text="checking")
-        resident = self.comparison.workload.resident
         found = check.check(
-            arm, batch, resident, self.backbone.dtype, self.job["seed"], has_adapters=case.method != "none"
+            arm, batch, self.resident, self.backbone.dtype, self.job["seed"], has_adapters=case.method != "none"
         )
         self.emit("phase", case=case.id, text="measuring memory")
         held = memory.resident_bytes(arm)
@@ -114,14 +116,7 @@ class Session:
         free = memory.free_bytes(device, peaks["peak_allocated_bytes"] - held)
         per_tenant = built.adapters["bytes_per_tenant"]
         self.emit("phase", case=case.id, text="counting operations")
-        least = {
-            name: counts.bytes_per_decode_step(self.backbone, batch, plan)
-            for name, plan in (("bytes", built.plan), ("bare_bytes", None))
-        }
-        exact = counts.decode_step(arm, batch, device) | {
-            "bytes_per_decode_step": least["bytes"],
-            "kept_bound": least["bare_bytes"] / least["bytes"],
-        }
+        exact = counts.decode_step(arm, batch, device) | self._least(built)
         self.emit(
             "case",
             case=case.id,
@@ -134,6 +129,29 @@ class Session:
         )
         arm.close()
         return found.status == "ok"
+
+    def _least(self, built: Any) -> dict[str, Any]:
+        """What the last decode step must at least read and compute."""
+        from perfbench.roof import decode_step
+
+        batch, dtype = built.batch, self.dtype
+        own, bare = (
+            decode_step(
+                self.backbone.model.config.to_dict(),
+                dtype,
+                prompt_tokens=batch.attention_mask.sum(dim=1).tolist(),
+                generated_tokens=batch.new_tokens - 2,
+                beams=batch.beams,
+                plan=plan,
+                served=[slot for slot in batch.slots if slot != -1],
+            )
+            for plan in (built.plan, None)
+        )
+        return {
+            "bytes_per_decode_step": own.bytes,
+            "least_flops_per_decode_step": own.flops,
+            "kept_bound": bare.bytes / own.bytes,
+        }
 
     def time(self, cases: list[Any]) -> None:
         """Warm-up, then the rounds that are still missing; in each, every arm once, in an order drawn for it."""
@@ -163,9 +181,7 @@ class Session:
         from perfbench import arms
 
         with tempfile.TemporaryDirectory(prefix="perfbench-") as scratch:
-            return arms.build(
-                case, self.backbone, self.batch, self.comparison.workload.resident, self.job["seed"], Path(scratch)
-            )
+            return arms.build(case, self.backbone, self.batch, self.resident, self.job["seed"], Path(scratch))
 
 
 def _nvml(device: Any) -> Any:

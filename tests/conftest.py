@@ -9,6 +9,9 @@ from pathlib import Path
 
 # Read by huggingface_hub when it is first imported, so it has to stand before any import of it.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read by triton when it is first imported (transformers does): without a GPU its kernels run in the interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 

@@ -48,8 +48,15 @@ class Arm(Protocol):
 
     model: Any
 
-    def generate(self, batch: Batch, **observers: Any) -> Generation:
-        """Generates batch.new_tokens tokens for each request; `observers` as `generate` below."""
+    def generate(
+        self,
+        batch: Batch,
+        *,
+        clock: StepClock | None = None,
+        forced: torch.Tensor | None = None,
+        with_logits: bool = False,
+    ) -> Generation:
+        """Generates batch.new_tokens tokens for each request; the rest as `generate` below."""
 
     def close(self) -> None:
         """Gives back what the arm holds beside the backbone's weights."""

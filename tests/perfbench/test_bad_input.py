@@ -271,5 +271,5 @@ def test_a_run_of_another_schema_version(
     (out / "run.json").write_text(json.dumps({"schema_version": 999, "perfbench_version": "9.9"}))
     for command in (["show", str(out)], ["run", str(scenario), "--out", str(out), "--resume"]):
         assert main(command) == 2
-        assert "schema_version: expected 1, got 999" in capsys.readouterr().err
+        assert "schema_version: expected 2, got 999" in capsys.readouterr().err
     shutil.rmtree(out)

@@ -136,8 +136,8 @@ def test_what_is_no_run_directory_is_refused(tmp_path: Path) -> None:
         (b"\xff\xfe{}", "not valid JSON"),
         (b'{"schema_version": NaN}', "NaN is not JSON"),
         (b"[1, 2]", "expected a JSON object, got list"),
-        (b"{}", "schema_version: expected 1, got None"),
-        (b'{"schema_version": 1}', "perfbench_version: expected a value of type str, got NoneType"),
+        (b"{}", "schema_version: expected 2, got None"),
+        (b'{"schema_version": 2}', "perfbench_version: expected a value of type str, got NoneType"),
     ],
 )
 def test_a_corrupt_manifest_is_refused(run: RunDirectory, content: bytes, message: str) -> None:
@@ -149,9 +149,9 @@ def test_a_corrupt_manifest_is_refused(run: RunDirectory, content: bytes, messag
 
 
 def test_another_schema_version_is_refused_with_the_version_that_reads_it(run: RunDirectory) -> None:
-    run.manifest_path.write_text(json.dumps(manifest() | {"schema_version": 2, "perfbench_version": "9.1"}))
+    run.manifest_path.write_text(json.dumps(manifest() | {"schema_version": 99, "perfbench_version": "9.1"}))
     refusal = refused(run.path)
-    assert "schema_version: expected 1, got 2; read it with the perfbench that wrote it (9.1)" in refusal
+    assert "schema_version: expected 2, got 99; read it with the perfbench that wrote it (9.1)" in refusal
 
 
 def test_damage_inside_a_manifest_is_named(run: RunDirectory) -> None:

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from perfbench import backbone
+from perfbench.arms import PLAN_ARMS
 from perfbench.kernels import vector_generator
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank
 from perfbench.methods.registry import METHODS, FanLoraOptions, LoraOptions, ParaOptions
 from perfbench.methods.shape import MODULE_PATHS
+from perfbench.runtime_support import serves
 from perfbench.runtimes.generation import Arm, Batch
 from perfbench.runtimes.peft_arms import PeftMixedArm, PeftSingleArm
 from perfbench.runtimes.transformers_plan import PlanArm
@@ -32,6 +34,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "para-normalised": ("para", ParaOptions(rank=3, pool="normalised")),
     "peft": ("peft", LoraOptions()),
 }
+RUNTIMES = tuple(PLAN_ARMS)
 RESIDENT = 4
 SLOTS = (2, -1, 0, 2, 3, 1)
 LENGTHS = (7, 2, 1, 5, 3, 6)
@@ -57,14 +60,14 @@ def make_tenants(tiny: backbone.Backbone, case: str) -> Tenants:
     return Tenants(method, options, values)
 
 
-def make_arm(tiny: backbone.Backbone, tenants: Tenants, scratch: Path) -> Arm:
+def make_arm(tiny: backbone.Backbone, tenants: Tenants, scratch: Path, runtime: str = "transformers") -> Arm:
     method = parameters.implementation(tenants.method)
     if METHODS[tenants.method].served_by == "plan":
         layout = parameters.meta_plan(tenants.method, tiny.shape, tenants.options)
         bank = Bank(layout, RESIDENT, tiny.dtype, tiny.device)
         for values in tenants.values:
             bank.admit(method.plan(values, tiny.shape, tenants.options))
-        return PlanArm(tiny, bank, "eager")
+        return PLAN_ARMS[runtime](tiny, bank, "eager")
     return peft_arm(PeftMixedArm, tiny, tenants, scratch)
 
 
@@ -152,12 +155,15 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("case", CASES)
 def test_a_mixed_batch_is_what_the_naive_model_makes_of_each_request(
-    tiny: backbone.Backbone, case: str, beams: int, tmp_path: Path
+    tiny: backbone.Backbone, case: str, runtime: str, beams: int, tmp_path: Path
 ) -> None:
+    if not serves(runtime, CASES[case][0]):
+        pytest.skip(f"{case} is served by PEFT, which runtime {runtime} can't run")
     tenants, batch = make_tenants(tiny, case), make_batch(beams)
-    arm = make_arm(tiny, tenants, tmp_path)
+    arm = make_arm(tiny, tenants, tmp_path, runtime)
     tokens = arm.generate(batch).tokens
     logits = arm.generate(batch, forced=tokens, with_logits=True).logits
     for request, slot in enumerate(batch.slots):
@@ -178,11 +184,12 @@ def test_a_mixed_batch_is_what_the_naive_model_makes_of_each_request(
         assert own[0, prompt.shape[1] :].tolist() == tokens[request].tolist()
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("case", [case for case in CASES if case != "peft"])
 def test_a_batch_of_one_tenant_is_served_by_one_group_alike(
-    tiny: backbone.Backbone, case: str, tmp_path: Path
+    tiny: backbone.Backbone, case: str, runtime: str, tmp_path: Path
 ) -> None:
-    arm, batch = make_arm(tiny, make_tenants(tiny, case), tmp_path), make_batch(beams=3)
+    arm, batch = make_arm(tiny, make_tenants(tiny, case), tmp_path, runtime), make_batch(beams=3)
     same = replace(batch, slots=(2,) * len(batch.slots))
     tokens = arm.generate(same).tokens
     mixed = arm.generate(batch, forced=tokens, with_logits=True).logits
@@ -192,9 +199,10 @@ def test_a_batch_of_one_tenant_is_served_by_one_group_alike(
         assert difference < TOLERANCE if slot == 2 else difference > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_para_makes_its_vectors_once_for_each_layer_and_prompt(
-    tiny: backbone.Backbone, beams: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: backbone.Backbone, beams: int, runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
 
@@ -203,7 +211,7 @@ def test_para_makes_its_vectors_once_for_each_layer_and_prompt(
         return vector_generator.eager(h, *stacks)
 
     monkeypatch.setitem(vector_generator.FORMS, "eager", counting)
-    arm, batch = make_arm(tiny, make_tenants(tiny, "para"), tmp_path), make_batch(beams)
+    arm, batch = make_arm(tiny, make_tenants(tiny, "para"), tmp_path, runtime), make_batch(beams)
     arm.generate(batch)
     assert sizes == [len(SLOTS)] * tiny.shape.layers
     # One token of prompt looks like a decode step by its length, and is a prompt by the empty cache.

@@ -40,7 +40,12 @@ def case(
         "check": {"requests": 4, "tokens_equal": True, "ties": 0, "passed": True},
         "memory": {"peak_allocated_bytes": 50 * MIB, "tenants_that_fit": 4321},
         "adapters": {"parameters_per_tenant": 100, "bytes_per_tenant": tenant_bytes, "admit_ms": 2.0},
-        "exact": {"aten_ops_per_decode_step": 777, "kept_bound": 0.97},
+        "exact": {
+            "aten_ops_per_decode_step": 777,
+            "bytes_per_decode_step": 5_000_000,
+            "least_flops_per_decode_step": 1_000_000,
+            "kept_bound": 0.97,
+        },
         "summary": figures,
         "kept": {"decode_tokens_per_s": interval, "tokens_per_s": interval} if interval else None,
         **changes,
@@ -59,6 +64,10 @@ def manifest(
         **{"id": "c", "backbone": "llama-tiny", "dtype": "fp32", "device": device, "runtime": "transformers"},
         "workload": {**workload, "tenant_mix": "distinct", "without_adapter": 0.0, **load},
         "case_ids": [member["id"] for member in members],
+        "roof": {
+            **{"name": "d", "bytes_per_s": 1e9, "flops_per_s": {"fp32": 1e12}},
+            **{"memory_bytes": None, "source": "made up"},
+        },
     }
     scenario = {"name": "demo", "question": "Which one?", "notes": ["chose the CPU"], "paper": paper}
     return {
@@ -97,10 +106,28 @@ def test_the_printed_row_has_every_figure() -> None:
     text = printed(manifest(NONE, LORA))
     row = next(line for line in text.splitlines() if line.startswith("lora "))
     assert cells(row) == [
-        *("lora", "180", "90.0 [88.0, 92.0]", "22.2", "11.1", "50", "1.5 MiB", "4,321", "777", "ok")
+        *("lora", "180", "90.0 [88.0, 92.0]", "22.2", "50", "1.5 MiB", "4,321", "45", "777", "ok")
     ]
     bare = next(line for line in text.splitlines() if line.startswith("none "))
-    assert cells(bare) == ["none", "200", "the bare one", "20.0", "10.0", "50", "-", "4,321", "777", "ok"]
+    assert cells(bare) == ["none", "200", "the bare one", "20.0", "50", "-", "4,321", "50", "777", "ok"]
+
+
+def test_the_ratio_to_plain_stands_there_where_it_was_measured() -> None:
+    plain = {"decode_tokens_per_s": {"ratio": 1.61, "low": 1.5, "high": 1.7, "rounds": 3}}
+    text = printed(manifest(NONE, {**LORA, "versus_plain": plain}))
+    row = next(line for line in text.splitlines() if line.startswith("lora "))
+    assert cells(row)[3] == "1.61"
+    assert "times plain: decode speed over" in words(text)
+    assert "times plain" not in words(printed(manifest(NONE, LORA)))
+
+
+def test_an_unknown_roof_leaves_its_share_out() -> None:
+    run = manifest(NONE)
+    run["comparisons"][0]["roof"] = None
+    row = rows(run)[0]
+    assert row["least_ms_per_decode_step"] is None
+    assert row["roof_share"] is None
+    assert rows(manifest(NONE))[0]["least_ms_per_decode_step"] == pytest.approx(5.0)
 
 
 def test_title_and_hardware_stand_beside_the_numbers() -> None:

@@ -1,0 +1,38 @@
+"""Attention of one new token for each row, over a cache in which a prompt is held once for all its beams."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def eager(
+    q: torch.Tensor, prompt: torch.Tensor, generated: torch.Tensor | None, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """[rows, H D] for q [rows, H, D] of rows = Q x beams.
+
+    prompt [Q, 2, H_kv, S, D]: keys and values; generated None (one beam: all lies in `prompt`) or [rows, n, 2, H_kv,
+    D], each row's own, in order; mask None or bool [Q, 1, 1, S], False on padding.
+    """
+    requests, _, kv_heads, _, dim = prompt.shape
+    if generated is None:
+        # The heads of a group stand in for positions: K and V need no repeating.
+        grouped = q.reshape(requests, kv_heads, -1, dim)
+        return scaled_dot_product_attention(grouped, prompt[:, 0], prompt[:, 1], mask).reshape(requests, -1)
+    rows, length = q.shape[0], prompt.shape[3]
+    beams = rows // requests
+    by_row = q.reshape(rows, kv_heads, -1, dim) * dim**-0.5
+    by_request = by_row.view(requests, beams, kv_heads, -1, dim).transpose(1, 2).flatten(2, 3)
+    own = generated.permute(2, 0, 3, 1, 4)  # [2, rows, H_kv, n, D]
+    on_prompt = by_request @ prompt[:, 0].transpose(-1, -2)  # [Q, H_kv, beams x group, S]
+    if mask is not None:
+        on_prompt = on_prompt.masked_fill(~mask, float("-inf"))
+    on_prompt = on_prompt.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)  # [rows, H_kv, group, S]
+    scores = torch.cat([on_prompt, by_row @ own[0].transpose(-1, -2)], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    shared = weights[..., :length].unflatten(0, (requests, beams)).transpose(1, 2).flatten(2, 3)
+    from_prompt = (shared @ prompt[:, 1]).unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
+    return (from_prompt + weights[..., length:] @ own[1]).reshape(rows, -1)
+
+
+FORMS = {"eager": eager}

@@ -1,0 +1,35 @@
+"""What follows the O and the down product: low-rank expand on the residual stream, and its RMS norm."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import rms_norm
+
+from perfbench.kernels.low_rank import Expansion, expand
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight in fp32 inside, over the last dimension; a weight in fp32 is not rounded to x's type."""
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        # torch's rms_norm is ten operations here, 35 microseconds in place of 15.
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        return (x * inverse).mul_(weight)
+    if weight.dtype == x.dtype:
+        return rms_norm(x, weight.shape, weight, eps)
+    return rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+
+
+def eager(
+    residual: torch.Tensor,
+    h: torch.Tensor | None,
+    expansion: Expansion | None,
+    weight: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """The norm [rows, hidden] of `residual`, to which the product was added and the low-rank part is, in place."""
+    if h is not None and expansion is not None:
+        expand(residual, h, expansion)
+    return norm(residual, weight, eps)
+
+
+FORMS = {"eager": eager}

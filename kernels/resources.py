@@ -1,0 +1,118 @@
+"""What each Triton kernel takes of a GPU, compiled ahead of time for LLaMA-2 7B; needs no GPU.
+
+    python -m perfbench.kernels.resources            # prints the table
+    python -m perfbench.kernels.resources --write    # commits it to kernels/resources.json
+
+Registers, spills and shared memory of each kernel for each architecture. Run it without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+
+from perfbench.kernels import low_rank_triton, row_scale_triton, vector_generator_triton
+
+TABLE = Path(__file__).with_name("resources.json")
+
+# Compute capability -> (what ptxas calls it, shared memory that a block may have, in bytes).
+ARCHITECTURES = {
+    80: ("sm_80", 163 * 1024),
+    86: ("sm_86", 99 * 1024),
+    90: ("sm_90a", 227 * 1024),
+    100: ("sm_100a", 227 * 1024),
+}
+
+HIDDEN, INTERMEDIATE, RANK = 4096, 11008, 16
+BF16, FP32 = "*bf16", "*fp32"
+
+# Name -> (kernel, types of its arguments in order, constants): what the launchers ask for at 7B, decoding.
+KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
+    "low_rank.shrink": (
+        low_rank_triton._shrink,
+        {"x": BF16, "a": BF16, "planes": FP32, "M": "i32", "R": "i32", "D_IN": "i32", "G_M_R": "i32"},
+        {"BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_K": 64, "SPLIT_K": 1024, "UPCAST": False},
+    ),
+    "low_rank.shrink, prefill, rank 128": (
+        low_rank_triton._shrink,
+        {"x": BF16, "a": BF16, "planes": FP32, "M": "i32", "R": "i32", "D_IN": "i32", "G_M_R": "i32"},
+        {"BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_K": 64, "SPLIT_K": 1024, "UPCAST": False},
+    ),
+    "low_rank.expand": (
+        low_rank_triton._expand,
+        {"y": BF16, "planes": FP32, "b": BF16, "M": "i32", "R": "i32", "D_OUT": "i32", "G_M_R": "i32"},
+        {"SPLITS": 4, "BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_N": 64, "UPCAST": False},
+    ),
+    "low_rank.expand, prefill, rank 128": (
+        low_rank_triton._expand,
+        {"y": BF16, "planes": FP32, "b": BF16, "M": "i32", "R": "i32", "D_OUT": "i32", "G_M_R": "i32"},
+        {"SPLITS": 4, "BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_N": 64, "UPCAST": False},
+    ),
+    "row_scale": (
+        row_scale_triton._scale,
+        {"y": BF16, "scale_minus_one": BF16, "M": "i32", "D": "i32"},
+        {"BLOCK": 1024},
+    ),
+    "vector_generator": (
+        vector_generator_triton._generate,
+        {"h": BF16, "w_down": BF16, "w_up": BF16, "bias_minus_one": BF16, "out": BF16}
+        | {"PER_GROUP": "i32", "HIDDEN": "i32", "R": "i32", "D": "i32"},
+        {"BLOCK_K": 64, "BLOCK_R": 16, "BLOCK_N": 512},
+    ),
+}
+
+
+def measure(name: str, capability: int) -> dict[str, int]:
+    """registers, spill_bytes and shared_bytes of one kernel on one architecture."""
+    kernel, signature, constants = KERNELS[name]
+    types = signature | dict.fromkeys(constants, "constexpr")
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=values)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    usage = _ptxas(compiled.asm["ptx"], capability)
+    return usage | {"shared_bytes": int(compiled.metadata.shared)}
+
+
+def _ptxas(ptx: str, capability: int) -> dict[str, int]:
+    """What the assembler says of this program."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [nvidia.get_ptxas(capability).path, "-v", f"--gpu-name={ARCHITECTURES[capability][0]}", str(source)]
+        done = subprocess.run([*command, "-o", str(Path(folder) / "kernel.cubin")], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"ptxas for sm_{capability}: {done.stderr.strip()}")
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    stores = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    if registers is None or stores is None:
+        raise RuntimeError(f"ptxas for sm_{capability}: no figures in {done.stderr!r}")
+    return {"registers": int(registers[1]), "spill_bytes": int(stores[1]) + int(stores[2])}
+
+
+def table() -> dict[str, dict[str, dict[str, int]]]:
+    """{kernel: {sm_<capability>: figures}} of all."""
+    return {name: {f"sm_{capability}": measure(name, capability) for capability in ARCHITECTURES} for name in KERNELS}
+
+
+def main() -> None:
+    """Prints the table, or writes it where the test finds it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help=f"to {TABLE.name}")
+    text = json.dumps({"triton": triton.__version__, "kernels": table()}, indent=1)
+    if parser.parse_args().write:
+        TABLE.write_text(text + "\n")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""What follows the fused gate and up product: low-rank expands, up's scale, activation(gate) * up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from perfbench.kernels.low_rank import Expansion, expand
+from perfbench.kernels.row_scale import scale_columns
+
+
+def eager(
+    gate_up: torch.Tensor,
+    h: torch.Tensor | None,
+    expansion: Expansion | None,
+    scale_minus_one: torch.Tensor | None,
+    scale_from: int,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """[rows, I] from gate_up [rows, 2 I], which is overwritten; the rest as in `qkv_epilogue`."""
+    if h is not None and expansion is not None:
+        expand(gate_up, h, expansion)
+    if scale_minus_one is not None:
+        scale_columns(gate_up, scale_minus_one, scale_from)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activation(gate).mul_(up)
+
+
+FORMS = {"eager": eager}

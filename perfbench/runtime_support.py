@@ -1,0 +1,43 @@
+"""What each runtime can serve, known from names and configs alone. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from perfbench.methods.registry import METHODS
+
+# `hidden_act` of the configs that runtime static can run.
+STATIC_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+
+
+def serves(runtime: str, method: str) -> bool:
+    """Whether `runtime` can serve `method`: PEFT brings its own modules, which only Hugging Face's model takes."""
+    return runtime == "transformers" or METHODS[method].served_by == "plan"
+
+
+def kernels_problem(runtime: str, kernels: str, device_kind: str) -> str | None:
+    """Why `kernels` can't run on this runtime and kind of device, with the way out; None where they can."""
+    if kernels == "triton" and device_kind != "cuda":
+        return f"triton: its kernels run on a CUDA device, this run is on {device_kind}; choose kernels eager"
+    if kernels == "triton" and runtime == "static":
+        return "triton: runtime static has no Triton kernels yet; choose kernels eager, or runtime transformers"
+    return None
+
+
+def unsupported(runtime: str, config: Mapping[str, Any]) -> str | None:
+    """What in a Llama-family `config` keeps `runtime` from running it, with the way out; None where it can."""
+    if runtime == "transformers":
+        return None
+    way_out = "choose runtime transformers"
+    rope = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        return f"rope_type {rope}: RoPE that changes with the length is not in runtime static; {way_out}"
+    slides = config["model_type"] == "mistral" or config.get("use_sliding_window")
+    window = config.get("sliding_window", 4096)  # transformers' default for both
+    if slides and window and window < config["max_position_embeddings"]:
+        return f"sliding_window {window}: sliding-window attention is not in runtime static; {way_out}"
+    activation = config.get("hidden_act", "silu")
+    if activation not in STATIC_ACTIVATIONS:
+        return f"hidden_act {activation}: runtime static has {', '.join(STATIC_ACTIVATIONS)}; {way_out}"
+    return None

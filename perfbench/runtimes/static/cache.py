@@ -1,0 +1,45 @@
+"""The KV cache of one batch: fixed in size, the prompt held once for all beams of a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from perfbench.methods.shape import BackboneShape
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """What a cache has room for: Q requests, beams for each, S prompt tokens, N new ones."""
+
+    requests: int
+    beams: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+class KVCache:
+    """Keys and values of every layer.
+
+    `prompt`: [Q, 2, H_kv, S (+ N - 1 with one beam), D] of each layer, where the second dimension is key, value.
+    `generated`: with several beams [N - 1, Q x beams, 2, H_kv, D] of each layer; the beams never move in it, instead
+    `ancestors` int64 [Q x beams, N - 1] says in which row each earlier step of a beam lies.
+    """
+
+    def __init__(self, size: CacheSize, shape: BackboneShape, dtype: torch.dtype, device: torch.device):
+        self.size = size
+        rows, steps = size.requests * size.beams, size.new_tokens - 1
+        heads, dim = shape.kv_heads, shape.head_dim
+        length = size.prompt_tokens + (steps if size.beams == 1 else 0)
+
+        def empty(*sizes: int) -> tuple[torch.Tensor, ...]:
+            return torch.empty((shape.layers, *sizes), dtype=dtype, device=device).unbind()
+
+        self.prompt = empty(size.requests, 2, heads, length, dim)
+        self.generated = empty(steps, rows, 2, heads, dim) if size.beams > 1 else ()
+        self.ancestors = torch.empty(rows, steps, dtype=torch.int64, device=device)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor of the cache."""
+        return [*self.prompt[:1], *self.generated[:1], self.ancestors]

@@ -1,0 +1,28 @@
+"""x W^T, by the fastest way that reads W as it lies.
+
+torch's `linear` in fp32 on a CPU asks MKL for a product that reached 5 to 9 GB/s of the weights with the few rows of a
+decode step, where the machine reads 20 (AMD EPYC, 2 threads). With little on the other side the same library reaches 15
+to 30 when W is the left factor, one stretch of it for each thread; else oneDNN's product takes 0.5 to 0.9 of the time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear
+
+# With more values than this in x oneDNN is faster.
+FEW_VALUES = 3072
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [rows, D_in], weight [D_out, D_in], bias [D_out] or None -> [rows, D_out], contiguous."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return linear(x, weight, bias)
+    if x.numel() > FEW_VALUES:
+        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return found
+    threads = torch.get_num_threads()
+    stretches = threads if weight.shape[0] % threads == 0 else 1
+    columns = torch.bmm(weight.unflatten(0, (stretches, -1)), x.t().expand(stretches, -1, -1))
+    y = columns.flatten(0, 1).t().contiguous()
+    return y if bias is None else y.add_(bias)

@@ -1,0 +1,223 @@
+"""Runtime static against runtime transformers: every family, every method, real weights; and its own promises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perfbench import backbone, backbone_config, workload
+from perfbench.errors import BackboneError
+from perfbench.kernels import qkv_epilogue, row_scale
+from perfbench.methods import parameters
+from perfbench.methods.bank import Bank
+from perfbench.methods.registry import METHODS
+from perfbench.runtimes.generation import Batch
+from perfbench.runtimes.static.arm import StaticArm
+from perfbench.runtimes.static.cache import CacheSize, KVCache
+from perfbench.runtimes.static.decoder import Decoder
+from perfbench.runtimes.static.weights import fuse
+from perfbench.runtimes.transformers_plan import PlanArm
+
+TINY = backbone_config.NAMED_CONFIGS["llama-tiny"]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": TINY,
+    "llama-biases": TINY | {"attention_bias": True, "mlp_bias": True},
+    "llama3-rope": TINY
+    | {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "mistral": TINY | {"model_type": "mistral", "sliding_window": None},
+    "qwen2": TINY | {"model_type": "qwen2", "use_sliding_window": False},
+    "gemma": TINY
+    | {
+        "model_type": "gemma",
+        "hidden_act": "gelu_pytorch_tanh",
+        "head_dim": 32,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    },
+}
+METHOD_NAMES = [name for name, method in METHODS.items() if method.served_by == "plan"]
+RESIDENT = 4
+
+
+def load(config: dict[str, Any], dtype: str, monkeypatch: pytest.MonkeyPatch) -> backbone.Backbone:
+    """A backbone of this config in which no weight has the value that hides a fault: no bias 0, no norm 1."""
+    monkeypatch.setitem(backbone_config.NAMED_CONFIGS, "of-a-test", config)
+    base = backbone.load("of-a-test", dtype, "cpu", seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in base.model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            noise = 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = parameter.data + noise.to(parameter.dtype)
+    return base
+
+
+def make_bank(base: backbone.Backbone, method: str) -> Bank | None:
+    if method == "none":
+        return None
+    options, module = METHODS[method].options(), parameters.implementation(method)
+    bank = Bank(parameters.meta_plan(method, base.shape, options), RESIDENT, base.dtype, base.device)
+    for seed in range(RESIDENT):
+        bank.admit(module.plan(parameters.make(method, base.shape, options, seed=seed), base.shape, options))
+    return bank
+
+
+def make_batch(beams: int, *, ragged: bool = True) -> Batch:
+    ids = torch.randint(3, 256, (5, 9), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    if ragged:
+        mask[1, :8] = mask[3, :2] = 0
+    return Batch(ids * mask, mask, (2, 0, -1, 3, 0), beams, new_tokens=8)
+
+
+def difference(base: backbone.Backbone, bank: Bank | None, batch: Batch) -> tuple[bool, float]:
+    """(whether both runtimes choose the same tokens, largest relative difference of their logits on them)."""
+    plain, static = PlanArm(base, bank, "eager"), StaticArm(base, bank, "eager")
+    tokens = plain.generate(batch).tokens
+    same = torch.equal(static.generate(batch).tokens, tokens)
+    expected, found = (arm.generate(batch, forced=tokens, with_logits=True).logits for arm in (plain, static))
+    return same, float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+@pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "even"])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_generates_what_transformers_does(
+    family: str, beams: int, ragged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load(FAMILIES[family], "fp32", monkeypatch)
+    for method in ("none", "lora", "para"):
+        same, worst = difference(base, make_bank(base, method), make_batch(beams, ragged=ragged))
+        assert same, method
+        assert worst < 1e-5, method
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_sixteen_bits_differ_by_their_rounding_only(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load(FAMILIES[family], "bf16", monkeypatch)
+    for method in ("none", "ia3-original"):
+        assert difference(base, make_bank(base, method), make_batch(1))[1] < 3e-2, method
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_a_real_checkpoint_answers_real_prompts_alike(
+    method: str, beams: int, stories260k: Path, test_data: Path
+) -> None:
+    base = backbone.load(str(stories260k), "fp32", "cpu", seed=0)
+    texts = workload.read_prompts(test_data / "mt_bench" / "question.jsonl")
+    ids, mask = workload.tokenise(texts, base.tokenizer(), 6, 100)
+    assert not mask.all(), "the prompts should be ragged"
+    same, worst = difference(base, make_bank(base, method), Batch(ids, mask, (2, 0, -1, 3, 0, 1), beams, 16))
+    assert same
+    assert worst < 1e-4
+
+
+def test_a_scale_after_rope_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load(FAMILIES["llama"], "fp32", monkeypatch)
+    own = qkv_epilogue.eager
+
+    def late(qkv: Any, h: Any, b: Any, scale: Any, first: int, *rest: Any) -> torch.Tensor:
+        q = own(qkv, h, b, None, first, *rest)
+        if scale is not None:
+            row_scale.scale_columns(qkv, scale, first)
+        return q
+
+    monkeypatch.setitem(qkv_epilogue.FORMS, "eager", late)
+    assert difference(base, make_bank(base, "ia3"), make_batch(1))[1] > 1e-3
+
+
+def test_beams_that_follow_the_wrong_row_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load(FAMILIES["llama"], "fp32", monkeypatch)
+    assert difference(base, None, make_batch(3))[0]
+    monkeypatch.setattr(Decoder, "follow", lambda self, sources: None)
+    assert not difference(base, None, make_batch(3))[0]
+
+
+def test_weights_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load(FAMILIES["qwen2"], "fp32", monkeypatch)
+    ids = make_batch(1, ragged=False).input_ids
+    with torch.inference_mode():
+        before = base.model(ids).logits
+    held = base.bytes
+    first, second = fuse(base), fuse(base)
+    assert base.bytes == held
+    attention = base.model.model.layers[0].self_attn
+    fused = first.layers[0].weights["qkv"]
+    assert attention.q_proj.weight.data_ptr() == fused.data_ptr() == second.layers[0].weights["qkv"].data_ptr()
+    assert torch.equal(fused[: attention.q_proj.out_features], attention.q_proj.weight)
+    assert torch.equal(fused[-attention.v_proj.out_features :], attention.v_proj.weight)
+    with torch.inference_mode():
+        assert torch.equal(base.model(ids).logits, before)
+
+
+def test_neighbours_in_memory_that_are_not_one_tensor_are_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused tensor reaches only as far as its own storage: parts in storages of their own are joined anew."""
+    base = load(FAMILIES["llama"], "fp32", monkeypatch)
+    attention = base.model.model.layers[0].self_attn
+    expected = torch.cat([m.weight.clone() for m in (attention.q_proj, attention.k_proj, attention.v_proj)])
+    fused = fuse(base).layers[0].weights["qkv"]
+    attention.k_proj.weight.data = attention.k_proj.weight.data.clone() * 2
+    again = fuse(base).layers[0].weights["qkv"]
+    assert torch.equal(fused, expected)
+    rows = attention.q_proj.out_features
+    assert torch.equal(again[rows : rows + attention.k_proj.out_features], attention.k_proj.weight)
+    assert torch.equal(again[:rows], expected[:rows])
+
+
+def cache_bytes(base: backbone.Backbone, beams: int) -> int:
+    cache = KVCache(CacheSize(1, beams, 274, 32), base.shape, base.dtype, base.device)
+    return sum(t.untyped_storage().nbytes() for t in cache.tensors())
+
+
+def test_beams_share_the_prompt_s_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load(FAMILIES["llama"], "fp32", monkeypatch)
+    shape = base.shape
+    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * 4
+    # The last token is chosen and never read; the table of ancestors takes 8 bytes a row and step.
+    assert cache_bytes(base, 1) == (274 + 31) * token + 31 * 8
+    assert cache_bytes(base, 3) == (274 + 3 * 31) * token + 3 * 31 * 8
+
+
+def test_the_cache_stays_from_call_to_call_and_gives_way_to_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load(FAMILIES["llama"], "fp32", monkeypatch)
+    arm, batch = StaticArm(base, make_bank(base, "para"), "eager"), make_batch(1)
+    first = arm.generate(batch).tokens
+    cache = arm.cache
+    other = arm.generate(replace(batch, slots=(0, 1, 2, 3, -1))).tokens
+    assert arm.cache is cache
+    assert not torch.equal(first, other)
+    arm.generate(batch.alone(0))
+    assert arm.cache is not cache
+    assert torch.equal(arm.generate(batch).tokens, first)
+
+
+def test_nothing_of_the_last_batch_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache full of NaN, as uninitialised memory may be, changes nothing."""
+    base = load(FAMILIES["llama"], "fp32", monkeypatch)
+    for beams in (1, 3):
+        arm, batch = StaticArm(base, make_bank(base, "lora"), "eager"), make_batch(beams)
+        tokens = arm.generate(batch).tokens
+        assert arm.cache is not None
+        with torch.inference_mode():
+            for tensor in (*arm.cache.prompt, *arm.cache.generated):
+                tensor.fill_(float("nan"))
+        assert torch.equal(arm.generate(batch).tokens, tokens)
+
+
+def test_what_it_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load(TINY | {"hidden_act": "relu"}, "fp32", monkeypatch)
+    with pytest.raises(BackboneError, match=r"of-a-test: hidden_act relu: .*choose runtime transformers"):
+        StaticArm(base, None, "eager")
