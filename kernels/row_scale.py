@@ -16,7 +16,11 @@ def eager(y: torch.Tensor, scale_minus_one: torch.Tensor) -> None:
 def scale_columns(y: torch.Tensor, scale_minus_one: torch.Tensor, first: int) -> None:
     """The same on the columns of y [G x M, D] from `first` on; scale_minus_one [G, columns]."""
     groups, columns = scale_minus_one.shape
-    eager(y.view(groups, -1, y.shape[-1])[:, :, first : first + columns], scale_minus_one)
+    own = y if columns == y.shape[1] else y[:, first : first + columns]
+    if groups == len(y):
+        own.addcmul_(own, scale_minus_one)
+    else:
+        eager(own.unflatten(0, (groups, -1)), scale_minus_one)
 
 
 def triton(y: torch.Tensor, scale_minus_one: torch.Tensor) -> None:

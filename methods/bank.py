@@ -30,6 +30,10 @@ class Bank:
             for layer in layout
         )
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Every stack of the bank."""
+        return [tensor for layer in self.layers for tensor in layer.tensors()]
+
     @property
     def bytes_per_slot(self) -> int:
         """Device bytes that one tenant takes."""

@@ -58,11 +58,8 @@ def free_bytes(device: torch.device, transient_bytes: int) -> int:
 
 
 def resident_bytes(arm: Arm) -> int:
-    """Bytes of the weights, the adapters and the cache that an arm keeps on its device from call to call."""
-    bank, cache = getattr(arm, "bank", None), getattr(arm, "cache", None)
-    held = [t for layer in bank.layers for t in layer.tensors()] if bank else []
-    held += cache.tensors() if cache else []
-    return tensor_bytes(arm.model) + sum(t.untyped_storage().nbytes() for t in held)
+    """Bytes of the weights, the adapters and whatever else an arm keeps on its device from call to call."""
+    return tensor_bytes(arm.model) + sum(t.untyped_storage().nbytes() for t in arm.tensors())
 
 
 def _peak_allocated_on_cpu(arm: Arm, batch: Batch) -> int:

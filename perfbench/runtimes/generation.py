@@ -7,7 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from torch.nn.functional import pad
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+# Stands after the end of a request.
+PAD = 0
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,8 @@ class Batch:
     """One batch of Q requests, each of its own tenant.
 
     input_ids, attention_mask: int64 [Q, S] on the device, padded on the left; slots: the bank slot of each request,
-    -1 for the bare backbone; rows of the model are Q x beams.
+    -1 for the bare backbone; rows of the model are Q x beams. eos: the tokens that end a request; none in latency
+    work, where every request makes exactly new_tokens.
     """
 
     input_ids: torch.Tensor
@@ -23,6 +28,7 @@ class Batch:
     slots: tuple[int, ...]
     beams: int
     new_tokens: int
+    eos: tuple[int, ...] = ()
 
     def alone(self, request: int) -> Batch:
         """That request as a batch of its own, without the padding it had in company."""
@@ -37,10 +43,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Generation:
-    """tokens: int64 [Q, N], the best beam's; logits: fp32 [Q, N, V], where they were asked for, of the first beam."""
+    """tokens: int64 [Q, N], the best beam's, PAD after one of batch.eos; logits: fp32 [Q, N, V],
+    where they were asked for, of the first beam."""
 
     tokens: torch.Tensor
     logits: torch.Tensor | None
+
+
+def end(tokens: torch.Tensor, eos: tuple[int, ...]) -> torch.Tensor:
+    """int64 [Q, N] with PAD in place of everything that follows a row's first token of `eos`."""
+    ends = torch.isin(tokens, torch.tensor(eos, device=tokens.device))
+    over = ends.cumsum(dim=1) - ends.long() > 0
+    return tokens.masked_fill(over, PAD)
 
 
 class Arm(Protocol):
@@ -57,6 +71,9 @@ class Arm(Protocol):
         with_logits: bool = False,
     ) -> Generation:
         """Generates batch.new_tokens tokens for each request; the rest as `generate` below."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What the arm holds on the device beside the model."""
 
     def close(self) -> None:
         """Gives back what the arm holds beside the backbone's weights."""
@@ -121,7 +138,7 @@ def generate(
     with_logits: bool = False,
     **model_kwargs: Any,
 ) -> Generation:
-    """`model.generate()` on a batch: greedy for one beam, else beam search; exactly batch.new_tokens tokens.
+    """`model.generate()` on a batch: greedy for one beam, else beam search.
 
     clock: sees every step; forced: int64 [Q, N] tokens to choose instead; with_logits: keep each step's raw logits.
     """
@@ -131,7 +148,9 @@ def generate(
             attention_mask=batch.attention_mask,
             num_beams=batch.beams,
             max_new_tokens=batch.new_tokens,
-            min_new_tokens=batch.new_tokens,
+            min_new_tokens=None if batch.eos else batch.new_tokens,
+            eos_token_id=list(batch.eos) or None,
+            pad_token_id=PAD,
             do_sample=False,
             stopping_criteria=StoppingCriteriaList([] if clock is None else [clock]),
             logits_processor=LogitsProcessorList([] if forced is None else [ForcedTokens(forced, batch.beams)]),
@@ -140,7 +159,9 @@ def generate(
             **model_kwargs,
         )
     tokens = out.sequences[:, batch.input_ids.shape[1] :]
-    if tokens.shape[1] != batch.new_tokens:
+    if batch.eos:
+        tokens = end(pad(tokens, (0, batch.new_tokens - tokens.shape[1]), value=PAD), batch.eos)
+    elif tokens.shape[1] != batch.new_tokens:
         raise RuntimeError(f"expected {batch.new_tokens} new tokens, got {tokens.shape[1]}")
     logits = torch.stack(out.logits, dim=1)[:: batch.beams].float() if with_logits else None
     return Generation(tokens, logits)

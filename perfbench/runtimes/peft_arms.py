@@ -40,6 +40,10 @@ class PeftMixedArm:
         names = ["__base__" if slot == -1 else f"tenant{slot}" for slot in batch.slots]
         return generate(self.model, batch, adapter_names=names, **observers)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """None: the adapters are modules of the model."""
+        return []
+
     def close(self) -> None:
         """Drops the model."""
         self.model = None
@@ -62,6 +66,10 @@ class PeftSingleArm:
         if self.model.active_adapter != f"tenant{slot}":
             self.model.set_adapter(f"tenant{slot}", inference_mode=True)
         return generate(self.model, batch, **observers)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """None: the adapters are modules of the model."""
+        return []
 
     def close(self) -> None:
         """Drops the model."""

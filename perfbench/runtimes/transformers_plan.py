@@ -124,6 +124,10 @@ class PlanArm:
         for vectors in self._vectors:
             vectors.rows = vectors.last_prompt_token = None
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The bank's stacks."""
+        return self.bank.tensors() if self.bank else []
+
     def close(self) -> None:
         """Drops the skeleton and the bank."""
         self._linears, self._vectors = [], []

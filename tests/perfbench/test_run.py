@@ -79,16 +79,24 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> 
 
 
 @contextlib.contextmanager
-def running(scenario: Path, out: Path, repetitions: int) -> Any:
-    """A run in flight, of which some samples are on disk already: (its process, its one worker)."""
-    process = subprocess.Popen(
-        command("run", scenario, "--out", out, "--set", f"repetitions={repetitions}"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    samples = out / result.SAMPLES
+def running(scenario: Path, out: Path, repetitions: int, *extra: str, samples: int = 4) -> Any:
+    """A run in flight, of which so many samples are on disk already (0: some case is prepared): (its process, its one
+    worker). What it says goes to `said` beside `out`."""
+    with (out.parent / "said").open("wb") as said:
+        process = subprocess.Popen(
+            command("run", scenario, "--out", out, "--set", f"repetitions={repetitions}", *extra),
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+        )
+
+    def far_enough() -> bool:
+        if samples:
+            file = out / result.SAMPLES
+            return file.exists() and file.read_bytes().count(b"\n") >= samples
+        return (out / result.MANIFEST).exists() and any(case["check"] for case in manifest_of(out)["cases"].values())
+
     try:
-        wait_for(lambda: samples.exists() and samples.read_bytes().count(b"\n") >= 4, process)
+        wait_for(far_enough, process)
         (worker,) = psutil.Process(process.pid).children()
         assert "perfbench.worker" in worker.cmdline()
         yield process, worker
@@ -302,6 +310,74 @@ def test_isolated_arms_each_have_the_bare_backbone_beside_them(scenario: Path, t
     for arm in ("lora", "ia3"):
         assert arms[arm]["kept"]["decode_tokens_per_s"]["ratio"] > 0
     assert all(case["status"] == "ok" for case in arms.values())
+
+
+def test_an_isolated_run_that_was_killed_is_resumed(scenario: Path, tmp_path: Path) -> None:
+    """The bare backbone runs once beside each arm: of its rounds only those beside the same arm count as done."""
+    out = tmp_path / "run"
+    isolated = ("--set", "isolation=per-arm")
+    with running(scenario, out, LONG, *isolated) as (process, worker):
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        psutil.wait_procs([worker], timeout=20)
+    resumed = perfbench("run", scenario, "--out", out, "--set", f"repetitions={LONG}", *isolated, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    turns = Counter((sample["case"].rsplit("/", 1)[-1], sample["round"]) for sample in samples_of(out))
+    for arm, times in (("lora-eager", 1), ("ia3-eager", 1), ("none-eager", 2)):
+        assert [turns[arm, number] for number in range(LONG)] == [times] * LONG
+    for arm in ("lora", "ia3"):
+        assert by_arm(out)[arm]["kept"]["decode_tokens_per_s"]["rounds"] == LONG
+
+
+def test_a_run_that_was_killed_while_it_prepared_is_resumed(scenario: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with running(scenario, out, 3, samples=0) as (process, worker):
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        psutil.wait_procs([worker], timeout=20)
+    prepared = {arm: case["check"] for arm, case in by_arm(out).items() if case["check"]}
+    assert prepared
+    resumed = perfbench("run", scenario, "--out", out, "--set", "repetitions=3", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert {arm: by_arm(out)[arm]["check"] for arm in prepared} == prepared
+    assert all(case["summary"] for case in by_arm(out).values())
+
+
+def test_an_interrupted_run_says_how_to_go_on(scenario: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with running(scenario, out, LONG) as (process, worker):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE_S) == 130
+        _, alive = psutil.wait_procs([worker], timeout=20)
+    assert alive == []
+    said = (tmp_path / "said").read_text()
+    assert f"--out {out} --resume" in said
+    assert "Traceback" not in said
+    resumed = perfbench("run", scenario, "--out", out, "--set", f"repetitions={LONG}", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+
+
+def test_both_runtimes_take_turns_in_one_child(scenario: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = perfbench(
+        "run", scenario, "--out", out, "--set", "runtime=[transformers, static]", "--set", "methods=[lora, peft]"
+    )
+    assert process.returncode == 0, process.stderr
+    assert "runtime static: without peft" in process.stderr
+    manifest = manifest_of(out)
+    assert manifest["processes"] == 1
+    assert orders(samples_of(out)).keys() == {0, 1, 2}
+    static, plain = ({c: manifest["cases"][c] for c in m["case_ids"]} for m in reversed(manifest["comparisons"]))
+    assert {case["arm"] for case in static.values()} == {"none", "lora"}
+    assert {case["arm"] for case in plain.values()} == {"none", "lora", "peft"}
+    for case in static.values():
+        assert case["check"]["tokens_equal"] is True
+        assert case["versus_plain"]["decode_tokens_per_s"]["rounds"] == 3
+        assert case["exact"]["aten_ops_per_decode_step"] > 0
+    assert [case["versus_plain"] for case in plain.values() if case["arm"] == "none"] == [None]
+    roof = manifest["comparisons"][0]["roof"]
+    assert roof["bytes_per_s"] > 1e8
+    assert roof == manifest["comparisons"][1]["roof"]
 
 
 def test_what_ended_a_child_is_said() -> None:

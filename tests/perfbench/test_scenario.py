@@ -77,8 +77,8 @@ def test_shipped_scenario_is_valid_on_every_device_it_is_for(path):
         assert len(set(ids)) == len(ids)
 
 
-def test_the_six_scenarios_are_shipped():
-    expected = ["cpu_110m", "fanlora_table3", "multitenant", "para_table4", "smoke", "tenant_sweep"]
+def test_these_scenarios_are_shipped():
+    expected = ["cpu_110m", "eager_vs_triton", "fanlora_table3", "multitenant", "para_table4", "smoke", "tenant_sweep"]
     assert [path.stem for path in SHIPPED] == expected
 
 
@@ -88,7 +88,8 @@ def test_main_job_is_small_on_a_cpu_and_says_so():
     assert (gpu.backbone, gpu.dtype, gpu.workload[0].beams) == (("llama2-7b",), ("bf16",), (1, 3))
     assert (cpu.backbone, cpu.dtype, cpu.workload[0].beams) == (("llama-256x8",), ("fp32",), (1,))
     assert gpu.repetitions == cpu.repetitions == 100
-    assert gpu.notes == ("device auto -> cuda",)
+    left_out = "runtime static: without peft, peft-single, which PEFT serves on transformers only"
+    assert gpu.notes == ("device auto -> cuda", left_out)
     assert cpu.notes[0] == "device auto -> cpu (no CUDA device)"
     assert cpu.notes[1].startswith("overrides.cpu: backbone llama2-7b -> llama-256x8, dtype bf16 -> fp32, ")
 

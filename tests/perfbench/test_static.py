@@ -15,7 +15,7 @@ from perfbench.kernels import qkv_epilogue, row_scale
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank
 from perfbench.methods.registry import METHODS
-from perfbench.runtimes.generation import Batch
+from perfbench.runtimes.generation import PAD, Batch, end
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.static.cache import CacheSize, KVCache
 from perfbench.runtimes.static.decoder import Decoder
@@ -125,6 +125,27 @@ def test_a_real_checkpoint_answers_real_prompts_alike(
     assert worst < 1e-4
 
 
+@pytest.mark.parametrize("ends", [1, 2])
+@pytest.mark.parametrize("beams", [1, 2, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_requests_end_where_transformers_ends_them(
+    family: str, beams: int, ends: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With tokens that the requests really come to; those of a request in the middle of its way, and of the last."""
+    base = load(FAMILIES[family], "fp32", monkeypatch)
+    bank, batch = make_bank(base, "lora"), replace(make_batch(beams), new_tokens=12)
+    plain, static = PlanArm(base, bank, "eager"), StaticArm(base, bank, "eager")
+    free = plain.generate(batch).tokens
+    ended = 0
+    for request in range(len(free)):
+        eos = (int(free[request, 3]), int(free[-1, 8]))[:ends]
+        with_end = replace(batch, eos=eos)
+        expected, found = plain.generate(with_end).tokens, static.generate(with_end).tokens
+        assert torch.equal(found, expected), (request, eos)
+        ended += int((expected[:, -1] == PAD).sum())
+    assert ended
+
+
 def test_a_scale_after_rope_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     base = load(FAMILIES["llama"], "fp32", monkeypatch)
     own = qkv_epilogue.eager
@@ -144,6 +165,11 @@ def test_beams_that_follow_the_wrong_row_are_seen(monkeypatch: pytest.MonkeyPatc
     assert difference(base, None, make_batch(3))[0]
     monkeypatch.setattr(Decoder, "follow", lambda self, sources: None)
     assert not difference(base, None, make_batch(3))[0]
+
+
+def test_what_follows_the_end_is_padding() -> None:
+    tokens = torch.tensor([[5, 7, 5, 9], [1, 2, 3, 4], [9, 9, 9, 9], [1, 2, 3, 7]])
+    assert end(tokens, (7, 9)).tolist() == [[5, 7, 0, 0], [1, 2, 3, 4], [9, 0, 0, 0], [1, 2, 3, 7]]
 
 
 def test_weights_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from perfbench.runtimes.generation import Batch, Generation, StepClock
 from perfbench.runtimes.static.adapters import bind
 from perfbench.runtimes.static.cache import CacheSize, KVCache
 from perfbench.runtimes.static.decoder import Decoder
-from perfbench.runtimes.static.search import beam, greedy
+from perfbench.runtimes.static.search import beam, beam_to_the_end, greedy
 from perfbench.runtimes.static.weights import fuse
 
 
@@ -38,7 +38,11 @@ class StaticArm:
         with torch.inference_mode():
             layers = bind(self.bank, self.weights.shape, batch.slots)
             decoder = Decoder(self.weights, layers, self._cache_for(batch), batch, self.kernels)
-            return (greedy if batch.beams == 1 else beam)(decoder, clock, forced, with_logits)
+            if batch.beams == 1:
+                return greedy(decoder, clock, forced, with_logits)
+            if batch.eos and forced is None and not with_logits:
+                return beam_to_the_end(decoder, clock)
+            return beam(decoder, clock, forced, with_logits)
 
     def _cache_for(self, batch: Batch) -> KVCache:
         requests, prompt_tokens = batch.input_ids.shape
@@ -47,6 +51,12 @@ class StaticArm:
             self.cache = None  # gives the old one back before the new one is taken
             self.cache = KVCache(size, self.weights.shape, self.weights.dtype, self.weights.device)
         return self.cache
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The bank's stacks, the cache, and the table of rotations."""
+        held = self.bank.tensors() if self.bank else []
+        held += self.cache.tensors() if self.cache else []
+        return [*held, self.weights.cos, self.weights.sin]
 
     def close(self) -> None:
         """Drops the cache and the bank."""

@@ -41,5 +41,5 @@ class KVCache:
         self.ancestors = torch.empty(rows, steps, dtype=torch.int64, device=device)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor of the cache."""
+        """One tensor of each allocation; its storage is the whole of it."""
         return [*self.prompt[:1], *self.generated[:1], self.ancestors]

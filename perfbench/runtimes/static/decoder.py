@@ -49,10 +49,11 @@ class Decoder:
         residual = weights.embed(batch.input_ids).view(requests * length, -1)
         normed = residual_rmsnorm.norm(residual, weights.layers[0].input_norm, weights.eps)
         last = (batch.attention_mask * torch.arange(length, device=residual.device)).argmax(dim=1)
+        every = torch.arange(requests, device=residual.device)
         for i, bound in enumerate(self.layers):
             if bound.generator is not None:
                 stream = normed if bound.generator.stacked.normalised else residual
-                self._generate_scales(bound, stream.view(requests, length, -1)[torch.arange(requests), last])
+                self._generate_scales(bound, stream.view(requests, length, -1)[every, last])
             entry = self.cache.prompt[i][:, :, :, :length]
             q = self._project_qkv(i, normed, cos, sin, entry.permute(0, 3, 1, 2, 4))
             group = weights.shape.heads // weights.shape.kv_heads
@@ -155,7 +156,8 @@ class Decoder:
             return None
         length = self.batch.input_ids.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self._padding.device).tril()
-        return (causal & self._padding[..., :length]) | causal.diag().diag()
+        itself = torch.eye(length, dtype=torch.bool, device=self._padding.device)
+        return (causal & self._padding[..., :length]) | itself
 
 
 def _shrink(x: torch.Tensor, bound: Bound) -> torch.Tensor | None:
