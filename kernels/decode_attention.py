@@ -7,15 +7,20 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def eager(
-    q: torch.Tensor, prompt: torch.Tensor, generated: torch.Tensor | None, mask: torch.Tensor | None
+    q: torch.Tensor,
+    prompt: torch.Tensor,
+    generated: torch.Tensor | None,
+    where: torch.Tensor | None,
+    mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """[rows, H D] for q [rows, H, D] of rows = Q x beams.
 
-    prompt [Q, 2, H_kv, S, D]: keys and values; generated None (one beam: all lies in `prompt`) or [rows, n, 2, H_kv,
-    D], each row's own, in order; mask None or bool [Q, 1, 1, S], False on padding.
+    prompt [Q, 2, H_kv, S, D]: keys and values; generated None (one beam: all lies in `prompt`) or [steps, rows, 2,
+    H_kv, D], of which where [rows, n] says at which step x rows + row each row's own lie, in order; mask None or bool
+    [Q, 1, 1, S], False on padding.
     """
     requests, _, kv_heads, _, dim = prompt.shape
-    if generated is None:
+    if generated is None or where is None:
         # The heads of a group stand in for positions: K and V need no repeating.
         grouped = q.reshape(requests, kv_heads, -1, dim)
         return scaled_dot_product_attention(grouped, prompt[:, 0], prompt[:, 1], mask).reshape(requests, -1)
@@ -23,7 +28,8 @@ def eager(
     beams = rows // requests
     by_row = q.reshape(rows, kv_heads, -1, dim) * dim**-0.5
     by_request = by_row.view(requests, beams, kv_heads, -1, dim).transpose(1, 2).flatten(2, 3)
-    own = generated.permute(2, 0, 3, 1, 4)  # [2, rows, H_kv, n, D]
+    own = generated.flatten(0, 1).index_select(0, where.flatten()).unflatten(0, where.shape)
+    own = own.permute(2, 0, 3, 1, 4)  # [2, rows, H_kv, n, D]
     on_prompt = by_request @ prompt[:, 0].transpose(-1, -2)  # [Q, H_kv, beams x group, S]
     if mask is not None:
         on_prompt = on_prompt.masked_fill(~mask, float("-inf"))
@@ -35,4 +41,17 @@ def eager(
     return (from_prompt + weights[..., length:] @ own[1]).reshape(rows, -1)
 
 
-FORMS = {"eager": eager}
+def triton(
+    q: torch.Tensor,
+    prompt: torch.Tensor,
+    generated: torch.Tensor | None,
+    where: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Imported when first used: triton is only there on Linux."""
+    from perfbench.kernels.decode_attention_triton import attend
+
+    return attend(q, prompt, generated, where, mask)
+
+
+FORMS = {"eager": eager, "triton": triton}

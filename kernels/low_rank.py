@@ -57,4 +57,12 @@ def triton(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -
     add_low_rank(y, x, a, b)
 
 
+def triton_shrink(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """As `shrink`, but in fp32 planes [splits, G, M, R], which the Triton forms of the fused operations add up."""
+    from perfbench.kernels import low_rank_triton
+
+    return low_rank_triton.shrink(x, a)
+
+
 FORMS = {"eager": eager, "triton": triton}
+SHRINKS = {"eager": shrink, "triton": triton_shrink}

@@ -68,6 +68,42 @@ def _expand(
     tl.store(place, sums.to(y.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def expand_columns(
+    values, planes, b, row, group, columns, mask, first_rank, R, first_column, D, R_ALL, PLANE, SPLITS: tl.constexpr
+):
+    """`values` [columns] of one row of a fused product, plus what one module's pair adds to those that are its own."""
+    own = mask & (columns >= first_column) & (columns < first_column + D)
+    for rank in range(0, R):
+        h = 0.0
+        for split in range(SPLITS):
+            h += tl.load(planes + split * PLANE + row * R_ALL + first_rank + rank)
+        weight = tl.load(b + (group * R + rank) * D + (columns - first_column), mask=own, other=0.0)
+        values += h * weight.to(tl.float32)
+    return values
+
+
+def shrink(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """x [G x M, D_in] in rows of groups, a [G, R, D_in] -> fp32 planes [splits, G, M, R], whose sum is the product.
+
+    ValueError on inputs that do not fit each other or are not on a GPU.
+    """
+    groups, rank, d_in = a.shape
+    rows = x.shape[0] // groups
+    check("x", x, (groups * rows, d_in), x)
+    check("a", a, (groups, rank, d_in), x)
+    if rows * d_in >= 2**31:
+        raise ValueError(f"x: {rows} rows of one adapter are more than 32-bit offsets reach; choose kernels eager")
+    splits = triton.cdiv(d_in, SPLIT_COLUMNS)
+    planes = torch.empty(splits, groups, rows, rank, dtype=torch.float32, device=x.device)
+    block_m, block_r = tile(rows, 64), tile(rank, 32)
+    _shrink[(groups, triton.cdiv(rows, block_m) * triton.cdiv(rank, block_r), splits)](
+        x, a, planes, rows, rank, d_in, planes[0].numel(),
+        BLOCK_M=block_m, BLOCK_R=block_r, BLOCK_K=tile(d_in, 64), SPLIT_K=SPLIT_COLUMNS, UPCAST=INTERPRETED,
+    )  # fmt: skip
+    return planes
+
+
 def add_low_rank(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """As `low_rank.eager`, in two launches. ValueError on inputs that do not fit each other or are not on a GPU."""
     groups, rows, d_in = x.shape
@@ -76,17 +112,11 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Ten
     check("a", a, (groups, rank, d_in), y)
     check("b", b, (groups, rank, d_out), y)
     check("y", y, (groups, rows, d_out), y)
-    if rows * max(d_in, d_out) >= 2**31:
-        raise ValueError(f"x: {rows} rows of one adapter are more than 32-bit offsets reach; choose kernels eager")
-    splits = triton.cdiv(d_in, SPLIT_COLUMNS)
-    planes = torch.empty(splits, groups, rows, rank, dtype=torch.float32, device=y.device)
-    block_m, block_r = tile(rows, 64), tile(rank, 32)
-    shared = {"BLOCK_M": block_m, "BLOCK_R": block_r, "UPCAST": INTERPRETED}
-    plane = planes[0].numel()
-    _shrink[(groups, triton.cdiv(rows, block_m) * triton.cdiv(rank, block_r), splits)](
-        x, a, planes, rows, rank, d_in, plane, BLOCK_K=tile(d_in, 64), SPLIT_K=SPLIT_COLUMNS, **shared
-    )
-    block_n = tile(d_out, 64)
+    if rows * d_out >= 2**31:
+        raise ValueError(f"y: {rows} rows of one adapter are more than 32-bit offsets reach; choose kernels eager")
+    planes = shrink(x.view(groups * rows, d_in), a)
+    block_m, block_n = tile(rows, 64), tile(d_out, 64)
     _expand[(groups, triton.cdiv(rows, block_m), triton.cdiv(d_out, block_n))](
-        y, planes, b, rows, rank, d_out, plane, SPLITS=splits, BLOCK_N=block_n, **shared
-    )
+        y, planes, b, rows, rank, d_out, planes[0].numel(),
+        SPLITS=len(planes), BLOCK_M=block_m, BLOCK_R=tile(rank, 32), BLOCK_N=block_n, UPCAST=INTERPRETED,
+    )  # fmt: skip

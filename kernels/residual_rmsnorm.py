@@ -32,4 +32,17 @@ def eager(
     return norm(residual, weight, eps)
 
 
-FORMS = {"eager": eager}
+def triton(
+    residual: torch.Tensor,
+    planes: torch.Tensor | None,
+    expansion: Expansion | None,
+    weight: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """Imported when first used: triton is only there on Linux."""
+    from perfbench.kernels.residual_rmsnorm_triton import epilogue
+
+    return epilogue(residual, planes, expansion, weight, eps)
+
+
+FORMS = {"eager": eager, "triton": triton}

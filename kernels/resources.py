@@ -20,7 +20,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 
-from perfbench.kernels import low_rank_triton, row_scale_triton, vector_generator_triton
+from perfbench.kernels import (
+    decode_attention_triton,
+    low_rank_triton,
+    qkv_epilogue_triton,
+    residual_rmsnorm_triton,
+    row_scale_triton,
+    swiglu_epilogue_triton,
+    vector_generator_triton,
+)
 
 TABLE = Path(__file__).with_name("resources.json")
 
@@ -34,6 +42,18 @@ ARCHITECTURES = {
 
 HIDDEN, INTERMEDIATE, RANK = 4096, 11008, 16
 BF16, FP32 = "*bf16", "*fp32"
+
+
+
+def _integers(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "i32")
+
+
+def _modules(count: int) -> dict[str, str]:
+    """The numbers that a fused expand is given for `count` modules."""
+    each = (_integers(f"RANK{i}", f"R{i}", f"COLUMN{i}", f"D{i}") for i in range(count))
+    return {name: kind for numbers in each for name, kind in numbers.items()} | _integers("R_ALL", "PLANE")
+
 
 # Name -> (kernel, types of its arguments in order, constants): what the launchers ask for at 7B, decoding.
 KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
@@ -56,6 +76,43 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
         low_rank_triton._expand,
         {"y": BF16, "planes": FP32, "b": BF16, "M": "i32", "R": "i32", "D_OUT": "i32", "G_M_R": "i32"},
         {"SPLITS": 4, "BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_N": 64, "UPCAST": False},
+    ),
+    "qkv_epilogue": (
+        qkv_epilogue_triton._epilogue,
+        {"qkv": BF16, "planes": FP32, **dict.fromkeys(("b0", "b1", "b2", "scale_minus_one"), BF16)}
+        | {"cos": BF16, "sin": BF16, "entry": BF16}
+        | _modules(3)
+        | _integers("M", "SCALE_M", "SCALE_FROM", "SCALED", "COLUMNS", "ROTATION_STRIDE", "LENGTH")
+        | _integers("Q_STRIDE", "S_STRIDE", "KV_STRIDE", "HEAD_STRIDE", "HEADS", "KV_HEADS"),
+        {"PARTS": 3, "SPLITS": 4, "HALF": 64, "BLOCK": 64},
+    ),
+    "swiglu_epilogue": (
+        swiglu_epilogue_triton._epilogue,
+        {"gate_up": BF16, "planes": FP32, "b0": BF16, "b1": BF16, "scale_minus_one": BF16, "out": BF16}
+        | _modules(2)
+        | _integers("M", "SCALE_M", "SCALE_FROM", "SCALED", "INNER"),
+        {"PARTS": 2, "SPLITS": 4, "ACTIVATION": "silu", "BLOCK": 1024},
+    ),
+    "residual_rmsnorm": (
+        residual_rmsnorm_triton._epilogue,
+        {"residual": BF16, "planes": FP32, "b0": BF16, "weight": BF16, "out": BF16}
+        | _modules(1)
+        | _integers("M", "HIDDEN")
+        | {"EPS": "fp32"},
+        {"PARTS": 1, "SPLITS": 11, "BLOCK": 4096},
+    ),
+    "decode_attention.parts": (
+        decode_attention_triton._parts,
+        {"q": BF16, "prompt": BF16, "generated": BF16, "where": "*i64", "mask": "*u8", "out": FP32, "statistics": FP32}
+        | _integers("LENGTH", "STEPS", "HEADS", "KV_HEADS", "BEAMS", "GROUP", "DIM")
+        | {"SCALE": "fp32"}
+        | _integers("Q_STRIDE", "REQUEST_STRIDE", "KV_STRIDE", "HEAD_STRIDE", "MASK_STRIDE", "ROWS"),
+        {"HAS_MASK": True, "SPLITS": 2, "SPLIT": 256, "BLOCK_L": 32, "BLOCK_R": 16, "BLOCK_D": 128, "UPCAST": False},
+    ),
+    "decode_attention.join": (
+        decode_attention_triton._join,
+        {"parts": FP32, "statistics": FP32, "out": BF16} | _integers("ROW_HEADS", "DIM"),
+        {"PARTS": 3, "BLOCK_D": 128},
     ),
     "row_scale": (
         row_scale_triton._scale,

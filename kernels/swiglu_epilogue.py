@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch.nn.functional import gelu, silu
 
 from perfbench.kernels.low_rank import Expansion, expand
 from perfbench.kernels.row_scale import scale_columns
+
+# `hidden_act` of a config -> what it is.
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_pytorch_tanh": partial(gelu, approximate="tanh"),
+}
 
 
 def eager(
@@ -16,7 +25,7 @@ def eager(
     expansion: Expansion | None,
     scale_minus_one: torch.Tensor | None,
     scale_from: int,
-    activation: Callable[[torch.Tensor], torch.Tensor],
+    activation: str,
 ) -> torch.Tensor:
     """[rows, I] from gate_up [rows, 2 I], which is overwritten; the rest as in `qkv_epilogue`."""
     if h is not None and expansion is not None:
@@ -24,7 +33,21 @@ def eager(
     if scale_minus_one is not None:
         scale_columns(gate_up, scale_minus_one, scale_from)
     gate, up = gate_up.chunk(2, dim=-1)
-    return activation(gate).mul_(up)
+    return ACTIVATIONS[activation](gate).mul_(up)
 
 
-FORMS = {"eager": eager}
+def triton(
+    gate_up: torch.Tensor,
+    planes: torch.Tensor | None,
+    expansion: Expansion | None,
+    scale_minus_one: torch.Tensor | None,
+    scale_from: int,
+    activation: str,
+) -> torch.Tensor:
+    """Imported when first used: triton is only there on Linux."""
+    from perfbench.kernels.swiglu_epilogue_triton import epilogue
+
+    return epilogue(gate_up, planes, expansion, scale_minus_one, scale_from, activation)
+
+
+FORMS = {"eager": eager, "triton": triton}

@@ -16,12 +16,10 @@ def serves(runtime: str, method: str) -> bool:
     return runtime == "transformers" or METHODS[method].served_by == "plan"
 
 
-def kernels_problem(runtime: str, kernels: str, device_kind: str) -> str | None:
-    """Why `kernels` can't run on this runtime and kind of device, with the way out; None where they can."""
+def kernels_problem(kernels: str, device_kind: str) -> str | None:
+    """Why `kernels` can't run on this kind of device, with the way out; None where they can."""
     if kernels == "triton" and device_kind != "cuda":
         return f"triton: its kernels run on a CUDA device, this run is on {device_kind}; choose kernels eager"
-    if kernels == "triton" and runtime == "static":
-        return "triton: runtime static has no Triton kernels yet; choose kernels eager, or runtime transformers"
     return None
 
 

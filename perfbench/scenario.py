@@ -246,8 +246,8 @@ def _build(source: Source, path: Path, device_kind: str, notes: tuple[str, ...])
     values = source.values
     dtypes, runtimes = _axis(values["dtype"]), _axis(values.get("runtime", "transformers"))
     kernels = _axis(values.get("kernels", "eager"))
-    for runtime, name in itertools.product(runtimes, kernels):
-        if (reason := kernels_problem(runtime, name, device_kind)) is not None:
+    for name in kernels:
+        if (reason := kernels_problem(name, device_kind)) is not None:
             _refuse(source, reason, "kernels")
     arms = _arms(source, path)
     notes += tuple(_unserved(source, arms, runtimes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 
@@ -14,7 +15,10 @@ from perfbench.kernels import decode_attention, low_rank, qkv_epilogue, residual
 TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 FAULT_FACTOR = 10
 
+FORMS = ["eager", *(["triton"] if importlib.util.find_spec("triton") else [])]
+
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp32", "bf16", "fp16"])
+forms = pytest.mark.parametrize("form", FORMS)
 groups = pytest.mark.parametrize("groups", [1, 3], ids=["one-group", "a-group-each"])
 
 Parts = list[tuple[int, int, torch.Tensor]]
@@ -35,6 +39,14 @@ def judge(run: Callable[[int], torch.Tensor], expected: torch.Tensor, dtype: tor
     assert float(differences(run(0), expected).max()) <= TOLERANCES[dtype]
     if groups > 1:
         assert float(differences(run(1), expected).min()) > FAULT_FACTOR * TOLERANCES[dtype]
+
+
+def halves(form: str, h: torch.Tensor) -> torch.Tensor:
+    """h [G, M, R] as the form wants it: Triton's adds up planes in fp32."""
+    if form == "eager":
+        return h
+    part = torch.full_like(h.float(), 0.25)
+    return torch.stack([h.float() - part, part])
 
 
 def shifted(parts: Parts, shift: int) -> low_rank.Expansion:
@@ -86,10 +98,11 @@ def test_expand_of_modules_that_are_alike(dtype: torch.dtype, groups: int, rows:
     judge(run, adapted(y, h, parts(stacked), None, 0), dtype, groups)
 
 
+@forms
 @dtypes
 @groups
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_qkv_epilogue(dtype: torch.dtype, groups: int, kv_heads: int) -> None:
+def test_qkv_epilogue(form: str, dtype: torch.dtype, groups: int, kv_heads: int) -> None:
     make, heads, dim, rows = normal(dtype, seed=21), 4, 6, 6
     q_columns, columns = heads * dim, (heads + 2 * kv_heads) * dim
     qkv, h = make(rows, columns), make(groups, rows // groups, 5)
@@ -107,39 +120,41 @@ def test_qkv_epilogue(dtype: torch.dtype, groups: int, kv_heads: int) -> None:
 
     def run(shift: int) -> torch.Tensor:
         entry = torch.full((rows, 2, kv_heads, dim), float("nan"), dtype=dtype)
-        q = qkv_epilogue.FORMS["eager"](
-            qkv.clone(), h, shifted(b, shift), scale.roll(shift, 0), first, cos, sin, entry
+        q = qkv_epilogue.FORMS[form](
+            qkv.clone(), halves(form, h), shifted(b, shift), scale.roll(shift, 0).contiguous(), first, cos, sin, entry
         )
         return torch.cat([q.reshape(rows, -1), entry.view(rows, -1)], dim=1)
 
     judge(run, expected, dtype, groups)
 
 
+@forms
 @dtypes
 @groups
-@pytest.mark.parametrize("activation", [torch.nn.functional.silu, torch.nn.functional.gelu])
+@pytest.mark.parametrize("activation", swiglu_epilogue.ACTIVATIONS)
 def test_swiglu_epilogue(
-    dtype: torch.dtype, groups: int, activation: Callable[[torch.Tensor], torch.Tensor]
+    form: str, dtype: torch.dtype, groups: int, activation: str
 ) -> None:
     make, rows, inner = normal(dtype, seed=22), 6, 37
     gate_up, h = make(rows, 2 * inner), make(groups, rows // groups, 5)
     b: Parts = [(0, 0, make(groups, 2, inner)), (2, inner, make(groups, 3, inner))]
     scale = make(groups, inner)
     both = adapted(gate_up, h, b, scale, inner)
-    expected = activation(both[:, :inner]) * both[:, inner:]
+    expected = swiglu_epilogue.ACTIVATIONS[activation](both[:, :inner]) * both[:, inner:]
 
     def run(shift: int) -> torch.Tensor:
-        return swiglu_epilogue.FORMS["eager"](
-            gate_up.clone(), h, shifted(b, shift), scale.roll(shift, 0), inner, activation
+        return swiglu_epilogue.FORMS[form](
+            gate_up.clone(), halves(form, h), shifted(b, shift), scale.roll(shift, 0).contiguous(), inner, activation
         )
 
     judge(run, expected, dtype, groups)
 
 
+@forms
 @dtypes
 @groups
 @pytest.mark.parametrize("weight_dtype", [None, torch.float32], ids=["own-type", "fp32"])
-def test_residual_rmsnorm(dtype: torch.dtype, groups: int, weight_dtype: torch.dtype | None) -> None:
+def test_residual_rmsnorm(form: str, dtype: torch.dtype, groups: int, weight_dtype: torch.dtype | None) -> None:
     make, rows, hidden, eps = normal(dtype, seed=23), 6, 37, 1e-5
     residual, h = make(rows, hidden), make(groups, rows // groups, 3)
     b: Parts = [(0, 0, make(groups, 3, hidden))]
@@ -150,22 +165,25 @@ def test_residual_rmsnorm(dtype: torch.dtype, groups: int, weight_dtype: torch.d
 
     def run(shift: int) -> torch.Tensor:
         in_place = residual.clone()
-        found = residual_rmsnorm.FORMS["eager"](in_place, h, shifted(b, shift), weight, eps)
+        found = residual_rmsnorm.FORMS[form](in_place, halves(form, h), shifted(b, shift), weight, eps)
         assert found.dtype == dtype
         return torch.cat([in_place, found], dim=1)
 
     judge(run, expected, dtype, groups)
 
 
+@forms
 @dtypes
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_decode_attention(dtype: torch.dtype, beams: int, padded: bool, kv_heads: int) -> None:
+def test_decode_attention(form: str, dtype: torch.dtype, beams: int, padded: bool, kv_heads: int) -> None:
     make, requests, heads, dim, length, n = normal(dtype, seed=24), 3, 4, 6, 7, 5
     rows = requests * beams
     q, prompt = make(rows, heads, dim), make(requests, 2, kv_heads, length, dim)
-    generated = make(rows, n, 2, kv_heads, dim) if beams > 1 else None
+    generated = make(n + 2, rows, 2, kv_heads, dim) if beams > 1 else None
+    ancestors = torch.randint(0, rows, (rows, n), generator=torch.Generator().manual_seed(5))
+    where = None if generated is None else ancestors + torch.arange(n) * rows
     pads = (4, 0, 2) if padded else (0, 0, 0)
     mask = torch.ones(requests, 1, 1, length, dtype=torch.bool)
     for request, pad in enumerate(pads):
@@ -176,15 +194,16 @@ def test_decode_attention(dtype: torch.dtype, beams: int, padded: bool, kv_heads
         request, kv = row // beams, head // (heads // kv_heads)
         keys, values = prompt[request, :, kv, pads[request] :].double()
         if generated is not None:
-            keys = torch.cat([keys, generated[row, :, 0, kv].double()])
-            values = torch.cat([values, generated[row, :, 1, kv].double()])
+            own = torch.stack([generated[step, ancestors[row, step], :, kv] for step in range(n)]).double()
+            keys, values = torch.cat([keys, own[:, 0]]), torch.cat([values, own[:, 1]])
         return (keys @ q[row, head].double() / math.sqrt(dim)).softmax(dim=0) @ values
 
     expected = torch.stack([torch.cat([alone(row, head) for head in range(heads)]) for row in range(rows)])
 
     def run(shift: int) -> torch.Tensor:
-        own = None if generated is None else generated.roll(shift, 0)
-        whose = prompt if generated is not None else prompt.roll(shift, 0)
-        return decode_attention.FORMS["eager"](q, whose, own, mask if padded else None)
+        # The fault: every row reads the generated tokens of the next, or every request the next one's prompt.
+        rolled = None if where is None else where.roll(shift, 0)
+        whose = prompt if where is not None else prompt.roll(shift, 0)
+        return decode_attention.FORMS[form](q, whose, generated, rolled, mask if padded else None)
 
     judge(run, expected, dtype, groups=rows)

@@ -72,9 +72,6 @@ def test_triton_on_a_cpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ScenarioError, match=r"x\.yaml:7: kernels: triton: .*CUDA.*choose kernels eager"):
         scenario.resolve(document, "cpu")
     assert scenario.resolve(document, "cuda").kernels == ("eager", "triton")
-    path.write_text(path.read_text().replace("runtime: transformers", "runtime: [transformers, static]"))
-    with pytest.raises(ScenarioError, match="no Triton kernels yet"):
-        scenario.resolve(scenario.load(path), "cuda")
 
 
 def test_an_arm_that_no_runtime_serves_is_refused(tmp_path: Path) -> None:

@@ -112,6 +112,24 @@ def test_sixteen_bits_differ_by_their_rounding_only(family: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("method", ["none", "lora", "fanlora", "para"])
+def test_triton_s_kernels_generate_what_plain_torch_does(
+    method: str, beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the interpreter where there is no GPU, so a layer, few tokens and few requests."""
+    pytest.importorskip("triton", reason="triton is not there for this platform")
+    base = load(TINY | {"num_hidden_layers": 1}, "fp32", monkeypatch)
+    ids = torch.randint(3, 256, (2, 3), generator=torch.Generator().manual_seed(4))
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    batch, bank = Batch(ids * mask, mask, (2, -1), beams, new_tokens=3), make_bank(base, method)
+    eager, triton = StaticArm(base, bank, "eager"), StaticArm(base, bank, "triton")
+    tokens = eager.generate(batch).tokens
+    assert torch.equal(triton.generate(batch).tokens, tokens)
+    expected, found = (arm.generate(batch, forced=tokens, with_logits=True).logits for arm in (eager, triton))
+    assert float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max()) < 1e-5
+
+
+@pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_a_real_checkpoint_answers_real_prompts_alike(
     method: str, beams: int, stories260k: Path, test_data: Path

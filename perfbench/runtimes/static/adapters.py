@@ -47,17 +47,20 @@ class BoundLayer:
 BARE = {name: Bound() for name in FUSED}
 
 
-def bind(bank: Bank | None, shape: BackboneShape, slots: Sequence[int]) -> list[BoundLayer]:
-    """What every layer gets for requests in these bank slots, -1 being the bare backbone."""
+def bind(bank: Bank | None, shape: BackboneShape, slots: Sequence[int], *, stack: bool) -> list[BoundLayer]:
+    """What every layer gets for requests in these bank slots, -1 being the bare backbone.
+
+    stack: whether modules that are alike are laid out for one product, which plain torch profits from.
+    """
     if bank is None:
         return [BoundLayer(BARE, None)] * shape.layers
     # Where all requests have one adapter, one group of rows reads it once.
     own = slots[:1] if len(set(slots)) == 1 else slots
     rows = bank.rows(own)
-    return [_bind_layer(stacked, shape, rows) for stacked in bank.layers]
+    return [_bind_layer(stacked, shape, rows, stack) for stacked in bank.layers]
 
 
-def _bind_layer(stacked: LayerPlan, shape: BackboneShape, rows: torch.Tensor) -> BoundLayer:
+def _bind_layer(stacked: LayerPlan, shape: BackboneShape, rows: torch.Tensor, stack: bool) -> BoundLayer:
     projections = {}
     for name, modules in FUSED.items():
         bound = projections[name] = Bound()
@@ -67,7 +70,7 @@ def _bind_layer(stacked: LayerPlan, shape: BackboneShape, rows: torch.Tensor) ->
             shrinks = [stacked.low_rank[module].a[rows] for module in paired]
             bound.a = shrinks[0] if len(shrinks) == 1 else torch.cat(shrinks, dim=1)
             weights = {module: stacked.low_rank[module].b[rows] for module in paired}
-            bound.expansion = _expansion(weights, columns, whole=len(paired) == len(modules))
+            bound.expansion = _expansion(weights, columns, stack=stack and len(paired) == len(modules))
         scales = stacked.scale_minus_one
         scaled = {module: scales[module][rows] for module in modules if module in scales}
         if scaled:
@@ -76,10 +79,10 @@ def _bind_layer(stacked: LayerPlan, shape: BackboneShape, rows: torch.Tensor) ->
     return BoundLayer(projections, generator)
 
 
-def _expansion(weights: dict[str, torch.Tensor], columns: dict[str, int], *, whole: bool) -> Expansion:
-    """The expansion of these modules' b [G, R, D_out]; `whole`: they are all modules of the projection."""
+def _expansion(weights: dict[str, torch.Tensor], columns: dict[str, int], *, stack: bool) -> Expansion:
+    """The expansion of these modules' b [G, R, D_out], stacked where they are alike."""
     alike = None
-    if whole and len(weights) > 1 and len({weight.shape for weight in weights.values()}) == 1:
+    if stack and len(weights) > 1 and len({weight.shape for weight in weights.values()}) == 1:
         alike = torch.stack(list(weights.values()), dim=1)
         weights = dict(zip(weights, alike.unbind(1), strict=True))
     parts, rank = [], 0
@@ -110,4 +113,4 @@ def join_scales(
         scaled[module] if module in scaled else some.new_zeros(some.shape[0], shape.features(module)[1])
         for module in between
     ]
-    return columns[present[0]], parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return columns[present[0]], parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=1)

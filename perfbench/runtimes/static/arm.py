@@ -36,7 +36,7 @@ class StaticArm:
     ) -> Generation:
         """As `generation.generate`. Taking the batch's adapters out of the bank is part of the call and its time."""
         with torch.inference_mode():
-            layers = bind(self.bank, self.weights.shape, batch.slots)
+            layers = bind(self.bank, self.weights.shape, batch.slots, stack=self.kernels == "eager")
             decoder = Decoder(self.weights, layers, self._cache_for(batch), batch, self.kernels)
             if batch.beams == 1:
                 return greedy(decoder, clock, forced, with_logits)

@@ -34,6 +34,7 @@ class Decoder:
             seen = torch.ones(len(mask), cache.prompt[0].shape[3], dtype=torch.bool, device=mask.device)
             seen[:, : mask.shape[1]] = mask
             self._padding = seen[:, None, None, :]
+        self._shrink = low_rank.SHRINKS[kernels]
         self._qkv = qkv_epilogue.FORMS[kernels]
         self._swiglu = swiglu_epilogue.FORMS[kernels]
         self._norm = residual_rmsnorm.FORMS[kernels]
@@ -84,16 +85,14 @@ class Decoder:
         if beams > 1:
             cache.ancestors[:, n] = torch.arange(rows, device=tokens.device)
             steps = torch.arange(n + 1, device=tokens.device)
-            where = (cache.ancestors[:, : n + 1] + steps * rows).flatten()
+            where = cache.ancestors[:, : n + 1] + steps * rows
         residual = weights.embed(tokens)
         normed = residual_rmsnorm.norm(residual, weights.layers[0].input_norm, weights.eps)
         for i in range(len(self.layers)):
             entry = cache.prompt[i][:, :, :, end - 1] if where is None else cache.generated[i][n]
             q = self._project_qkv(i, normed, cos, sin, entry)
-            own = None
-            if where is not None:
-                own = cache.generated[i].flatten(0, 1).index_select(0, where).unflatten(0, (rows, n + 1))
-            attended = self._attention(q, cache.prompt[i][:, :, :, :end], own, mask)
+            generated = None if where is None else cache.generated[i]
+            attended = self._attention(q, cache.prompt[i][:, :, :, :end], generated, where, mask)
             normed = self._finish_layer(i, residual, attended)
         self.steps = n + 1
         return product(normed, weights.head)
@@ -107,22 +106,25 @@ class Decoder:
     ) -> torch.Tensor:
         layer, bound = self.weights.layers[i], self.layers[i].projections["qkv"]
         qkv = product(normed, layer.weights["qkv"], layer.biases["qkv"])
-        h = _shrink(normed, bound)
+        h = self._low_rank(normed, bound)
         return self._qkv(qkv, h, bound.expansion, bound.scale_minus_one, bound.scale_from, cos, sin, entry)
 
     def _finish_layer(self, i: int, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """From the attention's output to the normed input of the next layer (or of the head); residual in place."""
         weights, layer, bound = self.weights, self.weights.layers[i], self.layers[i].projections
         self._add(residual, attended, layer.weights["o"], layer.biases["o"])
-        h = _shrink(attended, bound["o"])
+        h = self._low_rank(attended, bound["o"])
         normed = self._norm(residual, h, bound["o"].expansion, layer.post_norm, weights.eps)
         gate_up = product(normed, layer.weights["gate_up"], layer.biases["gate_up"])
-        h, up = _shrink(normed, bound["gate_up"]), bound["gate_up"]
+        h, up = self._low_rank(normed, bound["gate_up"]), bound["gate_up"]
         inner = self._swiglu(gate_up, h, up.expansion, up.scale_minus_one, up.scale_from, weights.activation)
         self._add(residual, inner, layer.weights["down"], layer.biases["down"])
-        h = _shrink(inner, bound["down"])
+        h = self._low_rank(inner, bound["down"])
         following = weights.layers[i + 1].input_norm if i + 1 < len(weights.layers) else weights.norm
         return self._norm(residual, h, bound["down"].expansion, following, weights.eps)
+
+    def _low_rank(self, x: torch.Tensor, bound: Bound) -> torch.Tensor | None:
+        return None if bound.a is None else self._shrink(x, bound.a)
 
     @staticmethod
     def _add(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -158,7 +160,3 @@ class Decoder:
         causal = torch.ones(length, length, dtype=torch.bool, device=self._padding.device).tril()
         itself = torch.eye(length, dtype=torch.bool, device=self._padding.device)
         return (causal & self._padding[..., :length]) | itself
-
-
-def _shrink(x: torch.Tensor, bound: Bound) -> torch.Tensor | None:
-    return None if bound.a is None else low_rank.shrink(x, bound.a)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import gelu, silu
 
 from perfbench.backbone import Backbone
 from perfbench.errors import BackboneError
@@ -17,13 +15,6 @@ from perfbench.runtime_support import unsupported
 
 # The modules that share an input, as one product: their outputs lie side by side in this order.
 FUSED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
-
-Activation = Callable[[torch.Tensor], torch.Tensor]
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": silu,
-    "gelu": gelu,
-    "gelu_pytorch_tanh": partial(gelu, approximate="tanh"),
-}
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class Weights:
     norm: torch.Tensor
     head: torch.Tensor
     eps: float
-    activation: Activation
+    activation: str
     cos: torch.Tensor
     sin: torch.Tensor
 
@@ -77,7 +68,7 @@ def fuse(backbone: Backbone) -> Weights:
         norm=_norm(model.model.norm, model.config.model_type),
         head=model.get_output_embeddings().weight,
         eps=model.config.rms_norm_eps,
-        activation=ACTIVATIONS[model.config.hidden_act],
+        activation=model.config.hidden_act,
         cos=cos[0].to(backbone.dtype),
         sin=sin[0].to(backbone.dtype),
     )
