@@ -90,12 +90,12 @@ def _table(question: Question, device: Device, requests: int, work: dict[str, Wo
         f"{question.backbone} {question.dtype} on {device.name}; prompt {question.prompt_tokens}, new "
         f"{question.new_tokens}, beams {question.beams}, requests {requests}, tenants {tenants}"
     )
-    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     heads = ("weights\nMiB", "cache\nMiB", "adapters\nMiB", "least\nms/step", "tokens/s\nat most", "kept %\nat most")
     for head in heads:
-        table.add_column(head, justify="right")
-    table.add_column("bound by")
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("bound by", no_wrap=True)
     bare_s = work["none"].least_s(device, question.dtype)
     for name, step in work.items():
         least_s = step.least_s(device, question.dtype)

@@ -106,8 +106,9 @@ def test_this_machine_is_measured() -> None:
 
 def test_the_table_names_the_device_and_every_method() -> None:
     out = io.StringIO()
-    render(QUESTION, DEVICES["a40"], Console(file=out, width=120))
+    render(QUESTION, DEVICES["a40"], Console(file=out, width=80))
     text = out.getvalue()
+    assert "…" not in text, "a terminal of 80 columns shows every figure"
     for word in ("NVIDIA A40", "datasheet", "requests 64", "fanlora", "kept %"):
         assert word in text
 
