@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from perfbench.kernels.later import later
+
 
 def eager(
     q: torch.Tensor,
@@ -41,17 +43,4 @@ def eager(
     return (from_prompt + weights[..., length:] @ own[1]).reshape(rows, -1)
 
 
-def triton(
-    q: torch.Tensor,
-    prompt: torch.Tensor,
-    generated: torch.Tensor | None,
-    where: torch.Tensor | None,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """Imported when first used: triton is only there on Linux."""
-    from perfbench.kernels.decode_attention_triton import attend
-
-    return attend(q, prompt, generated, where, mask)
-
-
-FORMS = {"eager": eager, "triton": triton}
+FORMS = {"eager": eager, "triton": later("decode_attention_triton", "attend")}

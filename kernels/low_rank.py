@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from perfbench.kernels.later import later
+
 
 def eager(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """Two batched products. a stays in rows and is read transposed: on CPUs the product along contiguous D_in was
@@ -50,19 +52,6 @@ def expand(y: torch.Tensor, h: torch.Tensor, expansion: Expansion) -> None:
             grouped[:, :, column : column + weight.shape[2]].add_(torch.bmm(own, weight))
 
 
-def triton(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Imported when first used: triton is only there on Linux."""
-    from perfbench.kernels.low_rank_triton import add_low_rank
-
-    add_low_rank(y, x, a, b)
-
-
-def triton_shrink(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """As `shrink`, but in fp32 planes [splits, G, M, R], which the Triton forms of the fused operations add up."""
-    from perfbench.kernels import low_rank_triton
-
-    return low_rank_triton.shrink(x, a)
-
-
-FORMS = {"eager": eager, "triton": triton}
-SHRINKS = {"eager": shrink, "triton": triton_shrink}
+FORMS = {"eager": eager, "triton": later("low_rank_triton", "add_low_rank")}
+# Triton's gives fp32 planes [splits, G, M, R], which the Triton forms of the fused operations add up.
+SHRINKS = {"eager": shrink, "triton": later("low_rank_triton", "shrink")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from perfbench.kernels.later import later
 from perfbench.kernels.low_rank import Expansion, expand
 from perfbench.kernels.row_scale import scale_columns
 
@@ -37,20 +38,4 @@ def eager(
     return heads[:, : -2 * kv_heads]
 
 
-def triton(
-    qkv: torch.Tensor,
-    planes: torch.Tensor | None,
-    expansion: Expansion | None,
-    scale_minus_one: torch.Tensor | None,
-    scale_from: int,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    entry: torch.Tensor,
-) -> torch.Tensor:
-    """Imported when first used: triton is only there on Linux."""
-    from perfbench.kernels.qkv_epilogue_triton import epilogue
-
-    return epilogue(qkv, planes, expansion, scale_minus_one, scale_from, cos, sin, entry)
-
-
-FORMS = {"eager": eager, "triton": triton}
+FORMS = {"eager": eager, "triton": later("qkv_epilogue_triton", "epilogue")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import rms_norm
 
+from perfbench.kernels.later import later
 from perfbench.kernels.low_rank import Expansion, expand
 
 
@@ -32,17 +33,4 @@ def eager(
     return norm(residual, weight, eps)
 
 
-def triton(
-    residual: torch.Tensor,
-    planes: torch.Tensor | None,
-    expansion: Expansion | None,
-    weight: torch.Tensor,
-    eps: float,
-) -> torch.Tensor:
-    """Imported when first used: triton is only there on Linux."""
-    from perfbench.kernels.residual_rmsnorm_triton import epilogue
-
-    return epilogue(residual, planes, expansion, weight, eps)
-
-
-FORMS = {"eager": eager, "triton": triton}
+FORMS = {"eager": eager, "triton": later("residual_rmsnorm_triton", "epilogue")}

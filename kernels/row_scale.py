@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from perfbench.kernels.later import later
+
 
 def eager(y: torch.Tensor, scale_minus_one: torch.Tensor) -> None:
     """One launch; y + y * s is formed in fp32 inside it also where y and s are 16 bits wide."""
@@ -23,11 +25,4 @@ def scale_columns(y: torch.Tensor, scale_minus_one: torch.Tensor, first: int) ->
         eager(own.unflatten(0, (groups, -1)), scale_minus_one)
 
 
-def triton(y: torch.Tensor, scale_minus_one: torch.Tensor) -> None:
-    """Imported when first used: triton is only there on Linux."""
-    from perfbench.kernels.row_scale_triton import scale_rows
-
-    scale_rows(y, scale_minus_one)
-
-
-FORMS = {"eager": eager, "triton": triton}
+FORMS = {"eager": eager, "triton": later("row_scale_triton", "scale_rows")}

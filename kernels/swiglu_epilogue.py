@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch.nn.functional import gelu, silu
 
+from perfbench.kernels.later import later
 from perfbench.kernels.low_rank import Expansion, expand
 from perfbench.kernels.row_scale import scale_columns
 
@@ -36,18 +37,4 @@ def eager(
     return ACTIVATIONS[activation](gate).mul_(up)
 
 
-def triton(
-    gate_up: torch.Tensor,
-    planes: torch.Tensor | None,
-    expansion: Expansion | None,
-    scale_minus_one: torch.Tensor | None,
-    scale_from: int,
-    activation: str,
-) -> torch.Tensor:
-    """Imported when first used: triton is only there on Linux."""
-    from perfbench.kernels.swiglu_epilogue_triton import epilogue
-
-    return epilogue(gate_up, planes, expansion, scale_minus_one, scale_from, activation)
-
-
-FORMS = {"eager": eager, "triton": triton}
+FORMS = {"eager": eager, "triton": later("swiglu_epilogue_triton", "epilogue")}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import gelu
 
+from perfbench.kernels.later import later
+
 
 def eager(
     h: torch.Tensor, w_down: torch.Tensor, w_up: torch.Tensor, bias_minus_one: torch.Tensor
@@ -19,13 +21,4 @@ def eager(
     return torch.baddbmm(bias_minus_one.unsqueeze(1), bottleneck, w_up).view(h.shape[0], -1)
 
 
-def triton(
-    h: torch.Tensor, w_down: torch.Tensor, w_up: torch.Tensor, bias_minus_one: torch.Tensor
-) -> torch.Tensor:
-    """Imported when first used: triton is only there on Linux."""
-    from perfbench.kernels.vector_generator_triton import generate
-
-    return generate(h, w_down, w_up, bias_minus_one)
-
-
-FORMS = {"eager": eager, "triton": triton}
+FORMS = {"eager": eager, "triton": later("vector_generator_triton", "generate")}
