@@ -34,6 +34,7 @@ def decode_step(arm: Arm, batch: Batch, device: torch.device) -> dict[str, int |
         input_ids=torch.cat([batch.input_ids, filler], dim=1),
         attention_mask=torch.cat([batch.attention_mask, filler], dim=1),
         new_tokens=2,
+        follow_up=None,
     )
     with_step, without = longer, replace(longer, new_tokens=1)
     operations, flops = (a - b for a, b in zip(_operations(arm, with_step), _operations(arm, without), strict=True))

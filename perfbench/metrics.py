@@ -26,6 +26,9 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "total_ms": Metric("ms", "lower", "the whole generate call"),
     "ttft_ms": Metric("ms", "lower", "from the start of generate until the first step's token is chosen"),
+    "follow_up_ttft_ms": Metric(
+        "ms", "lower", "the second turn's ttft: from the cache of the first where the method allows it"
+    ),
     "itl_ms": Metric("ms", "lower", "for each later step, the time since the step before it"),
     "decode_tokens_per_s": Metric(
         "tokens/s", "higher", "requests x (N - 1) / (total - ttft); beams are never multiplied in"

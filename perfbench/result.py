@@ -30,6 +30,8 @@ _SAMPLE_FIELDS = frozenset((
     "case", "round", "process", "total_ms", "ttft_ms", "itl_ms", *_SPEEDS, "void", "sm_clock_mhz",
     "throttle_reasons", "energy_mj", "unix_time_s",
 ))  # fmt: skip
+# Of workloads with a second turn only.
+_OPTIONAL_SAMPLE_FIELDS = frozenset(("follow_up_ttft_ms",))
 _MANIFEST_FIELDS = {
     "perfbench_version": str,
     "started_at": str,
@@ -147,8 +149,8 @@ class RunDirectory:
         Raises RunDirectoryError where it can't be written, with the file cut back to its last whole line;
         ValueError on a sample with other fields, of an unknown case or with a NaN (our fault).
         """
-        if set(sample) != _SAMPLE_FIELDS:
-            raise ValueError(f"sample: missing or unknown fields: {sorted(set(sample) ^ _SAMPLE_FIELDS)}")
+        if wrong := (set(sample) - _OPTIONAL_SAMPLE_FIELDS) ^ _SAMPLE_FIELDS:
+            raise ValueError(f"sample: missing or unknown fields: {sorted(wrong)}")
         if sample["case"] not in self.manifest["cases"]:
             raise ValueError(f"sample: unknown case {sample['case']!r}")
         _refuse_not_finite(dict(sample), "sample")
@@ -279,6 +281,8 @@ def _summarise_samples(samples: list[dict[str, Any]], requests: int) -> dict[str
     """{metric: summary} of one case: `itl_ms` over the steps of all rounds, energy where it was measured."""
     figures = {name: summary([one[name] for one in samples]) for name in ("total_ms", "ttft_ms", *_SPEEDS)}
     figures["itl_ms"] = summary([itl_ms for one in samples for itl_ms in one["itl_ms"]])
+    if all("follow_up_ttft_ms" in one for one in samples):
+        figures["follow_up_ttft_ms"] = summary([one["follow_up_ttft_ms"] for one in samples])
     energies = [
         energy_mj_per_token(one["energy_mj"], requests, len(one["itl_ms"]) + 1)
         for one in samples

@@ -23,7 +23,9 @@ WIDTH = 100
 NOTHING = "-"
 _MIB = 2**20
 _WORKLOAD = ("prompt_tokens", "new_tokens", "beams", "requests", "tenants", "resident", "tenant_mix")
-_MEDIANS = ("total_ms", "ttft_ms", "itl_ms", "decode_tokens_per_s", "tokens_per_s", "energy_mj_per_token")
+_RARE = {"follow_up_tokens": "second turn"}
+_TIMES = ("total_ms", "ttft_ms", "follow_up_ttft_ms", "itl_ms")
+_MEDIANS = (*_TIMES, "decode_tokens_per_s", "tokens_per_s", "energy_mj_per_token")
 _PEAKS = tuple(f"peak_{kind}_bytes" for kind in ("allocated", "reserved", "device", "process", "resident"))
 _FIGURES = {
     "memory": (*_PEAKS, "tenants_that_fit"),
@@ -49,6 +51,10 @@ _LEGEND = (
     "rounds with its 95% interval. ttft: until the first token. a tenant: adapter "
     "memory that one more takes; more fit: how many more. roof: the least time of the last step, from what it must "
     "read, over the time between tokens. ops: ATen operations in a decode step."
+)
+_LEGEND_TURNS = (
+    " turn 2 ttft: until the first token of the second turn; all arms but those whose scales are generated from the "
+    "prompt (PARA) read the first turn out of the cache."
 )
 _LEGEND_PLAIN = " times plain: decode speed over that of the same arm on runtime transformers with kernels eager."
 
@@ -190,7 +196,9 @@ def _peak(group: Sequence[Row]) -> Column:
 
 
 def _columns(group: Sequence[Row]) -> list[Column]:
-    """The columns of one comparison; the ratio to the plain runtime and kernels where that was measured too."""
+    """The columns of one comparison; the ratio to the plain runtime and kernels where that was measured too, and the
+    second turn's time in the place of the operations."""
+    turns = any(row["follow_up_ttft_ms"] is not None for row in group)
     kernels, plain = len({row["kernels"] for row in group}) > 1, "versus_plain_decode_tokens_per_s"
     return [
         Column("arm", lambda row: f"{row['arm']} ({row['kernels']})" if kernels else row["arm"], text=True),
@@ -198,11 +206,12 @@ def _columns(group: Sequence[Row]) -> list[Column]:
         Column("kept\n%", _kept),
         *([Column("times\nplain", lambda row: _figure(row[plain]))] if any(row[plain] for row in group) else []),
         Column("ttft\nms", lambda row: _figure(row["ttft_ms"])),
+        *([Column("turn 2\nttft", lambda row: _figure(row["follow_up_ttft_ms"]))] if turns else []),
         _peak(group),
         Column("a\ntenant", lambda row: _bytes(row["bytes_per_tenant"])),
         Column("more\nfit", lambda row: _count(row["tenants_that_fit"])),
         Column("roof\n%", lambda row: NOTHING if row["roof_share"] is None else f"{row['roof_share'] * 100:.0f}"),
-        Column("ops\n/step", lambda row: _count(row["aten_ops_per_decode_step"])),
+        *([] if turns else [Column("ops\n/step", lambda row: _count(row["aten_ops_per_decode_step"]))]),
     ]
 
 
@@ -231,8 +240,9 @@ def _title(comparison: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -
         + ", ".join(f"{field.removesuffix('_tokens')} {count}" for field, count in counts.items()),
         f"tenants {load.get('tenants')} ({load.get('tenant_mix')}), resident {load.get('resident')}",
     ]
+    parts += [f"{what} {load[field]}" for field, what in _RARE.items() if load.get(field)]
     for field, value in load.items():
-        if field not in _WORKLOAD and any(other["workload"].get(field) != value for other in others):
+        if field not in (*_WORKLOAD, *_RARE) and any(other["workload"].get(field) != value for other in others):
             parts.append(f"{field} {value}")
     return "; ".join(parts)
 
@@ -313,7 +323,8 @@ def render(manifest: Mapping[str, Any], format: str = "table", console: Any = No
 
 def _legend(manifest: Mapping[str, Any]) -> str:
     beside_plain = any(case["versus_plain"] for case in manifest["cases"].values())
-    return _LEGEND + (_LEGEND_PLAIN if beside_plain else "")
+    turns = any(comparison["workload"].get("follow_up_tokens") for comparison in manifest["comparisons"])
+    return _LEGEND + (_LEGEND_PLAIN if beside_plain else "") + (_LEGEND_TURNS if turns else "")
 
 
 def _groups(manifest: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], list[Row]]]:

@@ -12,6 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Read by triton when it is first imported (transformers does): without a GPU its kernels run in the interpreter.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+# Read by the OpenMP library when torch loads it: threads that wait in a busy loop slow other processes tenfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
