@@ -52,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--format", choices=("table", "markdown", "csv", "json"), default="table")
     show.set_defaults(command=_show)
 
+    report = commands.add_parser("report", help="one page of one or several runs", description=_report.__doc__)
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
+    report.add_argument("--format", choices=("html", "markdown", "csv", "parquet"), default="html")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html; markdown and csv are printed")
+    report.add_argument("--samples", action="store_true", help="csv and parquet: a row for each repetition")
+    report.set_defaults(command=_report)
+
     listing = commands.add_parser("list", help="what there is to choose from", description=_list.__doc__)
     listing.set_defaults(command=_list)
 
@@ -138,6 +145,23 @@ def _show(arguments: argparse.Namespace) -> int:
     if text is not None:
         print(text)
     return directory.exit_code()
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    """Writes an HTML page that opens offline: verdicts, charts with intervals, environment. Or Markdown for a pull
+    request, CSV, Parquet. Exit code 2 where a run can't be read or the file can't be written."""
+    from perfbench.report.read import read_runs
+    from perfbench.report.write import render, write
+
+    content = render(read_runs(arguments.runs), arguments.format, samples=arguments.samples)
+    printed = arguments.format in ("markdown", "csv")
+    out = arguments.out or (None if printed else Path(f"report.{arguments.format}"))
+    if out is None:
+        sys.stdout.write(content.decode())
+        return 0
+    write(out, content)
+    print(f"{out}: {len(content) / 1e6:.2f} MB", file=sys.stderr)
+    return 0
 
 
 def _list(arguments: argparse.Namespace) -> int:
