@@ -26,7 +26,7 @@ _WORKLOAD = ("prompt_tokens", "new_tokens", "beams", "requests", "tenants", "res
 _MEDIANS = ("total_ms", "ttft_ms", "itl_ms", "decode_tokens_per_s", "tokens_per_s", "energy_mj_per_token")
 _PEAKS = tuple(f"peak_{kind}_bytes" for kind in ("allocated", "reserved", "device", "process", "resident"))
 _FIGURES = {
-    "memory": (*_PEAKS, "tenants_that_fit"),
+    "memory": (*_PEAKS, "adapter_bytes", "kv_cache_bytes", "tenants_that_fit"),
     "adapters": ("parameters_per_tenant", "bytes_per_tenant", "admit_ms"),
     "exact": (
         "aten_ops_per_decode_step",

@@ -39,7 +39,7 @@
   function bars(chart, width) {
     const rows = chart.rows, fromZero = chart.kind === "bars";
     const unit = chart.data?.unit ?? "", like = (row) => unit ? Math.min(99, row[1]) : row[1];
-    const label = (row) => number(row[1], like(row)) + unit + (row[2] === null ? "" : ` [${number(row[2], like(row))}, ${number(row[3], like(row))}]`);
+    const label = (row) => number(row[1], like(row)) + unit + (row[2] === null || width < 400 ? "" : ` [${number(row[2], like(row))}, ${number(row[3], like(row))}]`);
     const room = Math.max(...rows.map((row) => textWidth(label(row)))) + 10;
     const reach = rows.flatMap((row) => row.slice(1, 4)).filter((value) => value !== null);
     const most = Math.max(...reach, fromZero ? 0 : chart.data?.reference ?? -Infinity);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from perfbench import table
@@ -104,9 +105,9 @@ def _overall(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             kept.setdefault(row["arm"], []).append(row["kept_decode_tokens_per_s"])
             best[row["arm"]] += len(measured) > 1 and table.is_best(row, measured)
     sentences = [
-        f"{arm} kept {min(kept[arm]):.1%} to {max(kept[arm]):.1%} of the bare backbone's decode speed; it kept most, or "
-        f"tied with what did, in {best[arm]} of {contests} comparisons of several methods."
-        for arm in sorted(kept, key=lambda arm: -best[arm])
+        f"{arm} kept {min(kept[arm]):.1%} to {max(kept[arm]):.1%} of the bare backbone's decode speed; it kept most, "
+        f"or tied with what did, in {best[arm]} of {contests} comparisons of several methods."
+        for arm in sorted(kept, key=lambda arm: (-best[arm], -median(kept[arm])))
     ]
     failed = sum(row["status"] != "ok" for verdict in verdicts for row in verdict["group"])
     wrong = [f"{failed} cases were not measured; their reasons stand with their comparison."] if failed else []
@@ -149,11 +150,9 @@ def _environment(runs: Sequence[Run]) -> dict[str, Any]:
     """What the runs ran on, a column for each; rows that differ are marked."""
     flat = [_flatten(run.manifest["environment"]) for run in runs]
     names = list(dict.fromkeys(name for one in flat for name in one))
-    rows = []
-    for name in names:
-        cells = [one.get(name, "-") for one in flat]
-        rows.append({"name": name, "cells": cells, "differs": len(set(cells)) > 1})
-    differing = sum(row["differs"] for row in rows)
+    cells = {name: [one.get(name, "-") for one in flat] for name in names}
+    rows = [{"name": name, "cells": values, "differs": len(set(values)) > 1} for name, values in cells.items()]
+    differing = sum(len(set(values)) > 1 for values in cells.values())
     note = f"{differing} lines differ between the runs; they are marked." if differing else ""
     return {"title": "The environment", "heads": ["", *(run.label for run in runs)], "rows": rows, "note": note}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Point:
     """One comparison of one run with its measured arms."""
 
     run: Run
-    comparison: dict[str, Any]
+    comparison: Mapping[str, Any]
     arms: Sequence[Arm]
 
 

@@ -75,8 +75,8 @@ def drift(arms: Timed, points: int) -> Chart | None:
         ("method", "verdict", "shift %", "at round", "p"),
         rows,
         f"One point a repetition, in the order taken.{thinned} A shift is called where Pettitt's test gives "
-        f"p < {LEVEL} and the level moves by {LEAST_SHIFT:.0%} or more. Methods that shift together had a machine that changed, "
-        "which comparing within a round cancels.",
+        f"p < {LEVEL} and the level moves by {LEAST_SHIFT:.0%} or more. Methods that shift together had "
+        "a machine that changed, which comparing within a round cancels.",
         {"series": series, "rounds": longest},
     )
 
