@@ -161,7 +161,7 @@
     const reach = Math.max(5, (sizes[Math.floor(sizes.length * 0.97)] ?? 0) * 1.1);
     const clipped = points.map((point) => ({ ...point, value: Math.max(-reach, Math.min(reach, point.value)) }));
     const shifts = chart.rows.filter((row) => String(row[1]).startsWith("shifts"));
-    return panels(chart, width, { label: `repetition; each band spans ±${number(reach)} ${chart.axis}`, more: { domain: [1, Math.max(2, rounds)], nice: false, ticks: 5 } }, [-reach, reach * 2.4], [
+    return panels(chart, width, { label: `repetition (height of a band: ±${number(reach)}%)`, more: { domain: [1, Math.max(2, rounds)], nice: false, ticks: 5 } }, [-reach, reach * 2.4], [
       Plot.ruleY(chart.rows, { fy: (row) => row[0], y: 0, stroke: "var(--line)" }),
       Plot.line(clipped, { fy: "name", x: "x", y: "value", stroke: (point) => color(point.name), strokeWidth: 1.3 }),
       Plot.ruleX(shifts, { fy: (row) => row[0], x: (row) => row[3], stroke: INK, strokeWidth: 1.5, strokeDasharray: "3 2" }),
