@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # With fewer values even a perfect step is what chance does often enough.
-FEWEST = 8
+FEWEST = 10
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def largest_change(values: Sequence[float], shuffles: int = 0) -> Change | None:
     return Change(index, statistics.median(values[:index]), statistics.median(values[index:]), p_value)
 
 
-def changes(values: Sequence[float], least_effect: float, level: float = 0.05, shuffles: int = 999) -> list[Change]:
+def changes(values: Sequence[float], least_effect: float, level: float = 0.01, shuffles: int = 999) -> list[Change]:
     """Every change of at least `least_effect` (0.03 is 3%) with a p-value of at most `level`, in order: the largest,
     then those on either side of it."""
     found = largest_change(values, shuffles)

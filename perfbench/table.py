@@ -237,21 +237,25 @@ def title(comparison: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) ->
     return "; ".join(parts)
 
 
+def machine(environment: Mapping[str, Any], device: str) -> str:
+    """What a comparison on `device` ran on, in words: the GPUs and their host, or the CPU and its threads."""
+    cpu = environment.get("cpu") or {}
+    host = f"{cpu.get('model') or 'unknown CPU'}, {cpu.get('threads') or 'unknown'} threads"
+    gpus = sorted({gpu.get("name") or "unknown" for gpu in environment.get("gpus") or []})
+    return f"{', '.join(gpus) or 'unknown GPU'} (host: {host})" if device.startswith("cuda") else host
+
+
 def hardware(manifest: Mapping[str, Any], comparison: Mapping[str, Any], group: Sequence[Row]) -> str:
     """The machine and the number of rounds, which belong beside every number."""
-    cpu = manifest["environment"].get("cpu") or {}
-    host = f"{cpu.get('model') or 'unknown CPU'}, {cpu.get('threads') or 'unknown'} threads"
-    gpus = sorted({gpu.get("name") or "unknown" for gpu in manifest["environment"].get("gpus") or []})
-    on_gpu = str(comparison["device"]).startswith("cuda")
-    machine = f"{', '.join(gpus) or 'unknown GPU'} (host: {host})" if on_gpu else host
+    here = machine(manifest["environment"], str(comparison["device"]))
     counted = sorted({row["rounds"] for row in group if row["rounds"] is not None})
     if not counted:
-        return f"On {machine}; nothing was timed."
+        return f"On {here}; nothing was timed."
     planned, few = manifest["scenario"].get("repetitions"), str(counted[0])
     rounds = few if len(counted) == 1 else f"{few} to {counted[-1]}"
     # Void samples, or a run that was stopped: said, because the medians rest on fewer rounds than planned.
     of = f" of {planned} planned" if planned is not None and counted != [planned] else ""
-    return f"On {machine}; medians of {rounds}{of} rounds."
+    return f"On {here}; medians of {rounds}{of} rounds."
 
 
 def conclusion(group: Sequence[Row]) -> Iterator[str]:
