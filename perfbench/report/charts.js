@@ -47,7 +47,7 @@
     const pad = (most - least || 1) * 0.06;
     const kinds = {
       bars: [Plot.barX(rows, { x: (row) => row[1], y: (row) => row[0], fill: (row) => color(row[0]), fillOpacity: 0.75, insetTop: 2, insetBottom: 2 })],
-      dots: [Plot.dot(rows, { x: (row) => row[1], y: (row) => row[0], fill: (row) => color(row[0]), r: 5 })],
+      dots: [Plot.dot(rows, { x: (row) => row[1], y: (row) => row[0], fill: (row) => color(row[0]), r: width < 500 ? 3.5 : 5 })],
     };
     const reference = chart.data?.reference;
     return Plot.plot({
@@ -210,9 +210,8 @@
     }
   }
 
-  function draw(figure) {
+  function draw(figure, width = Math.floor(figure.querySelector(".drawing").clientWidth)) {
     const chart = figure.chart, place = figure.querySelector(".drawing");
-    const width = Math.floor(place.clientWidth);
     if (!width || figure.drawnWidth === width) return;
     figure.drawnWidth = width;
     const svg = KINDS[chart.kind](chart, width);
@@ -229,6 +228,7 @@
     for (const entry of entries) if (entry.target.drawnWidth && !printing) draw(entry.target);
   });
   let printing = false;
+  const PRINTED_WIDTH = 342;  // half of an A4 page or of a letter, in CSS pixels
 
   function fill(charts) {
     if (charts.childElementCount) return;
@@ -265,7 +265,10 @@
   });
   addEventListener("beforeprint", () => {
     printing = true;
+    for (const figure of document.querySelectorAll("figure")) draw(figure, PRINTED_WIDTH);
+  });
+  addEventListener("afterprint", () => {
+    printing = false;
     for (const figure of document.querySelectorAll("figure")) draw(figure);
   });
-  addEventListener("afterprint", () => { printing = false; });
 })();

@@ -66,6 +66,8 @@ def drift(arms: Timed, points: int) -> Chart | None:
         series.append([100 * (level / middle - 1) for level in _thinned(levels, points)])
     if not rows:
         return None
+    shifted = [f"{row[0]} {row[1]}" for row in rows if str(row[1]).startswith("shifts")]
+    answer = f"{'; '.join(shifted)}." if shifted else "No level shifts."
     longest = max(len(samples) for _, samples in arms)
     thinned = f" Each point is the median of neighbouring rounds, {points} points at most." if longest > points else ""
     return Chart(
@@ -74,7 +76,7 @@ def drift(arms: Timed, points: int) -> Chart | None:
         "% off the method's own median",
         ("method", "verdict", "shift %", "at round", "p"),
         rows,
-        f"One point a repetition, in the order taken.{thinned} A shift is called where Pettitt's test gives "
+        f"{answer} One point a repetition, in the order taken.{thinned} A shift is called where Pettitt's test gives "
         f"p < {LEVEL} and the level moves by {LEAST_SHIFT:.0%} or more. Methods that shift together had "
         "a machine that changed, which comparing within a round cancels.",
         {"series": series, "rounds": longest},

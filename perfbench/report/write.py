@@ -103,17 +103,16 @@ def _parquet(rows: list[dict[str, Any]]) -> bytes:
         raise PerfbenchError(
             "--format parquet: needs pyarrow, which is not installed; pip install 'perfbench[parquet]', or use csv"
         ) from None
-    # By column: a figure is null in one row and a number in another, whole here and broken there.
-    columns = {
-        name: [float(v) if isinstance(v, int) and not isinstance(v, bool) and name in broken else v for v in values]
-        for names in [list(rows[0]) if rows else []]
-        for broken in [{name for name in names if any(isinstance(row[name], float) for row in rows)}]
-        for name in names
-        for values in [[row[name] for row in rows]]
-    }
+    columns = {name: _one_type([row[name] for row in rows]) for name in (rows[0] if rows else ())}
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
     return buffer.getvalue()
+
+
+def _one_type(values: list[Any]) -> list[Any]:
+    """A figure may be whole in one row and broken in another: then all of its column is."""
+    broken = any(isinstance(value, float) for value in values)
+    return [float(value) if broken and value is not None else value for value in values]
 
 
 _PAGE_FORMATS: dict[str, Callable[[Sequence[Run]], str]] = {"html": html.render, "markdown": _markdown}
