@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from statistics import median, quantiles
@@ -25,15 +26,13 @@ def inter_token_times(arms: Timed) -> Chart | None:
     low = min(values[0] for values in times.values())
     high = max(_percentiles(values)[-1] for values in times.values())
     high = high if high > low else low * 1.01 + 1e-9
+    edges = [low + (high - low) * place / BINS for place in range(1, BINS)]
     rows, counts, beyond = [], [], 0
     for name, values in times.items():
-        found = [0] * BINS
-        for value in values:
-            if value <= high:
-                found[min(BINS - 1, int((value - low) / (high - low) * BINS))] += 1
         p5, p25, p50, p75, p95, p99, _ = _percentiles(values)
-        counts.append(found)
-        beyond += sum(value > high for value in values)
+        below = [0, *(bisect_left(values, edge) for edge in edges), bisect_right(values, high)]
+        counts.append([end - start for start, end in pairwise(below)])
+        beyond += len(values) - below[-1]
         rows.append((name, p50, p5, p25, p75, p95, p99, values[-1]))
     total = sum(map(len, times.values()))
     note = f"{beyond:,} of {total:,} steps lie right of the axis; the longest are in the table." if beyond else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import hashlib
 import io
 import json
 import random
@@ -19,6 +20,7 @@ import pytest
 from perfbench.cli import main
 from perfbench.errors import PerfbenchError, RunDirectoryError
 from perfbench.report import html, write
+from perfbench.report.page import SCRIPTS
 from perfbench.report.read import read_runs
 from perfbench.result import RunDirectory
 
@@ -110,6 +112,21 @@ def test_figures_are_those_of_the_run():
     peak = case["memory"]["peak_allocated_bytes"] / 2**20
     assert sum(memory["rows"][1][1:]) == pytest.approx(peak, rel=1e-4)
     assert "did not record the KV cache apart" in memory["note"]
+
+
+def test_the_distribution_counts_every_step_once():
+    times, *_ = charts_called(page_of(REAL), "Time between tokens: its distribution")
+    beyond = int(re.search(r"(\d+) of 10,500 steps", times["note"])[1])
+    assert sum(map(sum, times["data"]["counts"])) + beyond == 7 * 100 * 15
+
+
+def test_the_chart_library_is_what_its_package_has():
+    """The hashes in the vendor folder's README are those of the npm packages' files."""
+    vendor = ROOT / "perfbench" / "report" / "vendor"
+    said = dict(re.findall(r"\| `(\S+\.js)` .*`([0-9a-f]{64})` \|", (vendor / "README.md").read_text()))
+    scripts = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in vendor.glob("*.js")}
+    assert said == scripts
+    assert {f"vendor/{name}" for name in scripts} < set(SCRIPTS)
 
 
 def test_overhead_is_the_difference_to_the_bare_backbone():
