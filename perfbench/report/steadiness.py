@@ -66,7 +66,8 @@ def drift(arms: Timed, points: int) -> Chart | None:
     if not rows:
         return None
     shifted = [f"{row[0]} {row[1]}" for row in rows if str(row[1]).startswith("shifts")]
-    answer = f"{'; '.join(shifted)}." if shifted else "No level shifts."
+    judged = any(row[2] is not None for row in rows)
+    answer = f"{'; '.join(shifted)}." if shifted else "No level shifts." if judged else "Too few rounds to say."
     longest = max(len(samples) for _, samples in arms)
     thinned = f" Each point is the median of neighbouring rounds, {points} points at most." if longest > points else ""
     return Chart(
