@@ -155,6 +155,8 @@ def _memory(comparison: Mapping[str, Any], arms: Sequence[Arm]) -> Chart | None:
         return None
     parts = [part for part in MEMORY_PARTS if any(part in stack for _, stack in stacks)]
     notes = ["The stack is the most memory in tensors while a batch runs, that arm alone on the device."]
+    if left_out := [arm.name for arm in arms if arm.name not in {one.name for one, _ in stacks}]:
+        notes.append(f"Not known, or more in parts than at the peak: {', '.join(left_out)}.")
     if "KV cache and workspace" in parts:
         notes.append("This run did not record the KV cache apart from the workspace.")
     if "workspace" in parts:

@@ -16,6 +16,8 @@ from perfbench import __version__
 
 _HERE = files("perfbench.report")
 SCRIPTS = ("vendor/d3-7.9.2.min.js", "vendor/plot-0.6.17.min.js", "charts.js")
+# ISC asks that its notice goes with every copy, and each page is one.
+LICENCES = ("vendor/d3-LICENSE", "vendor/plot-LICENSE")
 
 
 def page(*, title: str, charts: Sequence[Sequence[Any]], colors: Mapping[str, int], **parts: Any) -> str:
@@ -34,6 +36,7 @@ def page(*, title: str, charts: Sequence[Sequence[Any]], colors: Mapping[str, in
         version=__version__,
         style=Markup(_text("page.css")),
         scripts=[Markup(script) for script in scripts],
+        licences=[_text(name) for name in LICENCES],
         script_hashes=[_policy_hash(script) for script in scripts],
         data=Markup(_embedded(data)),
     )

@@ -149,7 +149,23 @@ def test_recorded_parts_of_memory_are_a_true_stack(tmp_path):
         case["memory"] |= {"adapter_bytes": 0 if case["arm"] == "none" else 10_000, "kv_cache_bytes": 20_000}
     memory, *_ = charts_called(page_of(copied(tmp_path, cases=cases)), "Peak memory")
     assert memory["columns"] == ["method", "weights", "adapters", "KV cache", "workspace"]
+    assert "Not known" not in memory["note"]
     assert memory["rows"][1][3] == pytest.approx(20_000 / 2**20, rel=1e-4)
+
+
+def test_parts_that_exceed_the_peak_are_not_drawn_and_said(tmp_path):
+    cases = json.loads((REAL / "run.json").read_text())["cases"]
+    for case in cases.values():
+        case["memory"] |= {"adapter_bytes": 0, "kv_cache_bytes": 10**12 if case["arm"] == "lora" else 20_000}
+    memory, *_ = charts_called(page_of(copied(tmp_path, cases=cases)), "Peak memory")
+    assert "lora" not in [row[0] for row in memory["rows"]]
+    assert "more in parts than at the peak: lora." in memory["note"]
+
+
+def test_the_licences_go_with_every_page():
+    page = page_of(REAL)
+    assert "Copyright 2010-2026 Mike Bostock" in page
+    assert page.count("Permission to use, copy, modify") == 2
 
 
 def test_scaling_is_drawn_over_what_alone_differs():
