@@ -41,6 +41,8 @@ METRICS: dict[str, Metric] = {
     "peak_device_bytes": Metric("bytes", "lower", "most memory in use on the device by all processes (NVML)"),
     "peak_process_bytes": Metric("bytes", "lower", "most device memory used by the measuring process (NVML)"),
     "peak_resident_bytes": Metric("bytes", "lower", "most host memory the measuring process had resident"),
+    "adapter_bytes": Metric("bytes", "lower", "adapters of all resident tenants on the device"),
+    "kv_cache_bytes": Metric("bytes", "lower", "keys and values when the cache is full, after the last step"),
     "tenants_that_fit": Metric(
         "tenants", "higher", "more tenants whose adapters fit in the memory that is left while a batch runs"
     ),

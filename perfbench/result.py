@@ -220,12 +220,16 @@ class RunDirectory:
         A case whose status is not ok gets none of them: no speed without its check. Writes nothing.
         Raises RunDirectoryError as `samples` does, and where a case has two samples in one turn.
         """
-        cases, valid = self.manifest["cases"], [one for one in self.samples() if one["void"] is None]
+        cases = self.manifest["cases"]
+        valid: dict[str, list[dict[str, Any]]] = {case_id: [] for case_id in cases}
+        for sample in self.samples():
+            if sample["void"] is None and sample["case"] in valid:
+                valid[sample["case"]].append(sample)
         for comparison in self.manifest["comparisons"]:
             requests = comparison["workload"]["requests"]
             members = [cases[case_id] for case_id in comparison["case_ids"]]
             for case in members:
-                own = [sample for sample in valid if sample["case"] == case["id"]]
+                own = valid[case["id"]]
                 ok = case["status"] == "ok" and bool(own)
                 case["summary"] = _summarise_samples(own, requests) if ok else None
             for case in members:
@@ -248,13 +252,14 @@ class RunDirectory:
         }
 
     def _versus(
-        self, case: dict[str, Any], reference: dict[str, Any] | None, valid: list[dict[str, Any]]
+        self, case: dict[str, Any], reference: dict[str, Any] | None, valid: dict[str, list[dict[str, Any]]]
     ) -> dict[str, Interval] | None:
         """Speeds of `case` / those of `reference`; None: no such arm, itself, not ok, or no common round."""
         if reference is None or reference is case or case["summary"] is None or reference["summary"] is None:
             return None
+        both = [*valid[case["id"]], *valid[reference["id"]]]
         try:
-            ratios = {speed: paired_ratios(valid, case["id"], reference["id"], speed) for speed in _SPEEDS}
+            ratios = {speed: paired_ratios(both, case["id"], reference["id"], speed) for speed in _SPEEDS}
         except ValueError as error:
             raise RunDirectoryError(
                 f"{self.samples_path}: {error}; delete the wrong line, or {_ELSEWHERE}"

@@ -122,6 +122,7 @@ def sources() -> list[Path]:
     """Every Python file of the rooms; perfbench/kernels and perfbench/methods are links to the top."""
     runtimes = ROOT / "perfbench" / "runtimes"
     folders = [ROOT / "kernels", ROOT / "methods", ROOT / "perfbench", runtimes, runtimes / "static"]
+    folders.append(ROOT / "perfbench" / "report")
     return [path for folder in folders for path in sorted(folder.glob("*.py"))]
 
 
