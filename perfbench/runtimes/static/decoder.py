@@ -224,7 +224,7 @@ class Decoder:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The fused product `name` of layer i, and h as the fused operations take it, None without a low-rank pair."""
         projection, bound = self.weights.layers[i].projections[name], self.layers[i].projections[name]
-        if bound.a is None or bound.weight is None:
+        if bound.a is None or bound.weight is None or bound.expansion is None:
             return product(x, projection.weight, projection.bias), None
         if prefill or not takes_tail(x):
             own = self.adapters.own if self.adapters else None
