@@ -18,6 +18,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Benchmarks are called once and not timed, unless they are asked for."""
+    if not (config.option.benchmark_only or config.option.benchmark_enable):
+        config.option.benchmark_disable = True
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped, with the reason, where torch finds no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
