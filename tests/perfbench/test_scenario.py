@@ -78,8 +78,16 @@ def test_shipped_scenario_is_valid_on_every_device_it_is_for(path):
 
 
 def test_these_scenarios_are_shipped():
-    expected = ["cpu_110m", "eager_vs_triton", "fanlora_table3", "multitenant", "para_table4", "smoke", "tenant_sweep"]
-    assert [path.stem for path in SHIPPED] == expected
+    assert [path.stem for path in SHIPPED] == [
+        "chat_turns",
+        "cpu_110m",
+        "eager_vs_triton",
+        "fanlora_table3",
+        "multitenant",
+        "para_table4",
+        "smoke",
+        "tenant_sweep",
+    ]
 
 
 def test_main_job_is_small_on_a_cpu_and_says_so():
@@ -292,8 +300,8 @@ def test_impossible_combination(lines, message):
 
 
 def test_a_second_turn_counts_for_the_context():
-    text = VALID + "  follow_up_tokens: 300\nruntime: static\n"
-    assert "8 of the prompt + 4 new ones + 304 of the second turn; lower one of them" in refusal(text)
+    text = VALID + "  follow_up_tokens: 600\nruntime: static\n"
+    assert "8 of the prompt + 4 new ones + 604 of the second turn; lower one of them" in refusal(text)
 
 
 def test_the_pair_of_lists_that_does_not_fit_is_named():
