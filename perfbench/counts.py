@@ -37,6 +37,7 @@ def decode_step(arm: Arm, batch: Batch, device: torch.device) -> dict[str, int |
         follow_up=None,
     )
     with_step, without = longer, replace(longer, new_tokens=1)
+    arm.generate(without)  # what an arm makes once, such as room for its adapters, is no part of a step
     operations, flops = (a - b for a, b in zip(_operations(arm, with_step), _operations(arm, without), strict=True))
     launches = None
     if device.type == "cuda":
