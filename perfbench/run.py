@@ -212,7 +212,7 @@ class Supervisor:
             if error["kind"] == "bad_input":
                 raise PerfbenchError(error["message"])
             return error["kind"], error["message"]
-        return "crashed", _cause(code)
+        return "crashed", cause(code)
 
     def _job_json(self, job: Job) -> dict[str, Any]:
         prepared = {
@@ -261,7 +261,7 @@ class Supervisor:
         self.directory.write_manifest()
 
 
-def _cause(code: int) -> str:
+def cause(code: int) -> str:
     """Why a child ended without a word."""
     if code >= 0:
         return f"the child process ended with exit code {code}; see {WORKER_LOG}"

@@ -1,0 +1,181 @@
+"""The answer of a profile in words and tables: where the adapter's time goes, against the bare backbone. Free of
+torch; the command prints it and the page shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from perfbench.breakdown import bound
+
+PHASES = ("prefill", "decode step")
+# The kinds that make up at least this share of the added time are named in the answer.
+WORTH_NAMING = 0.1
+
+Figures = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One phase: `heads` and `rows` of the same length, the first column a kind, the last row the total."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def tables(profile: Mapping[str, Any]) -> list[Table]:
+    """A table for prefill and one for a decode step, where there was one."""
+    labels = list(profile["arms"])
+    breakdowns = [profile["arms"][label]["breakdown"] for label in labels]
+    on_device = _on_device(profile)
+    return [_table(phase, labels, [one[phase] for one in breakdowns], on_device) for phase in PHASES
+            if all(phase in one for one in breakdowns)]
+
+
+def _on_device(profile: Mapping[str, Any]) -> bool:
+    return any(
+        phase["total"]["device_ms"] for arm in profile["arms"].values() for phase in arm["breakdown"].values()
+    )
+
+
+def _names(labels: list[str]) -> list[str]:
+    """The arms without the kernel set that they share."""
+    return [label.rsplit("-", 1)[0] for label in labels]
+
+
+def _table(phase: str, labels: list[str], arms: list[Mapping[str, Figures]], on_device: bool) -> Table:
+    *_, own = arms
+    bare = arms[0] if len(arms) > 1 else None
+    time, count, idle = ("device_ms", "launches", "gap_ms") if on_device else ("host_ms", "operations", "outside_ms")
+    words = ("launches", "gaps ms") if on_device else ("ops", "python ms")
+    kinds = [kind for kind in dict.fromkeys([*(bare or {}), *own]) if kind != "total"]
+    kinds.sort(key=lambda kind: -(_get(own, kind, time) - (_get(bare, kind, time) if bare else 0)))
+    names = _names(labels)
+    heads: tuple[str, ...]
+    if bare is None:
+        heads = ("where", f"{names[0]} ms", "share %", *words)
+    else:
+        heads = ("where", *(f"{n} ms" for n in names), "extra ms", "share %", words[0], "extra", words[1], "extra")
+    rows = []
+    for kind in (*kinds, "total"):
+        values = [_get(own, kind, key) for key in (time, count, idle)]
+        if bare is None:
+            share = _percent(values[0], own["total"][time])
+            rows.append((kind, _ms(values[0]), share, _count(values[1]), _ms(values[2])))
+            continue
+        before = [_get(bare, kind, key) for key in (time, count, idle)]
+        extra = [after - first for after, first in zip(values, before, strict=True)]
+        whole = own["total"][time] - bare["total"][time]
+        rows.append(
+            (kind, _ms(before[0]), _ms(values[0]), _ms(extra[0]), _percent(extra[0], whole),
+             _count(values[1]), _count(extra[1]), _ms(values[2]), _ms(extra[2]))
+        )  # fmt: skip
+    return Table(f"{phase}, on the {'device' if on_device else 'host'}", heads, tuple(rows))
+
+
+def answer(profile: Mapping[str, Any]) -> list[str]:
+    """The sentences above the tables: what the adapter adds, where most of it is, and what the step waits for."""
+    labels = list(profile["arms"])
+    arms = [profile["arms"][label] for label in labels]
+    names = _names(labels)
+    said = []
+    for label, arm in profile["arms"].items():
+        if arm["check"]["status"] != "ok":
+            said.append(f"WARNING: {label} did not pass its check ({arm['check']['reason']}): what is profiled here "
+                        f"does not compute what it should")  # fmt: skip
+    if "decode step" in arms[-1]["breakdown"]:
+        on_device = _on_device(profile)
+        if len(arms) > 1:
+            said += _added(names, [arm["breakdown"]["decode step"] for arm in arms], on_device)
+        for name, arm in zip(names, arms, strict=True):
+            said.append(_waits(name, arm["breakdown"]["decode step"]["total"]))
+        said.append("Without the profiler a decode step takes " + ", ".join(
+            f"{_ms(arm['unprofiled_decode_step_ms'])} ms ({name})" for name, arm in zip(names, arms, strict=True)
+        ) + "; it adds to every operation, so that kinds of many small ones look larger than they are.")
+    said.append("Peak memory of the call: " + ", ".join(
+        f"{arm['peak_bytes'] / 2**20:,.1f} MiB ({name})" for name, arm in zip(names, arms, strict=True)) + ".")
+    return said
+
+
+def _added(names: list[str], steps: list[Mapping[str, Figures]], on_device: bool) -> list[str]:
+    time, count, what = ("device_ms", "launches", "launches") if on_device else ("host_ms", "operations", "operations")
+    bare, own = steps
+    extra = own["total"][time] - bare["total"][time]
+    counted = own["total"][count] - bare["total"][count]
+    head = (f"A decode step takes {_ms(own['total'][time])} ms with {names[1]}, {_ms(bare['total'][time])} ms bare: "
+            f"{extra:+,.2f} ms ({extra / bare['total'][time]:+.0%}) and {counted:+,.0f} {what}.")  # fmt: skip
+    if extra <= 0:
+        return [head]
+    added = {kind: _get(own, kind, time) - _get(bare, kind, time) for kind in {**bare, **own} if kind != "total"}
+    worth = sorted((kind for kind in added if added[kind] >= WORTH_NAMING * extra), key=lambda kind: -added[kind])
+    if not worth:
+        return [head]
+    return [head, "Most of it in " + ", ".join(f"{kind} {added[kind]:+,.2f} ms" for kind in worth) + "."]
+
+
+def _waits(name: str, total: Figures) -> str:
+    limited = bound(total)
+    if limited is None:
+        share = total["outside_ms"] / total["host_ms"] if total["host_ms"] else 0.0
+        return (f"{name}: no device: the host computes, and spends {share:.0%} of a decode step outside of "
+                f"operations, in Python.")  # fmt: skip
+    share = total["gap_ms"] / (total["gap_ms"] + total["device_ms"])
+    end = "the host can't launch fast enough" if limited == "host" else "the kernels are what takes the time"
+    return f"{name}: {limited}-bound: the device idles for {share:.0%} of a decode step; {end}."
+
+
+def _get(kinds: Mapping[str, Figures] | None, kind: str, key: str) -> float:
+    return (kinds or {}).get(kind, {}).get(key, 0.0)
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.2f}"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _percent(part: float, whole: float) -> str:
+    """Empty where there is no whole to be a part of: an arm that is no slower than the bare one."""
+    return f"{100 * part / whole:.0f}" if whole > 0 else "-"
+
+
+LEGEND = (
+    "where: the module kind that the time belongs to; each moment counts for the innermost only. Medians over the "
+    "decode steps of all rounds, so that rows need not add up to the total."
+)
+COLUMNS = {
+    False: "share: of the total's extra time. ops: ATen operations, those inside others not counted. python ms: the "
+    "part of the time outside of operations.",
+    True: "ms: kernels and copies. share: of the total's extra time. launches: kernels. gaps: the device's idle time "
+    "before them.",
+}
+
+
+def legend(profile: Mapping[str, Any]) -> str:
+    """What the columns mean."""
+    return f"{LEGEND} {COLUMNS[_on_device(profile)]}"
+
+
+def render(profile: Mapping[str, Any], console: Any = None) -> None:
+    """Prints the answer and its tables."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    console = console or Console()
+    console.print(Text(f"{profile['case']}: {profile['decode_steps']} decode steps", style="bold"), soft_wrap=True)
+    for table in tables(profile):
+        grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for number, head in enumerate(table.heads):
+            grid.add_column(head, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        for row in table.rows:
+            grid.add_row(*map(Text, row), style="bold" if row[0] == "total" else "")
+        console.print(grid)
+    for line in answer(profile):
+        console.print(Text(line, style="bold red" if line.startswith("WARNING") else ""))
+    console.print(Text(legend(profile), style="dim"))
