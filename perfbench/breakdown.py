@@ -21,7 +21,7 @@ HOST_BOUND_SHARE = 0.1
 # The kind of what a phase does outside of every other range: choosing tokens, and the loop itself.
 LOOP = "token loop"
 # What a range's own time is, where that is not said by its name: the residual sums and Python between modules.
-OWN_TIME = {"layer": "residual", "model": "model, rest", "mlp": "mlp, rest", "attention": "attention, rest"}
+OWN_TIME = {"layer": "residual", "model": "model, rest", "mlp": "mlp, rest", "self attention": "attention, rest"}
 
 
 @dataclass

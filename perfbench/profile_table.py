@@ -87,32 +87,34 @@ def answer(profile: Mapping[str, Any]) -> list[str]:
                         f"does not compute what it should")  # fmt: skip
     if "decode step" in arms[-1]["breakdown"]:
         on_device = _on_device(profile)
+        steps = [arm["breakdown"]["decode step"] for arm in arms]
+        times = [arm["unprofiled_decode_step_ms"] for arm in arms]
         if len(arms) > 1:
-            said += _added(names, [arm["breakdown"]["decode step"] for arm in arms], on_device)
-        for name, arm in zip(names, arms, strict=True):
-            said.append(_waits(name, arm["breakdown"]["decode step"]["total"]))
-        said.append("Without the profiler a decode step takes " + ", ".join(
-            f"{_ms(arm['unprofiled_decode_step_ms'])} ms ({name})" for name, arm in zip(names, arms, strict=True)
-        ) + "; it adds to every operation, so that kinds of many small ones look larger than they are.")
+            said += _added(names, steps, times, on_device)
+        else:
+            said.append(f"A decode step takes {_ms(times[0])} ms.")
+        said += [_waits(name, step["total"]) for name, step in zip(names, steps, strict=True)]
     said.append("Peak memory of the call: " + ", ".join(
         f"{arm['peak_bytes'] / 2**20:,.1f} MiB ({name})" for name, arm in zip(names, arms, strict=True)) + ".")
     return said
 
 
-def _added(names: list[str], steps: list[Mapping[str, Figures]], on_device: bool) -> list[str]:
-    time, count, what = ("device_ms", "launches", "launches") if on_device else ("host_ms", "operations", "operations")
+def _added(
+    names: list[str], steps: list[Mapping[str, Figures]], times: list[float], on_device: bool
+) -> list[str]:
+    """What the adapter adds: in time, measured without the profiler; in operations or launches; and where."""
+    time, count = ("device_ms", "launches") if on_device else ("host_ms", "operations")
     bare, own = steps
-    extra = own["total"][time] - bare["total"][time]
     counted = own["total"][count] - bare["total"][count]
-    head = (f"A decode step takes {_ms(own['total'][time])} ms with {names[1]}, {_ms(bare['total'][time])} ms bare: "
-            f"{extra:+,.2f} ms ({extra / bare['total'][time]:+.0%}) and {counted:+,.0f} {what}.")  # fmt: skip
-    if extra <= 0:
-        return [head]
+    slower = times[1] - times[0]
+    said = [f"A decode step takes {_ms(times[1])} ms with {names[1]} and {_ms(times[0])} ms bare: {slower:+,.2f} ms "
+            f"({slower / times[0]:+.0%}), and {counted:+,.0f} {count}."]  # fmt: skip
+    extra = own["total"][time] - bare["total"][time]
     added = {kind: _get(own, kind, time) - _get(bare, kind, time) for kind in {**bare, **own} if kind != "total"}
-    worth = sorted((kind for kind in added if added[kind] >= WORTH_NAMING * extra), key=lambda kind: -added[kind])
-    if not worth:
-        return [head]
-    return [head, "Most of it in " + ", ".join(f"{kind} {added[kind]:+,.2f} ms" for kind in worth) + "."]
+    worth = sorted((kind for kind in added if added[kind] >= WORTH_NAMING * extra > 0), key=lambda kind: -added[kind])
+    where = f", most of it in {', '.join(f'{kind} {added[kind]:+,.2f}' for kind in worth)} ms" if worth else ""
+    said.append(f"Under the profiler, which adds to every operation, {extra:+,.2f} ms{where}.")
+    return said
 
 
 def _waits(name: str, total: Figures) -> str:

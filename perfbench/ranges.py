@@ -42,7 +42,7 @@ MODEL = "model"
 
 # Where a module lives in a decoder layer of Hugging Face's model -> its kind; PEFT puts its own inside the linears.
 LAYER_KINDS = {path: kind for kind, path in MODULE_PATHS.items()} | {
-    "self_attn": "attention",
+    "self_attn": "self attention",
     "mlp": "mlp",
     "input_layernorm": "norm",
     "post_attention_layernorm": "norm",
