@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 Event = Mapping[str, Any]
@@ -175,6 +175,13 @@ def typical(calls: Sequence[Phases]) -> dict[str, dict[str, dict[str, float]]]:
         kinds = dict.fromkeys(kind for phase in with_total for kind in phase)
         found[title] = {kind: _median([phase.get(kind, Figures()) for phase in with_total]) for kind in kinds}
     return found
+
+
+def spread(calls: Sequence[Phases]) -> float:
+    """How far the decode steps of the calls lie apart: the interquartile range of their host time over its median."""
+    times = [total(kinds).host_ms for call in calls for phase, kinds in call.items() if phase.startswith("decode")]
+    lower, middle, upper = quantiles(times, n=4, method="inclusive")
+    return (upper - lower) / middle if middle else 0.0
 
 
 def _median(figures: Sequence[Figures]) -> dict[str, float]:

@@ -20,11 +20,10 @@ from perfbench import __version__, cases, environment
 from perfbench.cases import Comparison
 from perfbench.errors import PerfbenchError, ScenarioError, TraceError, nearest
 from perfbench.memory_picture import render as render_memory
+from perfbench.profile_table import PROFILE, SCHEMA_VERSION
 from perfbench.run import WORKER_LOG, cause, threads
 from perfbench.scenario import Scenario
 
-SCHEMA_VERSION = 1
-PROFILE = "profile.json"
 # More would make a trace that no page shows; a case that decodes differently after so many steps is rare.
 MOST_STEPS = 64
 
@@ -107,6 +106,7 @@ def _profile(
             label: {
                 "check": arm["check"],
                 "breakdown": arm["breakdown"],
+                "decode_step_spread": arm["decode_step_spread"],
                 "unprofiled_decode_step_ms": arm["unprofiled_decode_step_ms"],
                 "peak_bytes": arm["memory"]["peak_bytes"],
                 "trace": f"{label}.trace.json.gz",

@@ -9,9 +9,17 @@ from typing import Any
 
 from perfbench.breakdown import bound
 
+# What is read here, and how it is laid out.
+PROFILE = "profile.json"
+SCHEMA_VERSION = 1
+
 PHASES = ("prefill", "decode step")
 # The kinds that make up at least this share of the added time are named in the answer.
 WORTH_NAMING = 0.1
+# A total that grew by less than this share of itself is no whole to take shares of.
+LEAST_EXTRA = 0.02
+# Decode steps of a quiet machine lie closer than this (interquartile range over the median).
+STEADY = 0.25
 
 Figures = Mapping[str, float]
 
@@ -67,7 +75,8 @@ def _table(phase: str, labels: list[str], arms: list[Mapping[str, Figures]], on_
             continue
         before = [_get(bare, kind, key) for key in (time, count, idle)]
         extra = [after - first for after, first in zip(values, before, strict=True)]
-        whole = own["total"][time] - bare["total"][time]
+        grown = own["total"][time] - bare["total"][time]
+        whole = grown if grown > LEAST_EXTRA * bare["total"][time] else 0.0
         rows.append(
             (kind, _ms(before[0]), _ms(values[0]), _ms(extra[0]), _percent(extra[0], whole),
              _count(values[1]), _count(extra[1]), _ms(values[2]), _ms(extra[2]))
@@ -85,6 +94,10 @@ def answer(profile: Mapping[str, Any]) -> list[str]:
         if arm["check"]["status"] != "ok":
             said.append(f"WARNING: {label} did not pass its check ({arm['check']['reason']}): what is profiled here "
                         f"does not compute what it should")  # fmt: skip
+    widest = max(arms, key=lambda arm: arm["decode_step_spread"])["decode_step_spread"]
+    if widest > STEADY:
+        said.append(f"WARNING: the decode steps of one arm lie {widest:.0%} apart (interquartile): something else "
+                    f"uses this machine; profile again before believing the times")  # fmt: skip
     if "decode step" in arms[-1]["breakdown"]:
         on_device = _on_device(profile)
         steps = [arm["breakdown"]["decode step"] for arm in arms]
@@ -133,7 +146,8 @@ def _get(kinds: Mapping[str, Figures] | None, kind: str, key: str) -> float:
 
 
 def _ms(value: float) -> str:
-    return f"{value:,.2f}"
+    text = f"{value:,.2f}"
+    return "0.00" if text == "-0.00" else text
 
 
 def _count(value: float) -> str:
@@ -141,8 +155,11 @@ def _count(value: float) -> str:
 
 
 def _percent(part: float, whole: float) -> str:
-    """Empty where there is no whole to be a part of: an arm that is no slower than the bare one."""
-    return f"{100 * part / whole:.0f}" if whole > 0 else "-"
+    """A dash where there is no whole to be a part of: an arm that is no slower than the bare one."""
+    if whole <= 0:
+        return "-"
+    text = f"{100 * part / whole:.0f}"
+    return "0" if text == "-0" else text
 
 
 LEGEND = (
@@ -174,7 +191,7 @@ def render(profile: Mapping[str, Any], console: Any = None) -> None:
     for table in tables(profile):
         grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for number, head in enumerate(table.heads):
-            grid.add_column(head, justify="left" if number == 0 else "right", no_wrap=number == 0)
+            grid.add_column(head, justify="left" if number == 0 else "right", no_wrap=number == 0, overflow="fold")
         for row in table.rows:
             grid.add_row(*map(Text, row), style="bold" if row[0] == "total" else "")
         console.print(grid)

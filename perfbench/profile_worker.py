@@ -96,6 +96,7 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
             label=one.label,
             check=checks[one.label],
             breakdown=breakdown.typical(calls[one.label]),
+            decode_step_spread=breakdown.spread(calls[one.label]),
             unprofiled_decode_step_ms=median(unprofiled[one.label]),
             memory=found_memory,
         )

@@ -58,7 +58,7 @@ def read(path: Path, largest_bytes: int = LARGEST_BYTES) -> Trace:
     if size > largest_bytes or len(text) > largest_bytes:
         packed = f"{_mib(size)} packed, more than {_mib(largest_bytes)} unpacked" if text else _mib(size)
         raise TraceError(
-            f"{path}: {packed}, more than the page can show ({_mib(largest_bytes)}); profile fewer steps "
+            f"{path}: {packed}, and the page shows at most {_mib(largest_bytes)}; profile fewer steps "
             f"(--steps 1) or a smaller batch, or open it in https://ui.perfetto.dev, which reads it in your browser"
         )
     try:

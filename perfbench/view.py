@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from perfbench import speedscope, trace
+from perfbench import profile_table, speedscope, trace
 from perfbench.errors import TraceError
-from perfbench.profile import PROFILE
 from perfbench.view_page import Timeline, render
 
 HOST = "127.0.0.1"
@@ -87,16 +86,15 @@ def _in_order(files: list[Path], profile: Mapping[str, Any] | None) -> list[Path
 
 def _profile(folder: Path) -> dict[str, Any] | None:
     """What profile.json says; None where there is none, as for traces that torch's own handler wrote. TraceError."""
-    file = folder / PROFILE
+    file = folder / profile_table.PROFILE
     if not file.is_file():
         return None
     try:
         profile: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version = profile["schema_version"]
-        if version != 1:
-            raise TraceError(f"{file}: expected schema_version 1, got {version!r}; profile again with this version")
-        from perfbench import profile_table
-
+        if version != profile_table.SCHEMA_VERSION:
+            expected = profile_table.SCHEMA_VERSION
+            raise TraceError(f"{file}: expected schema_version {expected}, got {version!r}; profile again")
         profile_table.tables(profile), profile_table.answer(profile)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TraceError(f"{file}: not a whole profile ({type(error).__name__}: {error}); profile again") from None

@@ -1,0 +1,147 @@
+"""Ranges around what a runtime calls: every kind is there, the result is the same, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers.cache_utils import Cache
+
+from perfbench import arms, backbone, breakdown, cases, scenario, trace, workload
+from perfbench.kernels import low_rank, qkv_epilogue
+from perfbench.ranges import PhaseClock, Ranges
+from perfbench.runtimes.static import arm as static_arm
+from perfbench.runtimes.static import decoder as static_decoder
+
+ROOT = Path(__file__).resolve().parents[2]
+LINEARS = {"q", "k", "v", "o", "gate", "up", "down"}
+HUGGING_FACE = {*LINEARS, "attention, rest", "mlp, rest", "norm", "residual", "embed", "rotation", "head", "kv cache",
+                "model, rest", breakdown.LOOP}  # fmt: skip
+STATIC = {"qkv", "o", "gate_up", "down", "head", "qkv epilogue", "attention", "residual norm", "swiglu epilogue",
+          breakdown.LOOP}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> backbone.Backbone:
+    return backbone.load("llama-tiny", "fp32", "cpu", seed=0)
+
+
+def build(model: backbone.Backbone, runtime: str, arm: str, beams: int, folder: Path) -> arms.BuiltArm:
+    changes = ["runtime=[transformers, static]", "device=cpu", f"workload.beams={beams}"]
+    document = scenario.load(ROOT / "scenarios" / "smoke.yaml", changes)
+    comparisons = cases.expand(scenario.resolve(document, "cpu", "asked for"))
+    comparison = next(one for one in comparisons if one.runtime == runtime)
+    case = next(one for one in comparison.cases if one.arm == arm)
+    batch = workload.make(comparison.workload, model, seed=0)
+    return arms.build(case, model, batch, comparison.workload.resident, 0, folder)
+
+
+def phases(built: arms.BuiltArm, method: str, folder: Path) -> tuple[breakdown.Phases, list[trace.Event], Any]:
+    """(phases, events, tokens) of one call under the profiler, through a trace in a file."""
+    ranges = Ranges(method)
+    clock = PhaseClock(torch.device("cpu"), ranges, built.batch.new_tokens)
+    with ranges.on(built.arm, "eager"), profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+        clock.mark()
+        found = built.arm.generate(built.batch, clock=clock)
+    profiler.export_chrome_trace(str(folder / "a.trace.json"))
+    events = trace.read(folder / "a.trace.json").events
+    trace.mark_ranges(events, ranges.names)
+    return breakdown.of_call(events, ranges.names, method), events, found.tokens
+
+
+@pytest.mark.parametrize(
+    ("runtime", "arm", "beams", "in_prefill", "in_decode"),
+    [
+        ("transformers", "none", 1, HUGGING_FACE, HUGGING_FACE),
+        ("transformers", "lora", 3, HUGGING_FACE | {"bind adapters"}, HUGGING_FACE),
+        ("transformers", "para", 1, HUGGING_FACE | {"bind adapters", "prompt vectors"}, HUGGING_FACE),
+        ("transformers", "peft", 1, HUGGING_FACE, HUGGING_FACE),
+        ("static", "none", 3, STATIC, STATIC),
+        ("static", "lora", 1, STATIC | {"bind adapters", "shrink"}, STATIC | {"shrink"}),
+        ("static", "para", 3, STATIC | {"bind adapters", "prompt vectors"}, STATIC),
+    ],
+)
+def test_every_kind_is_found_and_the_tokens_are_the_same(
+    model: backbone.Backbone, tmp_path: Path, runtime: str, arm: str, beams: int, in_prefill: set[str], in_decode: set[str]
+) -> None:
+    built = build(model, runtime, arm, beams, tmp_path / "adapters")
+    expected = built.arm.generate(built.batch).tokens
+    found, events, tokens = phases(built, arm, tmp_path)
+    assert torch.equal(tokens, expected)
+    steps = [f"decode step {step}" for step in range(1, built.batch.new_tokens)]
+    assert list(found) == ["prefill", *steps]
+    # The bare arm's range around binding is there, and empty.
+    assert set(found["prefill"]) - in_prefill <= {"bind adapters"}
+    assert in_prefill <= set(found["prefill"])
+    for step in steps:
+        assert set(found[step]) == in_decode
+    names = {event["name"] for event in events if event["cat"] == "user_annotation"}
+    assert {f"{arm} / prefill", f"{arm} / {steps[-1]}"} <= names
+    for layer in range(model.shape.layers):
+        assert f"layer {layer} / o" in names
+
+
+def test_adapters_own_ranges_name_the_method(model: backbone.Backbone, tmp_path: Path) -> None:
+    for arm, expected in (("lora", "lora low rank"), ("ia3", "ia3 row scale"), ("peft", "peft lora_B")):
+        _, events, _ = phases(build(model, "transformers", arm, 1, tmp_path / arm), arm, tmp_path)
+        assert f"layer 0 / q / {expected}" in {event["name"] for event in events}
+
+
+def test_a_time_planted_in_one_kind_shows_there(model: backbone.Backbone, tmp_path: Path) -> None:
+    """An operation added inside o of the static runtime's decoder is counted for o, and for nothing else."""
+    built = build(model, "static", "lora", 1, tmp_path)
+    before = phases(built, "lora", tmp_path)[0]["decode step 2"]
+    with _one_more_operation(built.arm):
+        after = phases(built, "lora", tmp_path)[0]["decode step 2"]
+    changed = {kind: after[kind].operations - before[kind].operations for kind in before}
+    assert changed.pop("o") == model.shape.layers
+    assert not any(changed.values())
+
+
+@contextmanager
+def _one_more_operation(arm: Any) -> Iterator[None]:
+    real, products = static_decoder.product, {layer.weights["o"].data_ptr() for layer in arm.weights.layers}
+
+    def slower(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if weight.data_ptr() in products:
+            x = x.add(0)
+        return real(x, weight, *rest)
+
+    static_decoder.product = slower
+    try:
+        yield
+    finally:
+        static_decoder.product = real
+
+
+@pytest.mark.parametrize(("runtime", "arm"), [("transformers", "lora"), ("transformers", "peft"), ("static", "para")])
+def test_nothing_is_left_behind_even_after_an_error(
+    model: backbone.Backbone, tmp_path: Path, runtime: str, arm: str
+) -> None:
+    built = build(model, runtime, arm, 1, tmp_path)
+
+    def state() -> Any:
+        modules = [
+            (name, sorted(vars(module)), list(module._forward_hooks), list(module._forward_pre_hooks))
+            for name, module in built.arm.model.named_modules()
+        ]
+        shared = (static_decoder.product, static_decoder.scaled_dot_product_attention, static_arm.bind, Cache.update,
+                  dict(low_rank.SHRINKS), dict(qkv_epilogue.FORMS))  # fmt: skip
+        return modules, shared, sorted(vars(built.arm))
+
+    before = state()
+    with pytest.raises(RuntimeError, match="planted"), Ranges(arm).on(built.arm, "eager"):
+        assert state() != before
+        raise RuntimeError("planted")
+    assert state() == before
+
+
+def test_the_exported_trace_is_json_that_names_the_ranges(model: backbone.Backbone, tmp_path: Path) -> None:
+    phases(build(model, "static", "none", 1, tmp_path), "none", tmp_path)
+    assert "none / prefill" in {event["name"] for event in json.loads((tmp_path / "a.trace.json").read_text())["traceEvents"]}
