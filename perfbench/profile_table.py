@@ -66,7 +66,7 @@ def _table(phase: str, labels: list[str], arms: list[Mapping[str, Figures]], on_
         heads = ("where", f"{names[0]} ms", "share %", *words)
     else:
         heads = ("where", *(f"{n} ms" for n in names), "extra ms", "share %", words[0], "extra", words[1], "extra")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for kind in (*kinds, "total"):
         values = [_get(own, kind, key) for key in (time, count, idle)]
         if bare is None:

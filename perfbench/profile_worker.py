@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -124,7 +125,7 @@ def _step_times_ms(one: Profiled, device: Any) -> list[float]:
     clock.mark()
     one.arm.generate(one.batch, clock=clock)
     times = clock.elapsed_ms()
-    return [later - sooner for sooner, later in zip(times, times[1:], strict=False)]
+    return [later - sooner for sooner, later in pairwise(times)]
 
 
 def _profile(one: Profiled, device: Any, keep_in: Path | None) -> Any:

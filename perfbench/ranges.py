@@ -15,7 +15,7 @@ import torch
 
 # The public `record_function` costs 12 microseconds, as much as a small operation, and there are about 12 ranges in
 # each layer; this one costs 1. It marks ranges as operators, which `trace.mark_ranges` puts right in the file.
-from torch._C._profiler import _RecordFunctionFast  # type: ignore[attr-defined]
+from torch._C._profiler import _RecordFunctionFast
 from torch.nn import ModuleList
 from torch.profiler import record_function
 from transformers.cache_utils import Cache

@@ -50,15 +50,15 @@ def read(path: Path, largest_bytes: int = LARGEST_BYTES) -> Trace:
     """
     try:
         size = path.stat().st_size
-        opened = gzip.open(path) if path.name.endswith(".gz") else path.open("rb")
-        with opened as file:
+        packed = path.name.endswith(".gz")
+        with gzip.open(path) if packed else path.open("rb") as file:
             text = file.read(largest_bytes + 1) if size <= largest_bytes else b""
     except (OSError, EOFError, zlib.error) as error:
         raise TraceError(f"{path}: can't be read ({error}); profile again") from None
     if size > largest_bytes or len(text) > largest_bytes:
-        packed = f"{_mib(size)} packed, more than {_mib(largest_bytes)} unpacked" if text else _mib(size)
+        found = f"{_mib(size)} packed, more than {_mib(largest_bytes)} unpacked" if text else _mib(size)
         raise TraceError(
-            f"{path}: {packed}, and the page shows at most {_mib(largest_bytes)}; profile fewer steps "
+            f"{path}: {found}, and the page shows at most {_mib(largest_bytes)}; profile fewer steps "
             f"(--steps 1) or a smaller batch, or open it in https://ui.perfetto.dev, which reads it in your browser"
         )
     try:

@@ -36,8 +36,9 @@ SPEEDSCOPE = {
 # The browser itself refuses whatever a page would load from elsewhere. speedscope makes its styles as it runs, and
 # brings C++ names into readable form with a WebAssembly module that it holds inside.
 POLICY = (
-    "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    "font-src 'self'; connect-src 'self'; frame-src 'self'; base-uri 'none'; form-action 'none'"
+    "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self'; connect-src 'self'; frame-src 'self'; base-uri 'none'; "
+    "form-action 'none'"
 )
 
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from perfbench import cases, profile, profile_table, scenario
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
 def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(folder, standard output) of `perfbench profile` of LoRA in the smoke scenario, two decode steps."""
+    """(folder, what is printed) of a profile of LoRA in the smoke scenario, two decode steps, one thread."""
     out = tmp_path_factory.mktemp("profile") / "lora"
-    done = subprocess.run(
-        [sys.executable, "-m", "perfbench", "profile", "scenarios/smoke.yaml", "--set", "device=cpu",
-         "--case", "*b1*/lora-eager", "--steps", "2", "--out", str(out)],
-        capture_output=True, text=True, cwd=ROOT, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    resolved = scenario.resolve(scenario.load(ROOT / "scenarios" / "smoke.yaml", ["device=cpu"]), "cpu", "asked for")
+    comparison = profile.choose(cases.expand(resolved), "*b1*/lora-eager")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profile, "threads", lambda: 1)
+        found = profile.execute(resolved, comparison, 2, out, lambda text: None)
+    said = StringIO()
+    profile_table.render(found, Console(width=100, file=said))
+    return out, said.getvalue()

@@ -88,7 +88,8 @@ def test_kernels_belong_to_the_range_that_launched_them() -> None:
 
 def test_one_more_launch_anywhere_is_counted() -> None:
     before = total(of_call(LAUNCHES, NAMES, "lora")["decode step 1"]).launches
-    planted = [event("cudaLaunchKernel", 90, 91, "cuda_runtime", correlation=5), event("x", 230, 231, "kernel", correlation=5)]
+    launch = event("cudaLaunchKernel", 90, 91, "cuda_runtime", correlation=5)
+    planted = [launch, event("x", 230, 231, "kernel", correlation=5)]
     assert total(of_call(LAUNCHES + planted, NAMES, "lora")["decode step 1"]).launches == before + 1
 
 
@@ -112,7 +113,7 @@ def test_the_typical_step_is_the_median_over_calls_and_steps() -> None:
 
 
 def test_the_spread_is_that_of_whole_steps() -> None:
-    steps = {f"decode step {i}": {"q": Figures(host_ms=ms), "o": Figures(host_ms=1)} for i, ms in enumerate((1, 2, 3, 4, 5))}
+    steps = {f"decode step {ms}": {"q": Figures(host_ms=ms), "o": Figures(host_ms=1)} for ms in (1, 2, 3, 4, 5)}
     assert spread([steps]) == pytest.approx(2 / 4)
     assert spread([{"decode step 1": {"q": Figures(host_ms=2)}}] * 4) == 0
 

@@ -115,13 +115,13 @@ def test_a_child_that_dies_is_told_in_one_line_and_leaves_nothing(
 
 
 def test_a_case_that_fails_its_check_is_profiled_with_a_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two tenants with one and the same adapter: shifted slots change nothing, so that the check is void."""
+    from perfbench.backbone_config import find_config
     from perfbench.methods import lora, parameters
     from perfbench.methods.registry import LoraOptions
     from perfbench.methods.shape import BackboneShape
-    from perfbench.backbone_config import find_config
 
     shape = BackboneShape.of_config(find_config("llama-tiny"))
     for tenant in ("a", "b"):
@@ -129,6 +129,7 @@ def test_a_case_that_fails_its_check_is_profiled_with_a_warning(
         lora.save(values, shape, LoraOptions(), tmp_path / "adapters" / tenant, "llama-tiny")
     changes = ["device=cpu", "workload.beams=1", "workload.without_adapter=0", "workload.resident=2",
                f"methods=[{{lora: {{adapters: {tmp_path / 'adapters'}}}}}]"]  # fmt: skip
+    monkeypatch.setattr(profile, "threads", lambda: 1)
     sets = [part for change in changes for part in ("--set", change)]
     out = tmp_path / "out"
     code = main(["profile", str(SMOKE), *sets, "--case", "*/lora-eager", "--steps", "1", "--out", str(out)])

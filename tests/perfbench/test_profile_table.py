@@ -77,7 +77,8 @@ def test_the_bare_backbone_alone() -> None:
 
 
 def test_a_failed_check_and_a_busy_machine_are_told_first() -> None:
-    broken = {**arm(kinds(q=2)), "check": {"status": "check_failed", "reason": "logits differ"}, "decode_step_spread": 3.0}
+    failed = {"status": "check_failed", "reason": "logits differ"}
+    broken = {**arm(kinds(q=2)), "check": failed, "decode_step_spread": 3.0}
     warnings = answer(profile(none=arm(kinds(q=2)), lora=broken))[:2]
     assert warnings[0].startswith("WARNING: lora-eager did not pass its check (logits differ)")
     assert warnings[1].startswith("WARNING: the decode steps of one arm lie 300% apart")
