@@ -189,9 +189,8 @@ def _median(figures: Sequence[Figures]) -> dict[str, float]:
     return {name: median(one[name] for one in values) for name in values[0]}
 
 
-def bound(figures: Mapping[str, float]) -> str | None:
-    """`host` or `device`: which of the two a phase waits for; None where no device did any work."""
-    if not figures["device_ms"]:
-        return None
-    idle = figures["gap_ms"] / (figures["gap_ms"] + figures["device_ms"])
-    return "host" if idle > HOST_BOUND_SHARE else "device"
+def bound(device_ms: float, step_ms: float) -> tuple[str, float]:
+    """(`host` or `device`, the share of a step that the device idles) for a step that takes `step_ms` without the
+    profiler and in which the device works for `device_ms`: the profiler slows the host down, kernels it does not."""
+    idle = max(0.0, 1 - device_ms / step_ms) if step_ms else 0.0
+    return ("host" if idle > HOST_BOUND_SHARE else "device"), idle

@@ -9,9 +9,7 @@ import torch
 from torch._C._profiler import RecordScope, _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from perfbench.backbone import Backbone
 from perfbench.ranges import BIND, KV_CACHE, VECTORS
-from perfbench.runtimes.generation import Arm
 
 # Range -> the category of what is allocated in it; the innermost of these ranges decides.
 CATEGORY_OF_RANGE = {KV_CACHE: "kv", BIND: "adapters", VECTORS: "adapters"}
@@ -96,23 +94,3 @@ def timeline(events: Sequence[MemoryEvent], device_type: str, resident: dict[str
         "peak_bytes": peak,
         "peak_at_us": peak_at,
     }
-
-
-def resident(arm: Arm, backbone: Backbone) -> dict[str, int]:
-    """Category -> bytes that the backbone and `arm` hold before a call."""
-    weights = _storages([*backbone.model.parameters(), *backbone.model.buffers()])
-    cache = getattr(arm, "cache", None)
-    kv = _storages(cache.tensors() if cache else [])
-    bank = getattr(arm, "bank", None)
-    # PEFT's adapters are what its model has beside the backbone's weights.
-    own = _storages([*arm.model.parameters(), *arm.model.buffers(), *(bank.tensors() if bank else [])])
-    adapters = {key: size for key, size in own.items() if key not in weights}
-    held = _storages(arm.tensors())
-    other = {key: size for key, size in held.items() if key not in weights | kv | adapters}
-    found = {"weights": weights, "kv": kv, "adapters": adapters, "other": other}
-    return {category: sum(storages.values()) for category, storages in found.items()}
-
-
-def _storages(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
-    """Address -> bytes of each distinct storage."""
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

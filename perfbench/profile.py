@@ -106,6 +106,7 @@ def _profile(
             label: {
                 "check": arm["check"],
                 "breakdown": arm["breakdown"],
+                "replays": arm["replays"],
                 "decode_step_spread": arm["decode_step_spread"],
                 "unprofiled_decode_step_ms": arm["unprofiled_decode_step_ms"],
                 "peak_bytes": arm["memory"]["peak_bytes"],

@@ -106,7 +106,7 @@ def answer(profile: Mapping[str, Any]) -> list[str]:
             said += _added(names, steps, times, on_device)
         else:
             said.append(f"A decode step takes {_ms(times[0])} ms.")
-        said += [_waits(name, step["total"]) for name, step in zip(names, steps, strict=True)]
+        said += [_waits(name, arm) for name, arm in zip(names, arms, strict=True)]
     said.append("Peak memory of the call: " + ", ".join(
         f"{arm['peak_bytes'] / 2**20:,.1f} MiB ({name})" for name, arm in zip(names, arms, strict=True)) + ".")
     return said
@@ -130,15 +130,17 @@ def _added(
     return said
 
 
-def _waits(name: str, total: Figures) -> str:
-    limited = bound(total)
-    if limited is None:
+def _waits(name: str, arm: Mapping[str, Any]) -> str:
+    """Which of host and device a decode step waits for."""
+    total, step_ms = arm["breakdown"]["decode step"]["total"], arm["unprofiled_decode_step_ms"]
+    if not total["device_ms"]:
         share = total["outside_ms"] / total["host_ms"] if total["host_ms"] else 0.0
         return (f"{name}: no device: the host computes, and spends {share:.0%} of a decode step outside of "
                 f"operations, in Python.")  # fmt: skip
-    share = total["gap_ms"] / (total["gap_ms"] + total["device_ms"])
-    end = "the host can't launch fast enough" if limited == "host" else "the kernels are what takes the time"
-    return f"{name}: {limited}-bound: the device idles for {share:.0%} of a decode step; {end}."
+    limited, idle = bound(total["device_ms"], step_ms)
+    how = ", replayed as a captured graph (profiled launch by launch, or no range would be in it)"
+    return (f"{name}: {limited}-bound: the device works for {_ms(total['device_ms'])} ms of a decode step and idles "
+            f"for {idle:.0%} of it{how if arm['replays'] else ''}.")  # fmt: skip
 
 
 def _get(kinds: Mapping[str, Figures] | None, kind: str, key: str) -> float:
@@ -170,7 +172,7 @@ COLUMNS = {
     False: "share: of the total's extra time. ops: ATen operations, those inside others not counted. python ms: the "
     "part of the time outside of operations.",
     True: "ms: kernels and copies. share: of the total's extra time. launches: kernels. gaps: the device's idle time "
-    "before them.",
+    "before them, under the profiler.",
 }
 
 

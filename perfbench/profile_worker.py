@@ -45,7 +45,7 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
     import torch
     import transformers
 
-    from perfbench import arms, breakdown, cases, check, memory_timeline, workload
+    from perfbench import arms, breakdown, cases, check, memory_timeline, probes, workload
     from perfbench import backbone as backbones
     from perfbench.ranges import Ranges
 
@@ -86,8 +86,9 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
             calls[one.label].append(_profile(one, backbone.device, last))
     for one in profiled:
         emit("phase", case=None, text="recording memory")
-        held = memory_timeline.resident(one.arm, backbone)
-        with one.ranges.on(one.arm, one.kernels):
+        with probes.on(one.ranges, one.arm, one.kernels):
+            _generate(one, backbone.device)  # what an arm keeps from call to call is there before
+            held = probes.resident(one.arm, backbone)
             found_memory = memory_timeline.record(
                 lambda one=one: _generate(one, backbone.device), backbone.device, held, one.ranges.names,
                 f"{one.ranges.method} / ",
@@ -98,6 +99,7 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
             check=checks[one.label],
             breakdown=breakdown.typical(calls[one.label]),
             decode_step_spread=breakdown.spread(calls[one.label]),
+            replays=probes.replays(one.arm),
             unprofiled_decode_step_ms=median(unprofiled[one.label]),
             memory=found_memory,
         )
@@ -121,6 +123,7 @@ def _step_times_ms(one: Profiled, device: Any) -> list[float]:
     """The times of the decode steps of one call without ranges and without a profiler."""
     from perfbench.runtimes.generation import StepClock
 
+    one.arm.generate(one.batch)  # ranges that were taken off leave something to be made again
     clock = StepClock(device)
     clock.mark()
     one.arm.generate(one.batch, clock=clock)
@@ -132,10 +135,10 @@ def _profile(one: Profiled, device: Any, keep_in: Path | None) -> Any:
     """The phases of one profiled call; its trace is kept in a folder where one is given."""
     from torch.profiler import ProfilerActivity, profile
 
-    from perfbench import breakdown, trace
+    from perfbench import breakdown, probes, trace
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with one.ranges.on(one.arm, one.kernels), tempfile.TemporaryDirectory(prefix="perfbench-") as scratch:
+    with probes.on(one.ranges, one.arm, one.kernels), tempfile.TemporaryDirectory(prefix="perfbench-") as scratch:
         _generate(one, device)  # what is made once for each decoder is made with the ranges on
         with profile(activities=activities, acc_events=True) as profiler:
             _generate(one, device)

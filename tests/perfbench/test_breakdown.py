@@ -94,9 +94,9 @@ def test_one_more_launch_anywhere_is_counted() -> None:
 
 
 def test_a_device_that_waits_is_host_bound_and_a_busy_one_is_not() -> None:
-    assert bound({"device_ms": 1.0, "gap_ms": 0.2}) == "host"
-    assert bound({"device_ms": 1.0, "gap_ms": 0.05}) == "device"
-    assert bound({"device_ms": 0.0, "gap_ms": 0.0}) is None
+    assert bound(device_ms=6.0, step_ms=8.0) == ("host", 0.25)
+    assert bound(device_ms=7.6, step_ms=8.0) == ("device", pytest.approx(0.05))
+    assert bound(device_ms=9.0, step_ms=8.0) == ("device", 0.0)  # streams that overlap
 
 
 def test_the_typical_step_is_the_median_over_calls_and_steps() -> None:

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from perfbench import arms, backbone, cases, memory, memory_picture, memory_timeline, scenario, workload
+from perfbench import arms, backbone, cases, memory, memory_picture, memory_timeline, probes, scenario, workload
 from perfbench.ranges import PhaseClock, Ranges
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,9 +52,6 @@ def test_the_peak_is_the_allocators_and_each_category_is_where_it_should_be(
     batch = workload.make(comparison.workload, model, seed=0)
     case = next(one for one in comparison.cases if one.arm == arm)
     built = arms.build(case, model, batch, comparison.workload.resident, 0, tmp_path)
-    built.arm.generate(built.batch)
-    held = memory_timeline.resident(built.arm, model)
-    assert sum(held.values()) == memory.resident_bytes(built.arm)
     ranges = Ranges(arm)
 
     def call() -> None:
@@ -62,8 +59,12 @@ def test_the_peak_is_the_allocators_and_each_category_is_where_it_should_be(
         clock.mark()
         built.arm.generate(built.batch, clock=clock)
 
-    with ranges.on(built.arm, "eager"):
+    with probes.on(ranges, built.arm, "eager"):
+        call()
+        held = probes.resident(built.arm, model)
+        assert sum(held.values()) == memory.resident_bytes(built.arm)
         found = memory_timeline.record(call, model.device, held, ranges.names, f"{arm} / ")
+    built.arm.generate(built.batch)
     peak = memory.peaks(built.arm, built.batch, memory.resident_bytes(built.arm), model.device, None)
     # transformers asks the clock for a tensor of one bool for each row, in lines of 64 bytes.
     assert found["peak_bytes"] == pytest.approx(peak["peak_allocated_bytes"], abs=256)

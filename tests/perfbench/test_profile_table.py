@@ -23,7 +23,7 @@ def kinds(device: bool = False, **ms: float) -> dict[str, dict[str, float]]:
 
 def arm(step: dict[str, dict[str, float]], ms: float = 1.0) -> dict[str, Any]:
     return {"check": {"status": "ok", "reason": None}, "breakdown": {"prefill": step, "decode step": step},
-            "unprofiled_decode_step_ms": ms, "decode_step_spread": 0.1, "peak_bytes": 2**20}  # fmt: skip
+            "unprofiled_decode_step_ms": ms, "decode_step_spread": 0.1, "replays": False, "peak_bytes": 2**20}  # fmt: skip
 
 
 def profile(**arms: dict[str, Any]) -> dict[str, Any]:
@@ -54,11 +54,15 @@ def test_the_answer_says_what_is_added_and_where() -> None:
 
 
 def test_on_a_device_the_columns_are_launches_and_gaps() -> None:
-    found = profile(none=arm(kinds(True, q=2)), lora=arm(kinds(True, q=3)))
+    captured = {**arm(kinds(True, q=3), 3.1), "replays": True}
+    found = profile(none=arm(kinds(True, q=2), 4.0), lora=captured)
     assert tables(found)[1].title == "decode step, on the device"
     assert tables(found)[1].rows[0] == ("q", "2.00", "3.00", "1.00", "100", "3", "1", "1.50", "0.50")
     assert "launches" in answer(found)[0]
-    assert "lora: host-bound: the device idles for 33%" in answer(found)[3]
+    bare, own = answer(found)[2:4]
+    assert bare == "none: host-bound: the device works for 2.00 ms of a decode step and idles for 50% of it."
+    assert own.startswith("lora: device-bound: the device works for 3.00 ms of a decode step and idles for 3% of it")
+    assert "captured graph" in own
     assert "gaps" in legend(found)
 
 

@@ -82,7 +82,7 @@ def test_traces_of_others_are_shown_and_their_names_escaped(traces: Path) -> Non
     hostile = traces / "profile.json"
     hostile.write_text(json.dumps({"schema_version": 1, "case": EVIL, "decode_steps": 1, "arms": {EVIL: {
         "check": {"status": "check_failed", "reason": EVIL}, "breakdown": {}, "unprofiled_decode_step_ms": 1,
-        "decode_step_spread": 0, "peak_bytes": 1, "trace": EVIL, "memory_picture": "../../etc/passwd",
+        "decode_step_spread": 0, "replays": False, "peak_bytes": 1, "trace": EVIL, "memory_picture": "../../etc/passwd",
     }}}))  # fmt: skip
     with serving(traces) as server:
         _, page = get(server, "/")

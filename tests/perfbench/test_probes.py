@@ -12,11 +12,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers.cache_utils import Cache
 
-from perfbench import arms, backbone, breakdown, cases, scenario, trace, workload
+from perfbench import arms, backbone, breakdown, cases, probes, scenario, trace, workload
 from perfbench.kernels import low_rank, qkv_epilogue
 from perfbench.ranges import PhaseClock, Ranges
-from perfbench.runtimes.static import arm as static_arm
 from perfbench.runtimes.static import decoder as static_decoder
+from perfbench.runtimes.static.adapters import Adapters
 
 ROOT = Path(__file__).resolve().parents[2]
 LINEARS = {"q", "k", "v", "o", "gate", "up", "down"}
@@ -45,7 +45,7 @@ def phases(built: arms.BuiltArm, method: str, folder: Path) -> tuple[breakdown.P
     """(phases, events, tokens) of one call under the profiler, through a trace in a file."""
     ranges = Ranges(method)
     clock = PhaseClock(torch.device("cpu"), ranges, built.batch.new_tokens)
-    with ranges.on(built.arm, "eager"), profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+    with probes.on(ranges, built.arm, "eager"), profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         clock.mark()
         found = built.arm.generate(built.batch, clock=clock)
     profiler.export_chrome_trace(str(folder / "a.trace.json"))
@@ -62,7 +62,7 @@ def phases(built: arms.BuiltArm, method: str, folder: Path) -> tuple[breakdown.P
         ("transformers", "para", 1, HUGGING_FACE | {"bind adapters", "prompt vectors"}, HUGGING_FACE),
         ("transformers", "peft", 1, HUGGING_FACE, HUGGING_FACE),
         ("static", "none", 3, STATIC, STATIC),
-        ("static", "lora", 1, STATIC | {"bind adapters", "shrink"}, STATIC | {"shrink"}),
+        ("static", "lora", 1, STATIC | {"bind adapters", "shrink"}, STATIC),
         ("static", "para", 3, STATIC | {"bind adapters", "prompt vectors"}, STATIC),
     ],
 )
@@ -92,6 +92,26 @@ def test_every_kind_is_found_and_the_tokens_are_the_same(
         assert f"layer {layer} / o" in names
 
 
+def test_a_replayed_step_is_profiled_launch_by_launch(model: backbone.Backbone, tmp_path: Path) -> None:
+    built = build(model, "static", "lora", 1, tmp_path)
+    assert not probes.replays(built.arm)
+    expected = built.arm.generate(built.batch).tokens
+    captured = []
+
+    def capture(step: Any) -> Any:
+        captured.append(step)
+        return step
+
+    built.arm.capture, built.arm.decoder = capture, None
+    assert probes.replays(built.arm)
+    found, _, tokens = phases(built, "lora", tmp_path)
+    assert torch.equal(tokens, expected)
+    assert set(found["decode step 2"]) == STATIC
+    assert not captured
+    assert torch.equal(built.arm.generate(built.batch).tokens, expected)
+    assert captured, "afterwards it is captured as before"
+
+
 def test_adapters_own_ranges_name_the_method(model: backbone.Backbone, tmp_path: Path) -> None:
     for arm, expected in (("lora", "lora low rank"), ("ia3", "ia3 row scale"), ("peft", "peft lora_B")):
         _, events, _ = phases(build(model, "transformers", arm, 1, tmp_path / arm), arm, tmp_path)
@@ -111,18 +131,19 @@ def test_a_time_planted_in_one_kind_shows_there(model: backbone.Backbone, tmp_pa
 
 @contextmanager
 def _one_more_operation(arm: Any) -> Iterator[None]:
-    real, products = static_decoder.product, {layer.weights["o"].data_ptr() for layer in arm.weights.layers}
+    real = static_decoder.product_with_tail
+    products = {layer.projections["o"].weight.data_ptr() for layer in arm.weights.layers}
 
-    def slower(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def slower(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Any:
         if weight.data_ptr() in products:
             x = x.add(0)
         return real(x, weight, *rest)
 
-    static_decoder.product = slower
+    static_decoder.product_with_tail = slower
     try:
         yield
     finally:
-        static_decoder.product = real
+        static_decoder.product_with_tail = real
 
 
 @pytest.mark.parametrize(("runtime", "arm"), [("transformers", "lora"), ("transformers", "peft"), ("static", "para")])
@@ -136,7 +157,8 @@ def test_nothing_is_left_behind_even_after_an_error(
             (name, sorted(vars(module)), list(module._forward_hooks), list(module._forward_pre_hooks))
             for name, module in built.arm.model.named_modules()
         ]
-        shared = (static_decoder.product, static_decoder.scaled_dot_product_attention, static_arm.bind, Cache.update,
+        shared = (static_decoder.product, static_decoder.scaled_dot_product_attention, Adapters.take,
+                  Cache.update, static_decoder.Decoder._product, static_decoder.Decoder._generate_scales,
                   dict(low_rank.SHRINKS), dict(qkv_epilogue.FORMS))  # fmt: skip
         return modules, shared, sorted(vars(built.arm))
 
@@ -144,7 +166,7 @@ def test_nothing_is_left_behind_even_after_an_error(
     seen = []
 
     def call() -> None:
-        with Ranges(arm).on(built.arm, "eager"):
+        with probes.on(Ranges(arm), built.arm, "eager"):
             seen.append(state())
             raise RuntimeError("planted")
 
