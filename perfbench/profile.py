@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -58,7 +59,8 @@ def execute(
 ) -> dict[str, Any]:
     """Profiles the cases of `comparison` into the new folder `out` and returns what its profile.json holds.
 
-    `say` is told what is being done. Nothing is left behind where it fails, but for the log. PerfbenchError.
+    `say` is told what is being done. Where it fails nothing is left but what the child said, in `<out>.log`.
+    PerfbenchError.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TraceError(f"{out}: is there already; profile with another --out")
@@ -66,10 +68,12 @@ def execute(
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
+        log = out.with_name(out.name + ".log")
+        log.touch()
     except OSError as error:
         raise TraceError(f"{out}: can't be written ({error.strerror}); profile with another --out") from None
     try:
-        arms = _child(scenario, comparison, steps, unfinished, say)
+        arms = _child(scenario, comparison, steps, unfinished, log, say)
         profile = _profile(scenario, comparison, steps, arms)
         for label, timeline in arms.items():
             timeline_json = json.dumps(timeline["memory"], separators=(",", ":"))
@@ -79,11 +83,14 @@ def execute(
         (unfinished / PROFILE).write_text(json.dumps(profile, indent=1) + "\n", encoding="utf-8")
         if out.is_dir():
             out.rmdir()
+        log.rename(unfinished / WORKER_LOG)
         unfinished.rename(out)
     except OSError as error:
         raise TraceError(f"{out}: can't be written ({error}); profile with another --out") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if log.exists() and not log.stat().st_size:
+            log.unlink()
     return profile
 
 
@@ -120,7 +127,7 @@ def _profile(
 
 
 def _child(
-    scenario: Scenario, comparison: Comparison, steps: int, folder: Path, say: Callable[[str], None]
+    scenario: Scenario, comparison: Comparison, steps: int, folder: Path, log: Path, say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """Label -> what the child process says of that arm. PerfbenchError says why it did not come to its end."""
     job = {
@@ -131,7 +138,6 @@ def _child(
         "threads": threads(),
     }
     found: dict[str, dict[str, Any]] = {}
-    log = folder / WORKER_LOG
     with log.open("wb") as errors:
         child = subprocess.Popen(
             [sys.executable, "-m", "perfbench.profile_worker"],
@@ -143,7 +149,8 @@ def _child(
     assert child.stdin is not None
     assert child.stdout is not None
     try:
-        with child.stdin:
+        # A child that is dead already breaks the pipe: how it ended is told below.
+        with suppress(BrokenPipeError), child.stdin:
             child.stdin.write(json.dumps(job).encode())
         for line in child.stdout:
             if not line.endswith(b"\n"):
@@ -154,27 +161,24 @@ def _child(
             elif event["event"] == "arm":
                 found[event.pop("label")] = event
             elif event["event"] == "error":
-                raise PerfbenchError(_told(event, comparison))
+                raise PerfbenchError(_told(event, comparison, log))
             elif event["event"] == "done":
                 child.wait()
                 return found
-    except BrokenPipeError:
-        pass  # it is dead already; how it ended is told below
     finally:
         child.kill()
         code = child.wait()
         child.stdout.close()
-    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-    raise PerfbenchError(f"{comparison.cases[-1].id}: {cause(code)}{': ' + last[0] if last else ''}")
+    raise PerfbenchError(f"{comparison.cases[-1].id}: {cause(code, str(log))}")
 
 
-def _told(event: dict[str, Any], comparison: Comparison) -> str:
+def _told(event: dict[str, Any], comparison: Comparison, log: Path) -> str:
     where = event["case"] or comparison.cases[-1].id
     if event["kind"] == "bad_input":
         return str(event["message"])
     if event["kind"] == "out_of_memory":
         return f"{where}: out of memory while it was profiled; choose fewer requests, or --set dtype=bf16"
-    return f"{where}: crashed while it was profiled ({event['message']})"
+    return f"{where}: crashed while it was profiled ({event['message']}); see {log}"
 
 
 def default_out(scenario: Scenario, comparison: Comparison) -> Path:

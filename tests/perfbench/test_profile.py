@@ -97,21 +97,23 @@ def test_a_folder_that_is_there_is_left_alone(
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-def test_a_child_that_dies_is_told_in_one_line_and_leaves_nothing(
-    comparisons: tuple[Comparison, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("first", ["cat > /dev/null", "true"], ids=["reads its job", "dies at once"])
+def test_a_child_that_dies_is_told_in_one_line_and_leaves_its_log(
+    first: str, comparisons: tuple[Comparison, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in = tmp_path / "python"
-    stand_in.write_text("#!/bin/sh\necho '{\"event\": \"phase\", \"case\": null, \"text\": \"loading\"}'\n"
-                        "echo 'no more memory' >&2\nkill -9 $$\n")  # fmt: skip
+    event = json.dumps({"event": "phase", "case": None, "text": "loading"})
+    stand_in.write_text(f"#!/bin/sh\n{first}\necho '{event}'\necho 'no more memory' >&2\nkill -SEGV $$\n")
     stand_in.chmod(0o755)
     monkeypatch.setattr(profile.sys, "executable", str(stand_in))
     resolved = scenario.resolve(scenario.load(SMOKE, ["device=cpu"]), "cpu", "asked for")
     told: list[str] = []
-    with pytest.raises(PerfbenchError, match=r"lora-eager: .*SIGKILL.*no more memory") as error:
+    with pytest.raises(PerfbenchError, match=r"lora-eager: .*SIGSEGV; see .*out\.log") as error:
         profile.execute(resolved, profile.choose(comparisons, "*b1*/lora-eager"), 2, tmp_path / "out", told.append)
     assert "\n" not in str(error.value)
     assert told
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["python"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.log", "python"]
+    assert (tmp_path / "out.log").read_text() == "no more memory\n"
 
 
 def test_a_case_that_fails_its_check_is_profiled_with_a_warning(

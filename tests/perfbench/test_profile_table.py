@@ -22,8 +22,14 @@ def kinds(device: bool = False, **ms: float) -> dict[str, dict[str, float]]:
 
 
 def arm(step: dict[str, dict[str, float]], ms: float = 1.0) -> dict[str, Any]:
-    return {"check": {"status": "ok", "reason": None}, "breakdown": {"prefill": step, "decode step": step},
-            "unprofiled_decode_step_ms": ms, "decode_step_spread": 0.1, "replays": False, "peak_bytes": 2**20}  # fmt: skip
+    return {
+        "check": {"status": "ok", "reason": None},
+        "breakdown": {"prefill": step, "decode step": step},
+        "unprofiled_decode_step_ms": ms,
+        "decode_step_spread": 0.1,
+        "replays": False,
+        "peak_bytes": 2**20,
+    }
 
 
 def profile(**arms: dict[str, Any]) -> dict[str, Any]:
