@@ -165,7 +165,9 @@ def total(kinds: Mapping[str, Figures]) -> Figures:
 
 
 def typical(calls: Sequence[Phases]) -> dict[str, dict[str, dict[str, float]]]:
-    """`prefill` and `decode step`: kind, and `total`, -> the median of each figure over the calls and steps."""
+    """`prefill` and `decode step`: kind, and `total`, -> the median of each figure over the calls and steps, and
+    `low_ms` and `high_ms`, between which the middle half of its times lies (the device's where there is one). The
+    total is the sum of the medians, which one step that was held up in one kind moves less than a median of sums."""
     found = {}
     for title in ("prefill", "decode step"):
         phases = [kinds for call in calls for phase, kinds in call.items() if phase.startswith(title)]
@@ -173,7 +175,10 @@ def typical(calls: Sequence[Phases]) -> dict[str, dict[str, dict[str, float]]]:
             continue
         with_total = [{**kinds, "total": total(kinds)} for kinds in phases]
         kinds = dict.fromkeys(kind for phase in with_total for kind in phase)
-        found[title] = {kind: _median([phase.get(kind, Figures()) for phase in with_total]) for kind in kinds}
+        medians = {kind: _median([phase.get(kind, Figures()) for phase in with_total]) for kind in kinds}
+        for name in (field.name for field in fields(Figures)):
+            medians["total"][name] = sum(figures[name] for kind, figures in medians.items() if kind != "total")
+        found[title] = medians
     return found
 
 
@@ -186,7 +191,10 @@ def spread(calls: Sequence[Phases]) -> float:
 
 def _median(figures: Sequence[Figures]) -> dict[str, float]:
     values = [asdict(one) for one in figures]
-    return {name: median(one[name] for one in values) for name in values[0]}
+    time = "device_ms" if any(one.device_ms for one in figures) else "host_ms"
+    times = [one[time] for one in values]
+    low, _, high = quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
+    return {name: median(one[name] for one in values) for name in values[0]} | {"low_ms": low, "high_ms": high}
 
 
 def bound(device_ms: float, step_ms: float) -> tuple[str, float]:

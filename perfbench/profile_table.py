@@ -77,8 +77,9 @@ def _table(phase: str, labels: list[str], arms: list[Mapping[str, Figures]], on_
         extra = [after - first for after, first in zip(values, before, strict=True)]
         grown = own["total"][time] - bare["total"][time]
         whole = grown if grown > LEAST_EXTRA * bare["total"][time] else 0.0
+        share = _percent(extra[0], whole) if kind == "total" or _parted(bare, own, kind) else "-"
         rows.append(
-            (kind, _ms(before[0]), _ms(values[0]), _ms(extra[0]), _percent(extra[0], whole),
+            (kind, _ms(before[0]), _ms(values[0]), _ms(extra[0]), share,
              _count(values[1]), _count(extra[1]), _ms(values[2]), _ms(extra[2]))
         )  # fmt: skip
     return Table(f"{phase}, on the {'device' if on_device else 'host'}", heads, tuple(rows))
@@ -124,7 +125,10 @@ def _added(
             f"({slower / times[0]:+.0%}), and {counted:+,.0f} {count}."]  # fmt: skip
     extra = own["total"][time] - bare["total"][time]
     added = {kind: _get(own, kind, time) - _get(bare, kind, time) for kind in {**bare, **own} if kind != "total"}
-    worth = sorted((kind for kind in added if added[kind] >= WORTH_NAMING * extra > 0), key=lambda kind: -added[kind])
+    worth = sorted(
+        (kind for kind in added if added[kind] >= WORTH_NAMING * extra > 0 and _parted(bare, own, kind)),
+        key=lambda kind: -added[kind],
+    )
     where = f", most of it in {', '.join(f'{kind} {added[kind]:+,.2f}' for kind in worth)} ms" if worth else ""
     said.append(f"Under the profiler, which adds to every operation, {extra:+,.2f} ms{where}.")
     return said
@@ -141,6 +145,12 @@ def _waits(name: str, arm: Mapping[str, Any]) -> str:
     how = ", replayed as a captured graph (profiled launch by launch, or no range would be in it)"
     return (f"{name}: {limited}-bound: the device works for {_ms(total['device_ms'])} ms of a decode step and idles "
             f"for {idle:.0%} of it{how if arm['replays'] else ''}.")  # fmt: skip
+
+
+def _parted(bare: Mapping[str, Figures], own: Mapping[str, Figures], kind: str) -> bool:
+    """Whether the times of a kind differ by more than they vary: the middle halves of both arms' steps lie apart."""
+    return (_get(own, kind, "low_ms") > _get(bare, kind, "high_ms")
+            or _get(bare, kind, "low_ms") > _get(own, kind, "high_ms"))  # fmt: skip
 
 
 def _get(kinds: Mapping[str, Figures] | None, kind: str, key: str) -> float:
@@ -166,13 +176,13 @@ def _percent(part: float, whole: float) -> str:
 
 LEGEND = (
     "where: the module kind that the time belongs to; each moment counts for the innermost only. Medians over the "
-    "decode steps of all rounds, so that rows need not add up to the total."
+    "steps of all rounds, and their sum. share: of the sum's extra time, - where steps "
+    "vary by more than the arms differ."
 )
 COLUMNS = {
-    False: "share: of the total's extra time. ops: ATen operations, those inside others not counted. python ms: the "
-    "part of the time outside of operations.",
-    True: "ms: kernels and copies. share: of the total's extra time. launches: kernels. gaps: the device's idle time "
-    "before them, under the profiler.",
+    False: "ops: ATen operations, those inside others not counted. python ms: the part of the time outside of "
+    "operations.",
+    True: "ms: kernels and copies. launches: kernels. gaps: the device's idle time before them, under the profiler.",
 }
 
 

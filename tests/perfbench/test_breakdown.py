@@ -108,6 +108,8 @@ def test_the_typical_step_is_the_median_over_calls_and_steps() -> None:
     found = typical(calls)
     assert found["prefill"]["total"]["host_ms"] == 9
     assert found["decode step"]["q"]["host_ms"] == 2.5
+    assert (found["decode step"]["q"]["low_ms"], found["decode step"]["q"]["high_ms"]) == (1.75, 27.25)
+    assert found["prefill"]["q"]["low_ms"] == found["prefill"]["q"]["high_ms"] == 9
     assert found["decode step"]["head"]["host_ms"] == 0.5
     assert found["decode step"]["total"]["host_ms"] == 3
 

@@ -14,7 +14,8 @@ def kinds(device: bool = False, **ms: float) -> dict[str, dict[str, float]]:
     """Kinds with that many milliseconds, half of them outside of operations (or idle), one operation a millisecond."""
     found = {
         kind: {"host_ms": time, "outside_ms": time / 2, "operations": time, "launches": time if device else 0,
-               "device_ms": time if device else 0, "gap_ms": time / 2 if device else 0}
+               "device_ms": time if device else 0, "gap_ms": time / 2 if device else 0,
+               "low_ms": time - 0.1, "high_ms": time + 0.1}
         for kind, time in ms.items()
     }  # fmt: skip
     found["total"] = {name: sum(one[name] for one in found.values()) for name in found["q"]}
@@ -78,6 +79,14 @@ def test_an_arm_that_adds_nothing_has_no_shares() -> None:
     assert tables(found)[1].rows[0][3] == "0.00"
     assert "most of it" not in " ".join(answer(found))
     assert "-0.00" not in str(tables(found))
+
+
+def test_a_kind_that_varies_by_more_than_it_grew_is_not_named() -> None:
+    noisy = kinds(q=5, head=5, shrink=2)
+    noisy["q"]["low_ms"] = 1.0
+    found = profile(none=arm(kinds(q=2, head=4), 5.0), lora=arm(noisy, 7.5))
+    assert [row[4] for row in tables(found)[1].rows] == ["-", "33", "17", "100"]
+    assert answer(found)[1].endswith("most of it in shrink +2.00, head +1.00 ms.")
 
 
 def test_the_bare_backbone_alone() -> None:
