@@ -32,22 +32,23 @@ def main() -> int:
 
 @dataclass(frozen=True)
 class Profiled:
-    """One arm under the profiler. `label`: the last part of its case's id, which names its files."""
+    """One arm under the profiler. `label`: the last part of its case's id, which names its files; `check`: the status
+    and reason of its check."""
 
     label: str
     kernels: str
     arm: Any
     batch: Any
     ranges: Any
+    check: dict[str, str | None]
 
 
 def _run(job: dict[str, Any], emit: Emit) -> None:
     import torch
     import transformers
 
-    from perfbench import arms, breakdown, cases, check, memory_timeline, probes, workload
     from perfbench import backbone as backbones
-    from perfbench.ranges import Ranges
+    from perfbench import breakdown, cases, probes, workload
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -56,57 +57,71 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
     emit("phase", case=None, text=f"loading {comparison.backbone}")
     backbone = backbones.load(comparison.backbone, comparison.dtype, comparison.device, job["seed"])
     whole = workload.make(comparison.workload, backbone, job["seed"])
-    profiled, checks = [], {}
-    for case in comparison.cases:
-        emit("phase", case=case.id, text="admitting tenants")
-        with tempfile.TemporaryDirectory(prefix="perfbench-") as scratch:
-            built = arms.build(
-                case, backbone, whole, comparison.workload.resident, job["seed"], Path(scratch)
-            )
-        emit("phase", case=case.id, text="checking")
-        found = check.check(
-            built.arm, built.batch, comparison.workload.resident, backbone.dtype, job["seed"],
-            has_adapters=case.method != "none",
-        )  # fmt: skip
-        batch = replace(built.batch, new_tokens=job["steps"] + 1)
-        label = case.id.rsplit("/", 1)[1]
-        checks[label] = {"status": found.status, "reason": found.reason}
-        profiled.append(Profiled(label, case.kernels, built.arm, batch, Ranges(case.arm)))
+    profiled = [_build(case, comparison, backbone, whole, job, emit) for case in comparison.cases]
     emit("phase", case=None, text="warming up")
-    unprofiled: dict[str, list[float]] = {one.label: [] for one in profiled}
     for _ in range(WARMUP):
         for one in profiled:
-            unprofiled[one.label] = _step_times_ms(one, backbone.device)
+            one.arm.generate(one.batch)
+    unprofiled: dict[str, list[float]] = {one.label: [] for one in profiled}
     calls: dict[str, list[Any]] = {one.label: [] for one in profiled}
     for number in range(ROUNDS):
+        emit("phase", case=None, text=f"round {number + 1} of {ROUNDS}")
         for one in profiled:
-            emit("phase", case=None, text=f"round {number + 1} of {ROUNDS}")
             unprofiled[one.label] += _step_times_ms(one, backbone.device)
             last = Path(job["out"]) if number == ROUNDS - 1 else None
             calls[one.label].append(_profile(one, backbone.device, last))
     for one in profiled:
         emit("phase", case=None, text="recording memory")
-        with probes.on(one.ranges, one.arm, one.kernels):
-            _generate(one, backbone.device)  # what an arm keeps from call to call is there before
-            held = probes.resident(one.arm, backbone)
-            found_memory = memory_timeline.record(
-                lambda one=one: _generate(one, backbone.device), backbone.device, held, one.ranges.names,
-                f"{one.ranges.method} / ",
-            )  # fmt: skip
         emit(
             "arm",
             label=one.label,
-            check=checks[one.label],
+            check=one.check,
             breakdown=breakdown.typical(calls[one.label]),
             decode_step_spread=breakdown.spread(calls[one.label]),
             replays=probes.replays(one.arm),
             unprofiled_decode_step_ms=median(unprofiled[one.label]),
-            memory=found_memory,
+            memory=_memory(one, backbone),
         )
 
 
-def _generate(one: Profiled, device: Any) -> Any:
-    """One call with a range around each phase; the clock that has opened them."""
+def _build(case: Any, comparison: Any, backbone: Any, whole: Any, job: dict[str, Any], emit: Emit) -> Profiled:
+    """The arm of `case`, checked with the case's own batch, to be profiled with fewer tokens."""
+    from perfbench import arms, check
+    from perfbench.ranges import Ranges
+
+    resident, seed = comparison.workload.resident, job["seed"]
+    emit("phase", case=case.id, text="admitting tenants")
+    with tempfile.TemporaryDirectory(prefix="perfbench-") as scratch:
+        built = arms.build(case, backbone, whole, resident, seed, Path(scratch))
+    emit("phase", case=case.id, text="checking")
+    has_adapters = case.method != "none"
+    found = check.check(built.arm, built.batch, resident, backbone.dtype, seed, has_adapters=has_adapters)
+    return Profiled(
+        label=case.id.rsplit("/", 1)[1],
+        kernels=case.kernels,
+        arm=built.arm,
+        batch=replace(built.batch, new_tokens=job["steps"] + 1),
+        ranges=Ranges(case.arm),
+        check={"status": found.status, "reason": found.reason},
+    )
+
+
+def _memory(one: Profiled, backbone: Any) -> dict[str, Any]:
+    """The memory timeline of one call, as `memory_timeline.record` gives it."""
+    from perfbench import memory_timeline, probes
+
+    def call() -> None:
+        _generate(one, backbone.device)
+
+    with probes.on(one.ranges, one.arm, one.kernels):
+        call()  # what an arm keeps from call to call is there before
+        held = probes.resident(one.arm, backbone)
+        opening = f"{one.ranges.method} / "
+        return memory_timeline.record(call, backbone.device, held, one.ranges.names, opening)
+
+
+def _generate(one: Profiled, device: Any) -> None:
+    """One call with a range around each phase."""
     import torch
 
     from perfbench.ranges import PhaseClock
@@ -116,7 +131,6 @@ def _generate(one: Profiled, device: Any) -> Any:
     one.arm.generate(one.batch, clock=clock)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return clock
 
 
 def _step_times_ms(one: Profiled, device: Any) -> list[float]:
