@@ -62,7 +62,7 @@ def pages(folder: Path) -> dict[str, Page]:
             raise TraceError(f"{file}: no operator, annotation or kernel in it; was it made by torch's profiler?")
         found[f"/timeline/{number}.json"] = Page("application/json", json.dumps(content).encode())
         found[f"/trace/{number}"] = Page("application/octet-stream", file.read_bytes())
-        address = f"/speedscope/index.html#profileURL={quote(f'/timeline/{number}.json')}&title={quote(name)}"
+        address = f"/speedscope/index.html#profileURL={quote(f'/timeline/{number}.json')}"
         timelines.append(Timeline(name, address, f"/trace/{number}", file.name))
     for path in (VIEWER / "speedscope").iterdir():
         if path.suffix in SPEEDSCOPE:
