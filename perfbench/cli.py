@@ -93,6 +93,21 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("--schema", action="store_true", help="print the JSON Schema of a scenario, for editors")
     validate.set_defaults(command=_validate)
 
+    profile = commands.add_parser("profile", help="where a case's time goes", description=_profile.__doc__)
+    profile.add_argument("scenario", type=Path, help="a YAML file, such as scenarios/multitenant.yaml")
+    profile.add_argument("--case", required=True, metavar="ID", help="a case id, or a pattern that fits one alone")
+    profile.add_argument("--steps", type=_positive, default=4, metavar="N", help="decode steps (default: 4)")
+    profile.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field")
+    profile.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default: runs/<scenario>-profile-...)")
+    profile.set_defaults(command=_profile)
+
+    view = commands.add_parser("view", help="open a profile in the browser", description=_view.__doc__)
+    view.add_argument("folder", type=Path, metavar="DIR", help="what `perfbench profile` wrote, or a folder of traces")
+    view.add_argument("--port", type=_port, default=0, metavar="N", help="on 127.0.0.1 (default: one that is free)")
+    view.add_argument("--no-browser", action="store_true", help="only serve, and print the address")
+    view.add_argument("--tensorboard", action="store_true", help="with TensorBoard and torch-tb-profiler instead")
+    view.set_defaults(command=_view)
+
     doctor = commands.add_parser("doctor", help="what this machine can do", description=_doctor.__doc__)
     doctor.set_defaults(command=_doctor)
     return parser
@@ -102,6 +117,13 @@ def _positive(text: str) -> int:
     """An integer >= 1 of the command line."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    """A TCP port of the command line; 0 is any that is free."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
     return int(text)
 
 
@@ -262,6 +284,40 @@ def _validate(arguments: argparse.Namespace) -> int:
     if not arguments.files:
         raise PerfbenchError("validate: expected at least one scenario file, or --schema")
     return validate(arguments.files)
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    """Profiles a few steps of one case beside the bare backbone, prints where the adapter's time goes, and writes
+    traces for `perfbench view`, Perfetto and TensorBoard. Exit codes: 0, 1 the case failed its check, 2 bad input."""
+    from rich.console import Console
+
+    from perfbench import cases, inputs, profile, scenario
+    from perfbench.device import device_kind
+    from perfbench.profile_table import render
+
+    notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    document = scenario.load(arguments.scenario, arguments.set)
+    resolved = scenario.resolve(document, *device_kind(document.device))
+    for note in resolved.notes:
+        notes.print(note)
+    scenario.check_against_backbone(resolved)
+    comparison = profile.choose(cases.expand(resolved), arguments.case)
+    steps = profile.decode_steps(comparison, arguments.steps)
+    inputs.check([comparison])
+    out = arguments.out or profile.default_out(resolved, comparison)
+    found = profile.execute(resolved, comparison, steps, out, notes.print)
+    render(found)
+    notes.print(f"traces: {out}; look at them with: perfbench view {out}")
+    return 0 if all(arm["check"]["status"] == "ok" for arm in found["arms"].values()) else 1
+
+
+def _view(arguments: argparse.Namespace) -> int:
+    """Opens a profile's tables, memory and timeline in the browser, served on 127.0.0.1 only, until Ctrl-C."""
+    from perfbench import view
+
+    if arguments.tensorboard:
+        return view.tensorboard(arguments.folder, arguments.port)
+    return view.serve(arguments.folder, arguments.port, browser=not arguments.no_browser)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

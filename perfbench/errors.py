@@ -30,6 +30,10 @@ class RunDirectoryError(PerfbenchError):
     """A run directory can't be written, read or resumed."""
 
 
+class TraceError(PerfbenchError):
+    """A profile or trace is not there, torn, too large, or can't be made or shown."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The tail of an error message on an unknown `name`: its nearest neighbour, or all that is known."""
     known = sorted(known)

@@ -212,7 +212,7 @@ class Supervisor:
             if error["kind"] == "bad_input":
                 raise PerfbenchError(error["message"])
             return error["kind"], error["message"]
-        return "crashed", _cause(code)
+        return "crashed", cause(code)
 
     def _job_json(self, job: Job) -> dict[str, Any]:
         prepared = {
@@ -261,12 +261,12 @@ class Supervisor:
         self.directory.write_manifest()
 
 
-def _cause(code: int) -> str:
-    """Why a child ended without a word."""
+def cause(code: int, log: str = WORKER_LOG) -> str:
+    """Why a child ended without a word; `log` is where what it said last can be read."""
     if code >= 0:
-        return f"the child process ended with exit code {code}; see {WORKER_LOG}"
+        return f"the child process ended with exit code {code}; see {log}"
     name = signal.Signals(-code).name
-    hint = " (out of host memory is the usual reason)" if name == "SIGKILL" else f"; see {WORKER_LOG}"
+    hint = " (out of host memory is the usual reason)" if name == "SIGKILL" else f"; see {log}"
     return f"the child process was ended by {name}{hint}"
 
 

@@ -26,6 +26,11 @@ OUT_OF_MEMORY = "out_of_memory"
 
 def main() -> int:
     """Runs the job on standard input; exit code 0 when it came to its end, 1 after an `error` event."""
+    return run_job(_run)
+
+
+def run_job(run: Callable[[dict[str, Any], Emit], None]) -> int:
+    """Calls `run` with the job on standard input and what writes its events; the same exit codes as `main`."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan keeps a GPU busy
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own chatter, before torch is imported
@@ -42,7 +47,7 @@ def main() -> int:
     from perfbench.errors import PerfbenchError
 
     try:
-        _run(job, emit)
+        run(job, emit)
     except PerfbenchError as error:
         emit("error", kind="bad_input", case=state["case"], message=str(error))
     except Exception as error:

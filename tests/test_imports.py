@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 # perfbench/<name>.py that touch the device; those of TOP stand above; every other file there is core.
 RUNTIME = {"arms", "backbone", "workload", "measure", "measured_roof", "memory", "counts", "check", "worker"}
-TOP = {"__main__", "cli", "inputs", "params", "roof_table", "run"}
+RUNTIME |= {"memory_timeline", "probes", "profile_worker", "ranges"}
+TOP = {"__main__", "cli", "inputs", "params", "profile", "roof_table", "run"}
 # methods/<name>.py that a scenario is checked with, so they load no torch.
 REGISTRY = {"__init__", "registry", "shape"}
 

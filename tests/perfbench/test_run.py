@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from perfbench import result
-from perfbench.run import _cause
+from perfbench.run import cause
 
 SCENARIO = """\
 question: Does a small run come out whole?
@@ -381,6 +381,6 @@ def test_both_runtimes_take_turns_in_one_child(scenario: Path, tmp_path: Path) -
 
 
 def test_what_ended_a_child_is_said() -> None:
-    assert "SIGSEGV" in _cause(-signal.SIGSEGV)
-    assert "memory" in _cause(-signal.SIGKILL)
-    assert "exit code 3" in _cause(3)
+    assert "SIGSEGV" in cause(-signal.SIGSEGV)
+    assert "memory" in cause(-signal.SIGKILL)
+    assert "exit code 3" in cause(3)
