@@ -291,9 +291,10 @@ def _profile(arguments: argparse.Namespace) -> int:
     traces for `perfbench view`, Perfetto and TensorBoard. Exit codes: 0, 1 the case failed its check, 2 bad input."""
     from rich.console import Console
 
-    from perfbench import cases, inputs, profile, scenario
+    from perfbench import cases, inputs, scenario
     from perfbench.device import device_kind
-    from perfbench.profile_table import render
+    from perfbench.profiling import profile
+    from perfbench.profiling.profile_table import render
 
     notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     document = scenario.load(arguments.scenario, arguments.set)
@@ -313,7 +314,7 @@ def _profile(arguments: argparse.Namespace) -> int:
 
 def _view(arguments: argparse.Namespace) -> int:
     """Opens a profile's tables, memory and timeline in the browser, served on 127.0.0.1 only, until Ctrl-C."""
-    from perfbench import view
+    from perfbench.profiling import view
 
     if arguments.tensorboard:
         return view.tensorboard(arguments.folder, arguments.port)

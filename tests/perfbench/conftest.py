@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from perfbench import cases, profile, profile_table, scenario
+from perfbench import cases, scenario
+from perfbench.profiling import profile, profile_table
 from tests.browser import Browser
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,8 +20,8 @@ from typing import Any
 from perfbench import __version__, cases, environment
 from perfbench.cases import Comparison
 from perfbench.errors import PerfbenchError, ScenarioError, TraceError, nearest
-from perfbench.memory_picture import render as render_memory
-from perfbench.profile_table import PROFILE, SCHEMA_VERSION
+from perfbench.profiling.memory_picture import render as render_memory
+from perfbench.profiling.profile_table import PROFILE, SCHEMA_VERSION
 from perfbench.run import WORKER_LOG, cause, threads
 from perfbench.scenario import Scenario
 
@@ -140,7 +140,7 @@ def _child(
     found: dict[str, dict[str, Any]] = {}
     with log.open("wb") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", "perfbench.profile_worker"],
+            [sys.executable, "-m", "perfbench.profiling.profile_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from perfbench.speedscope import convert
+from perfbench.profiling.speedscope import convert
 
 
 def event(name: str, start: float, duration: float, cat: str = "cpu_op", pid: Any = 1, tid: Any = 1) -> dict[str, Any]:

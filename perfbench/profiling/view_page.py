@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from perfbench import profile_table
+from perfbench.profiling import profile_table
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from perfbench import profile_table, speedscope, trace
 from perfbench.errors import TraceError
-from perfbench.view_page import Timeline, render
+from perfbench.profiling import profile_table, speedscope, trace
+from perfbench.profiling.view_page import Timeline, render
 
 HOST = "127.0.0.1"
 VIEWER = Path(__file__).parent / "viewer"

@@ -12,13 +12,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers.cache_utils import Cache
 
-from perfbench import arms, backbone, breakdown, cases, probes, scenario, trace, workload
+from perfbench import arms, backbone, cases, scenario, workload
 from perfbench.kernels import low_rank, qkv_epilogue
-from perfbench.ranges import PhaseClock, Ranges
+from perfbench.profiling import breakdown, probes, trace
+from perfbench.profiling.ranges import PhaseClock, Ranges
 from perfbench.runtimes.static import decoder as static_decoder
 from perfbench.runtimes.static.adapters import Adapters
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LINEARS = {"q", "k", "v", "o", "gate", "up", "down"}
 HUGGING_FACE = {*LINEARS, "attention, rest", "mlp, rest", "norm", "residual", "embed", "rotation", "head", "kv cache",
                 "model, rest", breakdown.LOOP}  # fmt: skip

@@ -8,10 +8,11 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from perfbench import arms, backbone, cases, memory, memory_picture, memory_timeline, probes, scenario, workload
-from perfbench.ranges import PhaseClock, Ranges
+from perfbench import arms, backbone, cases, memory, scenario, workload
+from perfbench.profiling import memory_picture, memory_timeline, probes
+from perfbench.profiling.ranges import PhaseClock, Ranges
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_what_is_allocated_is_freed_from_its_own_category() -> None:

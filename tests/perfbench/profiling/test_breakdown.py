@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from perfbench.breakdown import Figures, bound, kind_of, of_call, spread, total, typical
+from perfbench.profiling.breakdown import Figures, bound, kind_of, of_call, spread, total, typical
 
 NAMES = {"layer 0", "layer 0 / q", "layer 0 / q / lora low rank", "head"}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from perfbench.breakdown import bound
+from perfbench.profiling.breakdown import bound
 
 # What is read here, and how it is laid out.
 PROFILE = "profile.json"

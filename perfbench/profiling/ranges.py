@@ -1,7 +1,7 @@
 """Named ranges in a profile: phase, layer, module kind and method.
 
 A range is `METHOD / PHASE` (`lora / decode step 2`), `layer 3`, `layer 3 / q` or, where no layer is known, the kind
-alone (`head`). `perfbench.probes` puts them around what a runtime calls.
+alone (`head`). `perfbench.profiling.probes` puts them around what a runtime calls.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from perfbench import view
 from perfbench.cli import main
 from perfbench.errors import TraceError
+from perfbench.profiling import view
 
 EVIL = "<script>alert('x')</script>"
 EVENTS = {"traceEvents": [

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from perfbench.profile_table import answer, legend, render, tables
+from perfbench.profiling.profile_table import answer, legend, render, tables
 
 
 def kinds(device: bool = False, **ms: float) -> dict[str, dict[str, float]]:

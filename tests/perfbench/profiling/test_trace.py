@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from perfbench import trace
 from perfbench.errors import TraceError
+from perfbench.profiling import trace
 
 EVENT = {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 1.5, "dur": 2, "pid": 1, "tid": 1}
 WHOLE = json.dumps({"schemaVersion": 1, "traceEvents": [EVENT, {"ph": "M", "name": "process_name"}]})

@@ -9,7 +9,7 @@ import torch
 from torch._C._profiler import RecordScope, _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from perfbench.ranges import BIND, KV_CACHE, VECTORS
+from perfbench.profiling.ranges import BIND, KV_CACHE, VECTORS
 
 # Range -> the category of what is allocated in it; the innermost of these ranges decides.
 CATEGORY_OF_RANGE = {KV_CACHE: "kv", BIND: "adapters", VECTORS: "adapters"}

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from perfbench.backbone import Backbone
 from perfbench.kernels import decode_attention, low_rank, qkv_epilogue, residual_rmsnorm, swiglu_epilogue
 from perfbench.methods.shape import MODULE_PATHS
-from perfbench.ranges import BIND, KV_CACHE, MODEL, VECTORS, Ranges, replace
+from perfbench.profiling.ranges import BIND, KV_CACHE, MODEL, VECTORS, Ranges, replace
 from perfbench.runtimes.generation import Arm
 from perfbench.runtimes.static import decoder as static_decoder
 from perfbench.runtimes.static.adapters import Adapters

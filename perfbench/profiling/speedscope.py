@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from perfbench.breakdown import RANGE
+from perfbench.profiling.breakdown import RANGE
 
 Event = Mapping[str, Any]
 

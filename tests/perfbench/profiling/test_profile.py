@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from perfbench import cases, profile, scenario
+from perfbench import cases, scenario
 from perfbench.cases import Comparison
 from perfbench.cli import main
 from perfbench.errors import PerfbenchError, ScenarioError
+from perfbench.profiling import profile
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SMOKE = ROOT / "scenarios" / "smoke.yaml"
 
 

@@ -48,7 +48,8 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
     import transformers
 
     from perfbench import backbone as backbones
-    from perfbench import breakdown, cases, probes, workload
+    from perfbench import cases, workload
+    from perfbench.profiling import breakdown, probes
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -87,7 +88,7 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
 def _build(case: Any, comparison: Any, backbone: Any, whole: Any, job: dict[str, Any], emit: Emit) -> Profiled:
     """The arm of `case`, checked with the case's own batch, to be profiled with fewer tokens."""
     from perfbench import arms, check
-    from perfbench.ranges import Ranges
+    from perfbench.profiling.ranges import Ranges
 
     resident, seed = comparison.workload.resident, job["seed"]
     emit("phase", case=case.id, text="admitting tenants")
@@ -108,7 +109,7 @@ def _build(case: Any, comparison: Any, backbone: Any, whole: Any, job: dict[str,
 
 def _memory(one: Profiled, backbone: Any) -> dict[str, Any]:
     """The memory timeline of one call, as `memory_timeline.record` gives it."""
-    from perfbench import memory_timeline, probes
+    from perfbench.profiling import memory_timeline, probes
 
     def call() -> None:
         _generate(one, backbone.device)
@@ -124,7 +125,7 @@ def _generate(one: Profiled, device: Any) -> None:
     """One call with a range around each phase."""
     import torch
 
-    from perfbench.ranges import PhaseClock
+    from perfbench.profiling.ranges import PhaseClock
 
     clock = PhaseClock(device, one.ranges, one.batch.new_tokens)
     clock.mark()
@@ -149,7 +150,7 @@ def _profile(one: Profiled, device: Any, keep_in: Path | None) -> Any:
     """The phases of one profiled call; its trace is kept in a folder where one is given."""
     from torch.profiler import ProfilerActivity, profile
 
-    from perfbench import breakdown, probes, trace
+    from perfbench.profiling import breakdown, probes, trace
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with probes.on(one.ranges, one.arm, one.kernels), tempfile.TemporaryDirectory(prefix="perfbench-") as scratch:
