@@ -76,9 +76,41 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("--schema", action="store_true", help="print the JSON Schema of a scenario, for editors")
     validate.set_defaults(command=_validate)
 
+    compare = commands.add_parser("compare", help="what differs between two runs", description=_compare.__doc__)
+    compare.add_argument("baseline", type=Path, help="a run directory, or the run.json in it")
+    compare.add_argument("candidate", type=Path)
+    compare.add_argument("--all", action="store_true", help="every figure of every case, not what matters only")
+    compare.set_defaults(command=_compare)
+    _add_gate_options(compare, writes=False)
+
+    gate = commands.add_parser("gate", help="may this run replace that one?", description=_gate.__doc__)
+    gate.add_argument("--baseline", type=Path, required=True, metavar="RUN", help="a run directory, or its run.json")
+    gate.add_argument("--candidate", type=Path, required=True, metavar="RUN")
+    gate.set_defaults(command=_gate)
+    _add_gate_options(gate, writes=True)
+
     doctor = commands.add_parser("doctor", help="what this machine can do", description=_doctor.__doc__)
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _add_gate_options(parser: argparse.ArgumentParser, *, writes: bool) -> None:
+    parser.add_argument("--policy", type=Path, metavar="FILE", help="a YAML of figures and limits")
+    parser.add_argument("--exact-only", action="store_true", help="read run.json alone; any machine will do")
+    parser.add_argument("--other-machine", action="store_true", help="go on where hardware, driver or clocks differ")
+    if writes:
+        _add_write_option(parser)
+
+
+def _add_write_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--write",
+        action="append",
+        default=[],
+        metavar="FORMAT=FILE",
+        help="markdown, junit, annotations, github-benchmark-bigger, github-benchmark-smaller, bencher, "
+        "pytest-benchmark or json; may be repeated",
+    )
 
 
 def _positive(text: str) -> int:
@@ -195,6 +227,45 @@ def _validate(arguments: argparse.Namespace) -> int:
     if not arguments.files:
         raise PerfbenchError("validate: expected at least one scenario file, or --schema")
     return validate(arguments.files)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    """Prints what differs between two runs: exact figures, and timed ones with their bounds. Gates nothing: exit code
+    0, or 2 where the runs can't be compared."""
+    from perfbench.gate import policy, stored
+    from perfbench.gate.text import print_report
+
+    ours, theirs = (stored.load(run, exact_only=arguments.exact_only) for run in _sides(arguments))
+    report = stored.compare(
+        policy.load(arguments.policy),
+        ours,
+        theirs,
+        exact_only=arguments.exact_only,
+        other_machine=arguments.other_machine,
+    )
+    print_report(report, verdict=False, every=arguments.all)
+    return 0
+
+
+def _gate(arguments: argparse.Namespace) -> int:
+    """Judges a run against a stored one by a policy. Exit codes: 0 pass, 1 regression (a missing or crashed case
+    too), 2 invalid input, 3 inconclusive, 4 a fault of perfbench itself."""
+    from perfbench.gate import policy, stored
+    from perfbench.gate.command import verdict_of, writes_of
+    from perfbench.gate.report import Report
+
+    def report() -> Report:
+        rules = policy.load(arguments.policy)
+        ours, theirs = (stored.load(run, exact_only=arguments.exact_only) for run in _sides(arguments))
+        return stored.compare(
+            rules, ours, theirs, exact_only=arguments.exact_only, other_machine=arguments.other_machine
+        )
+
+    return verdict_of(report, writes_of(arguments.write))
+
+
+def _sides(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    return arguments.baseline, arguments.candidate
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

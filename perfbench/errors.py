@@ -30,6 +30,14 @@ class RunDirectoryError(PerfbenchError):
     """A run directory can't be written, read or resumed."""
 
 
+class PolicyError(PerfbenchError):
+    """A gate's policy file is malformed, or names a figure that can't be gated as it asks."""
+
+
+class ComparisonError(PerfbenchError):
+    """Two runs, or two revisions, can't be compared."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The tail of an error message on an unknown `name`: its nearest neighbour, or all that is known."""
     known = sorted(known)

@@ -121,7 +121,8 @@ def _may_import(path: str, room: str, package: str, imported: Import) -> bool:
 def sources() -> list[Path]:
     """Every Python file of the rooms; perfbench/kernels and perfbench/methods are links to the top."""
     runtimes = ROOT / "perfbench" / "runtimes"
-    folders = [ROOT / "kernels", ROOT / "methods", ROOT / "perfbench", runtimes, runtimes / "static"]
+    gate = ROOT / "perfbench" / "gate"
+    folders = [ROOT / "kernels", ROOT / "methods", ROOT / "perfbench", gate, runtimes, runtimes / "static"]
     return [path for folder in folders for path in sorted(folder.glob("*.py"))]
 
 
@@ -216,6 +217,7 @@ def test_core_modules_load_nothing_heavy():
         for path in sorted((ROOT / "perfbench").glob("*.py"))
         if path.stem not in RUNTIME | {"__init__", "__main__"}
     ]
+    core += [f"perfbench.gate.{path.stem}" for path in sorted((ROOT / "perfbench" / "gate").glob("[!_]*.py"))]
     assert "perfbench.backbone_config" in core
     assert heavy_after(f"import {', '.join(core)}, perfbench.methods.registry") == set()
 
