@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("scenario", type=Path, help="a YAML file, such as scenarios/multitenant.yaml")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field; may be repeated")
     run.add_argument("--case", metavar="GLOB", help="only the cases whose id matches, and `none` beside them")
+    run.add_argument("--processes", type=_positive, metavar="N", help="repeat all of it in N fresh processes")
     run.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     run.add_argument("--out", type=Path, metavar="DIR", help="the run directory (default: runs/<scenario>-<time>)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -130,7 +131,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from perfbench.table import render
 
     notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    document = scenario.load(arguments.scenario, arguments.set)
+    processes = [f"processes={arguments.processes}"] if arguments.processes else []
+    document = scenario.load(arguments.scenario, arguments.set + processes)
     resolved = scenario.resolve(document, *device_kind(document.device))
     for note in resolved.notes:
         notes.print(note)
@@ -139,9 +141,12 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.case:
         comparisons = cases.select(comparisons, arguments.case)
     ids = [case.id for comparison in comparisons for case in comparison.cases]
+    work = f"{len(ids)} cases, {resolved.repetitions} repetitions each"
+    if resolved.processes > 1:
+        work += f" in each of {resolved.processes} processes"
     if arguments.dry_run:
         print("\n".join(ids))
-        notes.print(f"{len(ids)} cases, {resolved.repetitions} repetitions each; nothing was run")
+        notes.print(f"{work}; nothing was run")
         return 0
     from perfbench import inputs, run
 
@@ -149,7 +154,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise PerfbenchError("--resume: say with --out which run directory to go on with")
     out = arguments.out or run.default_out(resolved)
     inputs.check(comparisons)
-    notes.print(f"{len(ids)} cases, {resolved.repetitions} repetitions each -> {out}")
+    notes.print(f"{work} -> {out}")
     try:
         directory = run.execute(resolved, comparisons, out, resume=arguments.resume)
     except KeyboardInterrupt:

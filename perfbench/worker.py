@@ -157,7 +157,7 @@ class Session:
         """Warm-up, then the rounds that are still missing; in each, every arm once, in an order drawn for it."""
         from perfbench import measure
 
-        missing = {case.id: set(range(self.job["repetitions"])) - set(self.job["done"][case.id]) for case in cases}
+        missing = {case.id: set(self.job["rounds"]) - set(self.job["done"][case.id]) for case in cases}
         cases = [case for case in cases if missing[case.id]]
         built = {}
         for case in cases:
@@ -168,11 +168,11 @@ class Session:
         # What is here now stays: without it, the collection before each repetition takes longer than a short one.
         gc.collect()
         gc.freeze()
-        for number in range(self.job["repetitions"]):
+        for number in self.job["rounds"]:
             turn = [case for case in cases if number in missing[case.id]]
             random.Random(f"{self.job['seed']}/{number}").shuffle(turn)
             for case in turn:
-                self.emit("phase", case=case.id, text=f"round {number + 1} of {self.job['repetitions']}")
+                self.emit("phase", case=case.id, text=f"round {number + 1} of {self.job['last_round'] + 1}")
                 arm, batch = built[case.id].arm, built[case.id].batch
                 sample = measure.repetition(arm, batch, self.backbone.device, self.nvml)
                 self.emit("sample", case=case.id, round=number, **sample)

@@ -34,7 +34,9 @@ def outside_of_ci(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_the_five_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_five_exit_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     worse = runs.copy_of(tmp_path / "worse", manifest=one_operation_more)
     assert gate("--candidate", BASELINE) == 0
     assert capsys.readouterr().out.startswith("PASS: 92 exact figures hold; no timed figure was gated\n")

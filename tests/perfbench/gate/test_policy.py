@@ -55,7 +55,7 @@ overrides:
         ("timed:\n  primary:\n  - {figure: peak_allocated_bytes}", 3, "expected a timed figure"),
         ("timed:\n  primary:\n  - {}", 3, "expected a timed figure"),
         (f"timed:\n  primary: [{', '.join(['{figure: itl_ms}'] * 3)}]", 2, "expected at most 2 figures"),
-        ("overrides:\n- {cases: '*', skip: true}", 2, "overrides.0.reason: expected a text that is not empty, got null"),
+        ("overrides:\n- {cases: '*', skip: true}", 2, "overrides.0.reason: expected a text that is not empty, got"),
         ("overrides:\n- {cases: '*', reason: ' '}", 2, "expected a text that is not empty"),
         ("overrides:\n- {reason: x}", 2, "overrides.0.cases: expected a text"),
         ("overrides:\n- {cases: '*', reason: x, skip: 1}", 2, "expected true or false"),
