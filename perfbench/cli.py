@@ -90,6 +90,22 @@ def _parser() -> argparse.ArgumentParser:
     gate.set_defaults(command=_gate)
     _add_gate_options(gate, writes=True)
 
+    ab = commands.add_parser("ab", help="is this commit slower than that one?", description=_ab.__doc__)
+    ab.add_argument("scenario", type=Path, help="a YAML file, such as scenarios/gate.yaml")
+    ab.add_argument("--baseline", required=True, metavar="GIT_REF")
+    ab.add_argument("--candidate", default="HEAD", metavar="GIT_REF", help="default: HEAD")
+    ab.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field; may be repeated")
+    ab.add_argument("--case", metavar="GLOB", help="only the cases whose id matches, and `none` beside them")
+    ab.add_argument("--policy", type=Path, metavar="FILE", help="a YAML of figures and limits")
+    ab.add_argument("--pairs", type=_positive, default=12, metavar="N", help="of fresh processes in the first batch")
+    ab.add_argument("--blocks", type=_positive, default=6, metavar="N", help="of each case in a pair")
+    ab.add_argument("--repetitions", type=_positive, default=1, metavar="N", help="in a block")
+    ab.add_argument("--seed", type=int, default=0, help="of the orders in which the arms take turns")
+    ab.add_argument("--out", type=Path, metavar="DIR", help="where every pair is kept (default: runs/ab-<time>)")
+    ab.add_argument("--record", action="store_true", help="measure the first batch and judge nothing")
+    ab.set_defaults(command=_ab)
+    _add_write_option(ab)
+
     doctor = commands.add_parser("doctor", help="what this machine can do", description=_doctor.__doc__)
     doctor.set_defaults(command=_doctor)
     return parser
@@ -264,6 +280,40 @@ def _gate(arguments: argparse.Namespace) -> int:
         ours, theirs = (stored.load(run, exact_only=arguments.exact_only) for run in _sides(arguments))
         return stored.compare(
             rules, ours, theirs, exact_only=arguments.exact_only, other_machine=arguments.other_machine
+        )
+
+    return verdict_of(report, writes_of(arguments.write))
+
+
+def _ab(arguments: argparse.Namespace) -> int:
+    """Measures two revisions of this checkout side by side, in pairs of fresh processes that take turns, and judges
+    the candidate. Exit codes: 0 pass, 1 regression, 2 invalid input, 3 inconclusive, 4 a fault of perfbench itself, or
+    a control that moved."""
+    from datetime import UTC, datetime
+
+    from perfbench.gate import policy
+    from perfbench.gate.ab import Plan, compare_revisions
+    from perfbench.gate.command import verdict_of, writes_of
+    from perfbench.gate.report import Report
+
+    out = arguments.out or Path("runs") / f"ab-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+    def report() -> Report:
+        return compare_revisions(
+            Plan(
+                baseline=arguments.baseline,
+                candidate=arguments.candidate,
+                scenario=arguments.scenario,
+                settings=tuple(arguments.set),
+                case=arguments.case,
+                policy=policy.load(arguments.policy),
+                pairs=arguments.pairs,
+                blocks=arguments.blocks,
+                repetitions=arguments.repetitions,
+                seed=arguments.seed,
+                out=out,
+                record=arguments.record,
+            )
         )
 
     return verdict_of(report, writes_of(arguments.write))

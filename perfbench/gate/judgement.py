@@ -95,7 +95,10 @@ def relative_change(before: float | None, after: float | None) -> float | None:
     return after / before - 1 if before else None
 
 
-def judge_bound(policy: Policy, primary: Primary, case: str, values: tuple[float, float], bound: Bound) -> Finding:
+Values = tuple[float | None, float | None]
+
+
+def judge_bound(policy: Policy, primary: Primary, case: str, values: Values, bound: Bound) -> Finding:
     """One primary figure: `bound` of the log slow-down, which fails only where the whole of it lies past the least
     effect, passes only where all of it lies short of that, and is inconclusive otherwise."""
     effect = math.log1p(primary.least_effect)
@@ -103,7 +106,7 @@ def judge_bound(policy: Policy, primary: Primary, case: str, values: tuple[float
     worse = f"the bound [{_percent(bound.low)}, {_percent(bound.high)}] of the slow-down"
     limit = f"the least effect that matters, {primary.least_effect:.0%}"
     if bound.low is None or bound.high is None:
-        return _with(found, "inconclusive", f"{bound.units} processes allow no bound")
+        return _with(found, "inconclusive", f"{bound.units} are too few for a bound")
     if bound.low > effect:
         return _with(found, "fail", f"slower by {_percent(bound.centre)}: {worse} lies past {limit}")
     if bound.high < math.log1p(-policy.implausible_gain):
@@ -114,7 +117,7 @@ def judge_bound(policy: Policy, primary: Primary, case: str, values: tuple[float
     return _with(found, "inconclusive", f"{worse} has {limit} inside it")
 
 
-def timed_finding(case: str, figure: str, values: tuple[float, float], bound: Bound) -> Finding:
+def timed_finding(case: str, figure: str, values: Values, bound: Bound) -> Finding:
     """A timed figure with its bound, shown: the change of the figure itself, for a `bound` of the log slow-down."""
     ends = [None if end is None else change(figure, end) for end in (bound.low, bound.high)]
     low, high = (ends[0], ends[1]) if None in ends else sorted(ends)  # type: ignore[type-var]

@@ -24,7 +24,7 @@ from typing import Any
 
 from perfbench import yaml_source
 from perfbench.errors import PolicyError, ScenarioError, nearest
-from perfbench.gate.figures import EXACT, TIMED
+from perfbench.gate.figures import COMPILED, EXACT, TIMED
 from perfbench.yaml_source import Place, Source, dotted, shown
 
 MAX_PRIMARY = 2
@@ -103,7 +103,7 @@ def _policy(source: Source) -> Policy:
         expected = f"an integer >= {LEAST_PROCESSES}, below which there is no bound"
         raise _refused(source, ("timed", "min_processes"), expected, processes)
     return Policy(
-        tolerances=dict.fromkeys(EXACT, 0.0) | _tolerances(source, ("exact",), top.get("exact", {})),
+        tolerances=dict.fromkeys((*EXACT, *COMPILED), 0.0) | _tolerances(source, ("exact",), top.get("exact", {})),
         primary=_primary(source, timed.get("primary", [{"figure": "decode_tokens_per_s"}]), least_effect),
         confidence=_share(source, ("timed", "confidence"), timed.get("confidence", 0.95)),
         implausible_gain=_share(source, ("timed", "implausible_gain"), timed.get("implausible_gain", 0.3)),
@@ -148,7 +148,7 @@ def _override(source: Source, place: Place, value: Any) -> Override:
 
 
 def _tolerances(source: Source, place: Place, values: Any) -> dict[str, float]:
-    values = _mapping(source, place, values, EXACT, what="exact figure")
+    values = _mapping(source, place, values, (*EXACT, *COMPILED), what="exact figure")
     found = {}
     for figure, value in values.items():
         here = (*place, figure)
