@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # perfbench/<name>.py that touch the device; those of TOP stand above; every other file there is core.
-RUNTIME = {"arms", "backbone", "workload", "measure", "measured_roof", "memory", "counts", "check", "worker", "ab_worker"}
+RUNTIME = {"arms", "backbone", "workload", "measure", "measured_roof", "memory", "counts", "check", "worker"}
+RUNTIME |= {"ab_worker"}
 TOP = {"__main__", "cli", "inputs", "params", "roof_table", "run"}
 # methods/<name>.py that a scenario is checked with, so they load no torch.
 REGISTRY = {"__init__", "registry", "shape"}

@@ -77,15 +77,14 @@ def compare_revisions(plan: Plan) -> Report:
         session = _Session(plan, pair_of_revisions)
         if plan.candidate == "HEAD" and is_dirty(repository):
             session.notes.append("the checkout has changes that are not committed; the candidate is HEAD, without them")
-        report = session.report()
-    return report
+        return session.report()
 
 
 def _make_out(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
-            raise ComparisonError(f"{out}: expected a new or empty folder, this one has files in it; give another --out")
+            raise ComparisonError(f"{out}: expected a new or empty folder, it has files in it; give another --out")
     except OSError as error:
         raise ComparisonError(f"{out}: can't be written ({error.strerror}); give another --out") from None
 

@@ -10,8 +10,8 @@ import itertools
 import json
 import os
 import random
-import subprocess
 import statistics
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress

@@ -44,7 +44,7 @@ def repository_of(folder: Path) -> Path:
     except ComparisonError:
         raise ComparisonError(f"{folder}: not in a git checkout; run `perfbench ab` inside that of perfbench") from None
     if not (root / "perfbench" / "cli.py").is_file():
-        raise ComparisonError(f"{root}: not a checkout of perfbench, it has no perfbench/cli.py; run `perfbench ab` in one")
+        raise ComparisonError(f"{root}: no checkout of perfbench, it has no perfbench/cli.py; run `perfbench ab` in one")
     return root
 
 
@@ -86,7 +86,7 @@ def _commit(repository: Path, ref: str) -> str:
 
 
 def _python(repository: Path, folder: Path, ref: str, cache: Path) -> Path:
-    """This Python where `folder` asks for the same packages as the checkout, else that of an environment made for it."""
+    """This Python where `folder` asks for the packages of the checkout, else that of an environment made for it."""
     wanted = _dependencies(folder, ref)
     if wanted == _dependencies(repository, "the checkout"):
         return Path(sys.executable)
@@ -123,7 +123,7 @@ def _build(environment: Path, wanted: tuple[list[str], str], ref: str) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S)
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-            raise ComparisonError(f"{ref}: its environment can't be built: {last}; mend its dependencies, or the network")
+            raise ComparisonError(f"{ref}: can't be built: {last}; mend its dependencies, or the network")
 
 
 def prove_own_code(revision: Revision, root: str, code: Mapping[str, str]) -> None:
@@ -134,7 +134,8 @@ def prove_own_code(revision: Revision, root: str, code: Mapping[str, str]) -> No
     if Path(root) != revision.folder:
         raise ComparisonError(f"{revision.label}: expected code of {revision.folder}, got code of {root}")
     listing = _git(revision.folder, "ls-tree", "-r", "-z", revision.commit)
-    blobs = {path: entry.split()[2] for entry, _, path in (line.partition("\t") for line in listing.split("\0") if line)}
+    entries = [line.partition("\t") for line in listing.split("\0") if line]
+    blobs = {path: entry.split()[2] for entry, _, path in entries}
     wrong = sorted(path for path, blob in code.items() if blobs.get(path) != blob)
     if wrong or "perfbench/worker.py" not in code:
         what = f"{wrong[0]} is not that of the commit" if wrong else "perfbench/worker.py is not loaded"
