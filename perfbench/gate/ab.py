@@ -20,6 +20,7 @@ from perfbench.errors import ComparisonError
 from perfbench.gate.figures import COMPILED, TIMED
 from perfbench.gate.judgement import judge_exact, judge_figure, judge_presence, timed_finding
 from perfbench.gate.pairs import (
+    ARMS,
     ArmCrashed,
     ArmProcess,
     Pair,
@@ -32,7 +33,7 @@ from perfbench.gate.policy import Policy
 from perfbench.gate.rank_bounds import signed_rank_bound
 from perfbench.gate.report import Finding, Measured, Report, judge
 from perfbench.gate.revisions import Revision, is_dirty, repository_of, revisions
-from perfbench.gate.session import run_session
+from perfbench.gate.session import check_size, run_session
 
 PAIRS, REPORT, WORKER_LOG = "pairs.jsonl", "report.json", "worker.log"
 
@@ -70,6 +71,8 @@ def compare_revisions(plan: Plan) -> Report:
     repository = repository_of(Path.cwd())
     if not plan.scenario.is_file():
         raise ComparisonError(f"{plan.scenario}: no such file; give a scenario")
+    if not plan.record:
+        check_size(plan.pairs)
     _make_out(plan.out)
     with revisions(
         repository, {"baseline": plan.baseline, "candidate": plan.candidate}, cache_folder()
@@ -254,7 +257,7 @@ class _Session:
 
     def _all_have(self, case: str, figure: str) -> bool:
         blocks = [block for pair in self.pairs for block in pair["blocks"] if block["case"] == case]
-        return all(block[arm] and figure in block[arm] for block in blocks for arm in ("baseline", "candidate"))
+        return all(block[arm] and figure in block[arm] for block in blocks for arm in ARMS)
 
     def _measured(self) -> Measured | None:
         """The candidate's blocks as other tools want them; None before any pair."""

@@ -44,7 +44,7 @@ def repository_of(folder: Path) -> Path:
     except ComparisonError:
         raise ComparisonError(f"{folder}: not in a git checkout; run `perfbench ab` inside that of perfbench") from None
     if not (root / "perfbench" / "cli.py").is_file():
-        raise ComparisonError(f"{root}: no checkout of perfbench, it has no perfbench/cli.py; run `perfbench ab` in one")
+        raise ComparisonError(f"{root}: no perfbench/cli.py in it; run `perfbench ab` in a checkout of perfbench")
     return root
 
 
@@ -116,10 +116,11 @@ def _build(environment: Path, wanted: tuple[list[str], str], ref: str) -> None:
     file = environment.with_suffix(".constraints.txt")
     file.write_text(constraints, encoding="utf-8")
     python = environment / "bin" / "python"
-    for command in (
-        [sys.executable, "-m", "venv", "--clear", str(environment)],
-        [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(file), *dependencies],
-    ):
+    commands = [[sys.executable, "-m", "venv", "--clear", str(environment)]]
+    if dependencies:
+        install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(file)]
+        commands.append([*install, *dependencies])
+    for command in commands:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S)
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from perfbench.errors import ComparisonError
 from perfbench.gate.judgement import judge_bound
 from perfbench.gate.policy import Policy, Primary
 from perfbench.gate.rank_bounds import Bound, signed_rank_bound
@@ -16,6 +17,11 @@ from perfbench.gate.report import Finding
 
 # One pair: arm ("candidate", "control") -> its log slow-down against the baseline in each primary figure, in order.
 Slowdowns = Mapping[str, Sequence[float]]
+
+# A control that is sound moves in at most 1% of the batches.
+CONTROL_CONFIDENCE = 0.99
+# Fewer pairs have no bound at that confidence, and a control that can't move controls nothing.
+LEAST_PAIRS = 8
 
 # batch name, number of pairs -> so many new pairs
 Draw = Callable[[str, int], Sequence[Slowdowns]]
@@ -46,8 +52,9 @@ def run_session(draw: Draw, policy: Policy, labels: Sequence[str], pairs: int) -
     """Measures `pairs` pairs and judges; where that is inconclusive, as many again, once; where it fails, a fresh
     batch as large, in which every failure must recur.
 
-    `labels`: what the cases of each primary figure are called.
+    `labels`: what the cases of each primary figure are called. Raises ComparisonError on fewer than LEAST_PAIRS.
     """
+    check_size(pairs)
     measured = list(draw("first", pairs))
     story: list[str] = []
 
@@ -69,6 +76,12 @@ def run_session(draw: Draw, policy: Policy, labels: Sequence[str], pairs: int) -
     return Outcome(tuple(findings), void, used, tuple(story))
 
 
+def check_size(pairs: int) -> None:
+    """Raises ComparisonError where a batch of so many pairs has no bound for its control."""
+    if pairs < LEAST_PAIRS:
+        raise ComparisonError(f"{pairs} pairs: expected at least {LEAST_PAIRS}; fewer have no bound for the control")
+
+
 def _any(findings: Sequence[Finding], status: str) -> bool:
     return any(one.status == status for one in findings)
 
@@ -87,10 +100,8 @@ def _recurring(first: Finding, again: Finding) -> Finding:
 def _judge(policy: Policy, labels: Sequence[str], batch: Sequence[Slowdowns]) -> tuple[list[Finding], str | None]:
     findings, void = [], None
     for place, (primary, label) in enumerate(zip(policy.primary, labels, strict=True)):
-        bound, control = (
-            signed_rank_bound([pair[arm][place] for pair in batch], policy.confidence)
-            for arm in ("candidate", "control")
-        )
+        bound = signed_rank_bound([pair["candidate"][place] for pair in batch], policy.confidence)
+        control = signed_rank_bound([pair["control"][place] for pair in batch], CONTROL_CONFIDENCE)
         findings.append(judge_bound(policy, primary, label, (None, None), bound))
         void = void or control_moved(primary, control)
     return findings, void
@@ -99,8 +110,8 @@ def _judge(policy: Policy, labels: Sequence[str], batch: Sequence[Slowdowns]) ->
 def control_moved(primary: Primary, control: Bound) -> str | None:
     """Why two processes of one revision can't be told to be equal: their bound leaves out 0, and its centre lies past
     half the least effect. None where all is well."""
-    if control.low is None or control.high is None:
-        return None
+    assert control.low is not None
+    assert control.high is not None
     if control.low <= 0 <= control.high or abs(control.centre) <= math.log1p(primary.least_effect) / 2:
         return None
     low, centre, high = (math.expm1(value) for value in (control.low, control.centre, control.high))
