@@ -1,6 +1,7 @@
 """`perfbench ab`: two revisions measured side by side, from the refs to a report. Free of torch.
 
-Exact figures come first, from one process of each revision; only where they hold are pairs timed.
+Exact figures of every case come first, from one process of each revision; only where they hold are pairs timed, of
+the cases that the policy's primary figures look at.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class _Session:
         before, after = found["baseline"], found["candidate"]
         findings = []
         for case in dict.fromkeys([*before, *after]):
-            findings.append(judge_presence(case, before.get(case), after.get(case)))
+            findings.append(judge_presence(self.plan.policy, case, before.get(case), after.get(case)))
             if findings[-1].status == "pass":
                 findings += judge_exact(self.plan.policy, case, before[case], after[case])
         return findings + self._compiled()
@@ -184,8 +185,10 @@ class _Session:
     def _timed(self, findings: list[Finding]) -> Report:
         policy = self.plan.policy
         common = [one.case for one in findings if one.kind == "case" and one.status == "pass"]
-        cases = [case for case in common if policy.skipped(case) is None]
-        groups = [[case for case in cases if fnmatchcase(case, primary.cases)] for primary in policy.primary]
+        gated = [case for case in common if policy.skipped(case) is None]
+        groups = [[case for case in gated if fnmatchcase(case, primary.cases)] for primary in policy.primary]
+        # What no primary figure looks at is not timed: a pair is to take seconds.
+        cases = [case for case in gated if any(case in group for group in groups)]
         for primary, group in zip(policy.primary, groups, strict=True):
             if not group:
                 raise ComparisonError(f"{primary.figure}: no case of both revisions matches {primary.cases!r}")

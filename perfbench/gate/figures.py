@@ -52,6 +52,9 @@ def case_figures(case: Mapping[str, Any], figures: Mapping[str, str]) -> dict[st
 
     Raises ComparisonError where one is no number.
     """
+    for part in set(figures.values()):
+        if not isinstance(case[part], dict | None):
+            raise ComparisonError(f"{case['id']}: {part}: expected an object or null, got {case[part]!r}; run again")
     found = {figure: (case[part] or {}).get(figure) for figure, part in figures.items()}
     for figure, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int | float | None):

@@ -16,11 +16,17 @@ from perfbench.gate.report import Finding
 from perfbench.metrics import METRICS
 
 
-def judge_presence(case_id: str, baseline: Mapping[str, Any] | None, candidate: Mapping[str, Any] | None) -> Finding:
-    """Whether one case, an entry of run.json, was measured on both sides. Only a case that is new, or that failed on
-    the baseline and is measured now, may lack a side; a crash is called a crash, never "slower"."""
+def judge_presence(
+    policy: Policy, case_id: str, baseline: Mapping[str, Any] | None, candidate: Mapping[str, Any] | None
+) -> Finding:
+    """Whether one case, an entry of run.json, was measured on both sides. Only a case that is new, that the baseline
+    failed and that is measured now, or that the policy skips, may lack a side; a crash is called a crash, never
+    "slower"."""
+    skipped = policy.skipped(case_id)
 
     def found(status: str, note: str) -> Finding:
+        if status == "fail" and skipped is not None:
+            status, note = "shown", f"{note}; not gated: {skipped}"
         return Finding("case", case_id, "", status, note=note)
 
     if candidate is None:

@@ -96,7 +96,7 @@ def judge(
     elif counts["inconclusive"]:
         open_ = [one for one in findings if one.status == "inconclusive"]
         verdict, reason = "inconclusive", f"{_named(open_[0])}: {open_[0].note}{_more(len(open_) - 1)}"
-    elif counts["pass"]:
+    elif any(one.status == "pass" and one.kind != "case" for one in findings):
         verdict, reason = "pass", _passed(findings)
     else:
         verdict, reason = "invalid", "no figure was gated; check the policy's figures and cases"

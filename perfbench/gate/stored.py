@@ -25,12 +25,16 @@ Processes = dict[str, list[dict[str, float]]]
 
 @dataclass(frozen=True)
 class Side:
-    """One run: its manifest and, unless only exact figures are asked for, what each process measured."""
+    """One run: its manifest and, unless only exact figures are asked for, what each process measured.
+
+    total_ms: case -> every valid repetition; sm_clock_mhz: the GPU's clock, the median over all samples, or None.
+    """
 
     path: Path
     manifest: Mapping[str, Any]
     processes: Processes
     total_ms: Mapping[str, Sequence[float]]
+    sm_clock_mhz: float | None
 
     @property
     def cases(self) -> Mapping[str, Mapping[str, Any]]:
@@ -41,7 +45,7 @@ class Side:
     @property
     def label(self) -> str:
         """The path, and the commit where the run knows it."""
-        checkout = self.manifest["environment"].get("checkout") or {}
+        checkout = _dict(self.manifest["environment"].get("checkout"))
         commit = str(checkout.get("commit") or "")[:12]
         return f"{self.path}" + (f" ({commit}{', changed' if checkout.get('dirty') else ''})" if commit else "")
 
@@ -60,46 +64,69 @@ def load(path: Path, *, exact_only: bool) -> Side:
             f"`perfbench run SCENARIO --out {folder} --resume`"
         )
     samples = {} if exact_only else _valid_samples(run)
+    clocks = [one.sm_clock_mhz for own in samples.values() for one in own if one.sm_clock_mhz is not None]
     return Side(
         folder,
         run.manifest,
         {case: _by_process(own) for case, own in samples.items()},
-        {case: [figures["total_ms"] for _, figures in own] for case, own in samples.items()},
+        {case: [one.figures["total_ms"] for one in own] for case, own in samples.items()},
+        statistics.median(clocks) if clocks else None,
     )
 
 
-def _by_process(own: Sequence[tuple[int, dict[str, float]]]) -> list[dict[str, float]]:
-    """The medians of each process, of one case's (process, figures)."""
+@dataclass(frozen=True)
+class _Sample:
+    """One valid repetition, its TIMED figures worked out."""
+
+    process: int
+    figures: dict[str, float]
+    sm_clock_mhz: float | None
+
+
+def _by_process(own: Sequence[_Sample]) -> list[dict[str, float]]:
+    """The medians of each process, of one case's samples."""
     groups: dict[int, list[dict[str, float]]] = defaultdict(list)
-    for process, figures in own:
-        groups[process].append(figures)
+    for one in own:
+        groups[one.process].append(one.figures)
     return [medians(groups[process]) for process in sorted(groups)]
 
 
-def _valid_samples(run: RunDirectory) -> dict[str, list[tuple[int, dict[str, float]]]]:
-    """Case -> (process, figures) of each valid repetition. Raises ComparisonError where a sample is malformed, or a
-    case has other samples than its summary counted."""
+def _valid_samples(run: RunDirectory) -> dict[str, list[_Sample]]:
+    """Case -> its valid repetitions. Raises ComparisonError where a sample is malformed, or a case has other samples
+    than its summary counted."""
     requests = {
         case_id: comparison["workload"]["requests"]
         for comparison in run.manifest["comparisons"]
         for case_id in comparison["case_ids"]
     }
-    found: dict[str, list[tuple[int, dict[str, float]]]] = {case: [] for case in run.manifest["cases"]}
+    found: dict[str, list[_Sample]] = {case: [] for case in run.manifest["cases"]}
     for number, sample in enumerate(run.samples(), start=1):
-        if sample["void"] is None and sample["case"] in requests:
-            try:
+        try:
+            if sample["void"] is None and sample["case"] in requests:
+                clock = None if sample["sm_clock_mhz"] is None else float(sample["sm_clock_mhz"])
                 figures = sample_figures(sample, requests[sample["case"]])
-                found[sample["case"]].append((int(sample["process"]), figures))
-            except (TypeError, ValueError) as error:  # StatisticsError is a ValueError
-                raise ComparisonError(f"{run.samples_path}: sample {number}: {error}; run again") from None
+                found[sample["case"]].append(_Sample(int(sample["process"]), figures, clock))
+        except (TypeError, ValueError, OverflowError) as error:  # StatisticsError is a ValueError
+            raise ComparisonError(f"{run.samples_path}: sample {number}: {error}; run again") from None
     for case_id, case in run.manifest["cases"].items():
-        counted, there = case["summary"]["total_ms"]["rounds"] if case["summary"] else 0, len(found[case_id])
+        counted, there = _rounds(run, case_id, case), len(found[case_id])
         if case["summary"] and there != counted:
             raise ComparisonError(
                 f"{run.samples_path}: {case_id}: expected the {counted} valid samples that {MANIFEST} was made from, "
                 f"got {there}; restore the whole file, or compare with --exact-only"
             )
     return found
+
+
+def _rounds(run: RunDirectory, case_id: str, case: Mapping[str, Any]) -> int:
+    """The valid samples that the summary of a case counted; 0 where it has none."""
+    if not case["summary"]:
+        return 0
+    try:
+        return int(case["summary"]["total_ms"]["rounds"])
+    except (KeyError, TypeError, ValueError):
+        where = f"{run.manifest_path}: cases.{case_id}.summary"
+        raise ComparisonError(f"{where}: expected total_ms.rounds, got none; run again") from None
 
 
 def compare(
@@ -120,9 +147,7 @@ def compare(
     common = []
     for case_id in dict.fromkeys([*baseline.cases, *candidate.cases]):
         before, after = baseline.cases.get(case_id), candidate.cases.get(case_id)
-        presence = judge_presence(case_id, before, after)
-        if presence.status == "fail" and (reason := policy.skipped(case_id)) is not None:
-            presence = Finding("case", case_id, "", "shown", note=f"{presence.note}; not gated: {reason}")
+        presence = judge_presence(policy, case_id, before, after)
         findings.append(presence)
         if presence.status == "pass" and before and after:
             common.append(case_id)
@@ -213,8 +238,8 @@ _MACHINE = (
     ("limits", ("limits",)),
 )
 _GPU = ("name", "memory_bytes", "driver", "max_sm_clock_mhz", "power_limit_watts")
-# Memory that a virtual machine reports differs by some pages from boot to boot.
-_MEMORY_SLACK = 0.02
+# Memory that a virtual machine reports differs by some pages from boot to boot, and a clock by its steps.
+_SLACK = 0.02
 
 
 def machine_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -224,7 +249,7 @@ def machine_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> lis
         ours, theirs = _at(one, place), _at(other, place)
         if ours != theirs and not (name == "memory" and _nearly(ours, theirs)):
             found.append(f"{name} {_word(ours)} and {_word(theirs)}")
-    ours, theirs = ([{key: gpu.get(key) for key in _GPU} for gpu in one_.get("gpus") or []] for one_ in (one, other))
+    ours, theirs = _gpus(one), _gpus(other)
     if len(ours) != len(theirs):
         found.append(f"{len(ours)} and {len(theirs)} GPUs")
     for number, (old, new) in enumerate(zip(ours, theirs, strict=False)):
@@ -232,17 +257,25 @@ def machine_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> lis
     return found
 
 
+def _gpus(environment: Mapping[str, Any]) -> list[dict[str, Any]]:
+    gpus = environment.get("gpus")
+    return [{key: _at(gpu, (key,)) for key in _GPU} for gpu in gpus] if isinstance(gpus, list) else []
+
+
 def _machine_notes(baseline: Side, candidate: Side, *, refuse: bool) -> list[str]:
     """Notes on what differs beside the code. Raises ComparisonError where `refuse` and the machines differ."""
     ours, theirs = baseline.manifest["environment"], candidate.manifest["environment"]
     differences = machine_differences(ours, theirs)
+    clocks = baseline.sm_clock_mhz, candidate.sm_clock_mhz
+    if clocks[0] != clocks[1] and not _nearly(*clocks):
+        differences.append(f"GPU clock while measuring {_word(clocks[0])} and {_word(clocks[1])} MHz")
     if differences and refuse:
         raise ComparisonError(
             f"{baseline.path} and {candidate.path}: the machines differ: {'; '.join(differences)}; "
             "measure both on one machine, or say --other-machine or --exact-only"
         )
     notes = [f"the machines differ: {'; '.join(differences)}"] if differences else []
-    old, new = ours.get("versions") or {}, theirs.get("versions") or {}
+    old, new = (_dict(environment.get("versions")) for environment in (ours, theirs))
     packages = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in packages]
     if ours.get("python") != theirs.get("python"):
@@ -260,8 +293,13 @@ def _machine_notes(baseline: Side, candidate: Side, *, refuse: bool) -> list[str
 def _at(environment: Mapping[str, Any], place: tuple[str, ...]) -> Any:
     value: Any = environment
     for key in place:
-        value = (value or {}).get(key)
+        value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    """`value` where it is a mapping; what a foreign file has there instead says nothing."""
+    return value if isinstance(value, dict) else {}
 
 
 def _word(value: Any) -> str:
@@ -269,4 +307,4 @@ def _word(value: Any) -> str:
 
 
 def _nearly(one: Any, other: Any) -> bool:
-    return bool(one and other and math.isclose(one, other, rel_tol=_MEMORY_SLACK))
+    return isinstance(one, int | float) and isinstance(other, int | float) and math.isclose(one, other, rel_tol=_SLACK)

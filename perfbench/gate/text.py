@@ -5,6 +5,7 @@ The verdict comes first. Names and reasons come from files that others wrote, so
 
 from __future__ import annotations
 
+import itertools
 import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,9 @@ from perfbench.metrics import METRICS
 
 WIDTH = 100
 _MAX_ROWS = 40
+# GitHub shows no step summary of more than 1 MiB: this much is left for all the rows, and so much for one text.
+_MAX_MARKDOWN = 600_000
+_MAX_TEXT = 600
 _COLUMNS = ("case", "figure", "baseline", "candidate", "change", "verdict")
 _LEFT = ("case", "figure", "verdict")
 
@@ -169,9 +173,16 @@ def markdown(report: Report) -> str:
     ]
     if report.findings:
         summary = _rest(report, shown) or "all rows"
-        rows = _table(report.findings, prefix)
+        rows = _within(_table(report.findings, prefix), _MAX_MARKDOWN)
         lines += ["", f"<details><summary>{_escaped(summary)}</summary>", "", *rows, "", "</details>"]
     return "\n".join(lines) + "\n"
+
+
+def _within(rows: Sequence[str], characters: int) -> list[str]:
+    """The first `rows` that fit, and how many were left out."""
+    total = list(itertools.accumulate(len(row.encode()) + 1 for row in rows))
+    fit = sum(length <= characters for length in total)
+    return [*rows[:fit], *([f"and {len(rows) - fit} more"] if fit < len(rows) else [])]
 
 
 def _table(findings: Sequence[Finding], prefix: str) -> list[str]:
@@ -188,12 +199,16 @@ def _table(findings: Sequence[Finding], prefix: str) -> list[str]:
 
 def _code(text: str) -> str:
     """A name as a code span, in which nothing is markup, mention or link; inside a table too."""
-    return f"`{one_line(text).replace('`', chr(39)).replace('|', '¦')}`"
+    return f"`{_cut(one_line(text)).replace('`', chr(39)).replace('|', '¦')}`"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"
 
 
 def _escaped(text: str) -> str:
     """A sentence as Markdown shows it literally: no HTML, emphasis, table cell, mention or link."""
-    text = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "¦")
+    text = _cut(one_line(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "¦")
     for char in "\\`*_[]~#":
         text = text.replace(char, f"\\{char}")
     # A zero-width space keeps GitHub from making a mention or a link of it.

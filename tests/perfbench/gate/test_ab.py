@@ -178,6 +178,16 @@ def test_every_pair_is_kept_and_every_format_written(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "p").read_text())["benchmarks"]) == 2
 
 
+def test_only_the_cases_of_primary_figures_are_timed(tmp_path: Path) -> None:
+    rules = tmp_path / "policy.yaml"
+    rules.write_text("timed: {primary: [{figure: ttft_ms, cases: '*/lora'}]}")
+    assert ab("slower", tmp_path / "out", "--policy", str(rules), "--record", "--pairs", "1") == 0
+    (pair,) = map(json.loads, (tmp_path / "out" / "pairs.jsonl").read_text().splitlines())
+    assert {block["case"] for block in pair["blocks"]} == {"c/lora"}
+    rules.write_text("timed: {primary: [{figure: ttft_ms, cases: '*/no-such'}]}")
+    assert ab("slower", tmp_path / "out2", "--policy", str(rules)) == 2
+
+
 def test_the_same_code_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ab("base", tmp_path / "out") == 0
     assert "both revisions load the same code" in capsys.readouterr().out

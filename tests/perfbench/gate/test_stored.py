@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import runs
 
-from perfbench.errors import ComparisonError, RunDirectoryError
+from perfbench.errors import ComparisonError, PerfbenchError, RunDirectoryError
 from perfbench.gate import policy, stored
+from perfbench.gate.formats import FORMATS
 from perfbench.gate.report import Report
 from perfbench.result import MANIFEST, SAMPLES
 
@@ -191,15 +194,10 @@ def test_a_figure_that_only_one_side_measured_fails(tmp_path: Path, baseline: Pa
 
 def test_a_policy_that_gates_nothing_is_no_pass(tmp_path: Path) -> None:
     rules = "overrides: [{cases: '*', reason: all off, skip: true}]\ntimed: {primary: []}"
-
-    def crash(manifest: dict[str, Any]) -> None:
-        for case in manifest["cases"].values():
-            case["status"] = "crashed"
-
-    run = runs.copy_of(tmp_path / "run", manifest=crash)
-    report = compared(runs.COMMITTED, run, rules=rules, tmp_path=tmp_path, exact_only=True)
-    assert report.exit_code == 2
-    assert "no figure was gated" in report.reason
+    for exact_only in (True, False):
+        report = compared(runs.COMMITTED, runs.COMMITTED, rules=rules, tmp_path=tmp_path, exact_only=exact_only)
+        assert report.exit_code == 2
+        assert "no figure was gated" in report.reason
 
 
 @pytest.mark.parametrize(
@@ -228,6 +226,17 @@ def test_another_driver_is_another_machine() -> None:
     assert stored.machine_differences(one, {"gpus": [{**gpu, "sm_clock_mhz": 5}]}) == []
     for key in ("driver", "max_sm_clock_mhz", "power_limit_watts", "name"):
         assert key in stored.machine_differences(one, {"gpus": [{**gpu, key: "other"}]})[0]
+
+
+def test_a_gpu_that_ran_at_another_clock_is_refused(tmp_path: Path) -> None:
+    """The same card with the same limits, throttled by 5% while the candidate ran."""
+    sides = [
+        runs.half_of(tmp_path / f"{clock}", 0, sample=lambda one, clock=clock: one.update(sm_clock_mhz=clock))
+        for clock in (1980, 1975, 1880)
+    ]
+    assert compared(sides[0], sides[1]).verdict != "invalid"
+    with pytest.raises(ComparisonError, match=r"GPU clock while measuring 1980\.0 and 1880\.0 MHz"):
+        compared(sides[0], sides[2])
 
 
 def test_memory_that_a_boot_changed_is_the_same_machine() -> None:
@@ -299,3 +308,47 @@ def test_the_run_json_or_its_folder_is_taken() -> None:
     one = stored.load(runs.COMMITTED / MANIFEST, exact_only=True)
     assert one.path == runs.COMMITTED
     assert "56721775bf44" in one.label
+
+
+def test_no_mangled_run_is_a_traceback(tmp_path: Path) -> None:
+    """400 runs in which one value, anywhere, became another kind of value: each is compared or refused in one line."""
+    draw = random.Random(0)
+    junk = [None, 0, -1, 1e400, "x", [], {}, [1], {"a": 1}, True]
+    cases = [runs.LORA, runs.LORA.replace("lora", "none")]
+    lines = [json.loads(line) for line in (runs.COMMITTED / SAMPLES).read_text().splitlines()]
+    lines = [one for one in lines if one["case"] in cases and one["round"] < 2]
+    source = json.loads((runs.COMMITTED / MANIFEST).read_text())
+    source["cases"] = {case: source["cases"][case] for case in cases}
+    source["comparisons"] = [{**source["comparisons"][0], "case_ids": cases}]
+    for case in source["cases"].values():
+        case["summary"]["total_ms"]["rounds"] = 2
+
+    def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        found = [place] if place else []
+        members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        return found + [inner for key, member in members for inner in places(member, (*place, key))]
+
+    def write(folder: Path, manifest: Any, samples: Any) -> Path:
+        folder.mkdir(exist_ok=True)
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        (folder / SAMPLES).write_text("".join(json.dumps(one) + "\n" for one in samples))
+        return folder
+
+    good = write(tmp_path / "good", source, lines)
+    refusals = []
+    in_manifest, in_lines = places(source), places(lines)
+    for _ in range(400):
+        manifest, samples = copy.deepcopy(source), copy.deepcopy(lines)
+        target: Any = manifest if draw.random() < 0.7 else samples
+        place = draw.choice(in_manifest if target is manifest else in_lines)
+        for key in place[:-1]:
+            target = target[key]
+        target[place[-1]] = draw.choice(junk)
+        try:
+            report = compared(good, write(tmp_path / "bad", manifest, samples))
+            for text in FORMATS.values():
+                text(report)
+        except PerfbenchError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 100
+    assert not [one for one in refusals if "\n" in one]
