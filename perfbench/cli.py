@@ -174,7 +174,8 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         directory = run.execute(resolved, comparisons, out, resume=arguments.resume)
     except KeyboardInterrupt:
-        notes.print(f"interrupted; go on with: perfbench run {arguments.scenario} --out {out} --resume")
+        again = f" --processes {arguments.processes}" if arguments.processes else ""
+        notes.print(f"interrupted; go on with: perfbench run {arguments.scenario}{again} --out {out} --resume")
         return EXIT_INTERRUPTED
     render(directory.manifest, "table")
     notes.print(f"results: {out}")

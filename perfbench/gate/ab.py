@@ -179,6 +179,7 @@ class _Session:
                 findings += [
                     judge_figure(self.plan.policy, f"{kernel} on {target}", figure, resources[key], new.get(key))
                     for figure, key in COMPILED.items()
+                    if key in resources
                 ]
         return findings
 

@@ -49,16 +49,26 @@ def verdict_of(make: Callable[[], Report], writes: Writes) -> int:
     except Exception as error:
         traceback.print_exc()
         report = Report("fault", f"{type(error).__name__}: {error}; this is perfbench's own fault, not a slow-down")
-    print_report(report)
-    if os.environ.get("GITHUB_ACTIONS") == "true":
-        print(github_annotations(report), end="")
     failed = _write_all(report, writes)
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         failed += _write(Path(summary), markdown(report), append=True)
+    _print(report)
     for message in failed:
         print(f"perfbench: {message}", file=sys.stderr)
     # A pass of which somebody's reader would see nothing is no pass.
     return 2 if failed and report.exit_code == 0 else report.exit_code
+
+
+def _print(report: Report) -> None:
+    """What people see; a reader that leaves early (`| head`) changes neither the files nor the exit code."""
+    try:
+        print_report(report)
+        if os.environ.get("GITHUB_ACTIONS") == "true":
+            print(github_annotations(report), end="")
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):  # rich ends the process with 1, which would mean a regression
+        # Else Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _write_all(report: Report, writes: Writes) -> list[str]:

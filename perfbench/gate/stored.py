@@ -137,6 +137,8 @@ def compare(
     Raises ComparisonError where they differ and may not, and where the runs have no case in common.
     """
     notes = _machine_notes(baseline, candidate, refuse=not (exact_only or other_machine))
+    if baseline.path.resolve() == candidate.path.resolve():
+        notes.append("baseline and candidate are one run")
     if not set(baseline.cases) & set(candidate.cases):
         theirs, ours = (next(iter(side.cases), "none at all") for side in (baseline, candidate))
         raise ComparisonError(

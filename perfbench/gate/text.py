@@ -84,10 +84,13 @@ def _value(value: float | None) -> str:
 
 def _main(report: Report) -> list[Finding]:
     """What is worth a row of its own: what failed or is open, and the timed figures that carry the verdict."""
-    carrying = [one for one in report.findings if one.kind == "timed" and (one.status == "pass" or one.note)]
+    carrying = [one for one in report.findings if one.kind == "timed" and _is_carrying(one)]
     changed = [one for one in report.findings if _held(one, "exact") and one.change != 0]
-    told = report.of("fail", "inconclusive")
-    return [*told, *(one for one in carrying if one not in told), *changed]
+    return [*report.of("fail", "inconclusive"), *carrying, *changed]
+
+
+def _is_carrying(finding: Finding) -> bool:
+    return finding.status == "pass" or (finding.status == "shown" and bool(finding.note))
 
 
 def _sides(report: Report) -> Iterator[str]:
@@ -98,7 +101,8 @@ def _sides(report: Report) -> Iterator[str]:
 
 def _rest(report: Report, shown: Sequence[Finding]) -> str:
     """In words: what the rows above leave out."""
-    others = [one for one in report.findings if one not in shown]
+    told = set(map(id, shown))
+    others = [one for one in report.findings if id(one) not in told]
     counts = {
         "exact figures equal": sum(one.change == 0 for one in others if _held(one, "exact")),
         "exact figures changed within the policy": sum(one.change != 0 for one in others if _held(one, "exact")),
@@ -161,7 +165,8 @@ def markdown(report: Report) -> str:
     shown = _main(report)
     lines = [f"### {_escaped(report.headline)}", ""]
     lines += [f"- {_escaped(line)}" for line in _sides(report)]
-    lines += [f"- cases {_code(prefix)}" for _ in [0] if prefix]
+    if prefix:
+        lines.append(f"- cases {_code(prefix)}")
     lines += [f"- {_escaped(note)}" for note in report.notes] + [""]
     lines += _table(shown[:_MAX_ROWS], prefix)
     if len(shown) > _MAX_ROWS:

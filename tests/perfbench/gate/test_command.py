@@ -108,6 +108,19 @@ def test_on_github_the_summary_grows_and_annotations_are_printed(
     assert summary.read_text().startswith("of an earlier step\n### FAIL: ")
 
 
+def test_a_reader_that_leaves_early_changes_no_exit_code(tmp_path: Path) -> None:
+    worse = runs.copy_of(tmp_path / "worse", manifest=one_operation_more)
+    for candidate, code in ((worse, 1), (runs.COMMITTED, 0), (tmp_path / "none", 2)):
+        junit = tmp_path / f"{code}.xml"
+        arguments = ["gate", "--baseline", BASELINE, "--candidate", str(candidate), "--write", f"junit={junit}"]
+        read, write = os.pipe()
+        os.close(read)
+        with os.fdopen(write, "wb") as gone:
+            done = subprocess.run([sys.executable, "-m", "perfbench", *arguments], stdout=gone, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (code, b"")
+        assert junit.stat().st_size
+
+
 def test_compare_shows_and_never_judges(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     worse = runs.copy_of(tmp_path / "worse", manifest=one_operation_more)
     assert main(["compare", BASELINE, str(worse)]) == 0
