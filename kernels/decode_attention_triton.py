@@ -11,20 +11,19 @@ import triton
 import triton.language as tl
 
 from perfbench.kernels.launch import INTERPRETED, tile
+from perfbench.kernels.settings import setting
 
-# Tokens of the prompt that one program reads.
-SPLIT_TOKENS = 256
 # Beams x heads of a group that one program holds.
 MOST_QUERIES = 128
 
 
 @triton.jit
 def _parts(
-    q, prompt, generated, where, mask, out, statistics,
-    LENGTH, STEPS, HEADS, KV_HEADS, BEAMS, GROUP, DIM, SCALE, Q_STRIDE, REQUEST_STRIDE, KV_STRIDE, HEAD_STRIDE,
-    MASK_STRIDE, ROWS,
-    HAS_MASK: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    q, prompt, generated, where, mask, filled, out, statistics,
+    LENGTH, STEPS, WHERE_STRIDE, HEADS, KV_HEADS, BEAMS, GROUP, DIM, SCALE, Q_STRIDE, REQUEST_STRIDE, KV_STRIDE,
+    HEAD_STRIDE, MASK_STRIDE, ROWS,
+    HAS_MASK: tl.constexpr, HAS_FILLED: tl.constexpr, BEAM: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     request = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     kv = tl.program_id(0) % KV_HEADS
@@ -40,11 +39,17 @@ def _parts(
     largest = tl.full((BLOCK_R,), -1.0e30, dtype=tl.float32)
     total = tl.zeros((BLOCK_R,), dtype=tl.float32)
     sums = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    length, steps = LENGTH, STEPS
+    if HAS_FILLED:
+        if BEAM:
+            steps = tl.load(filled).to(tl.int32)
+        else:
+            length = tl.load(filled).to(tl.int32)
     if part < SPLITS:
         keys = prompt + request * REQUEST_STRIDE + kv * HEAD_STRIDE
-        for start in range(0, SPLIT, BLOCK_L):
+        for start in range(0, tl.minimum(SPLIT, length - part * SPLIT), BLOCK_L):
             tokens = part * SPLIT + start + tl.arange(0, BLOCK_L)
-            seen = tokens < LENGTH
+            seen = tokens < length
             tiles = seen[:, None] & inside[None, :]
             places = tokens[:, None] * DIM + dims[None, :]
             key = tl.load(keys + places, mask=tiles, other=0.0)
@@ -66,8 +71,8 @@ def _parts(
                 sums = tl.dot(weights.to(value.dtype), value, sums * shrink[:, None], input_precision="ieee")
             largest = higher
     else:
-        for step in range(0, STEPS):
-            source = tl.load(where + rows * STEPS + step, mask=there, other=0)
+        for step in range(0, steps):
+            source = tl.load(where + rows * WHERE_STRIDE + step, mask=there, other=0)
             place = generated + (source[:, None] * 2 * KV_HEADS + kv) * DIM + dims[None, :]
             key = tl.load(place, mask=both, other=0.0).to(tl.float32)
             value = tl.load(place + KV_HEADS * DIM, mask=both, other=0.0).to(tl.float32)
@@ -106,8 +111,12 @@ def attend(
     generated: torch.Tensor | None,
     where: torch.Tensor | None,
     mask: torch.Tensor | None,
+    filled: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `decode_attention.eager`. ValueError on inputs that do not fit each other or are not on a GPU."""
+    """As `decode_attention.eager`, with the padding alone as mask where `filled` is given.
+
+    ValueError on inputs that do not fit each other or are not on a GPU.
+    """
     rows, heads, dim = q.shape
     requests, _, kv_heads, length, _ = prompt.shape
     if not (q.is_cuda or INTERPRETED):
@@ -118,12 +127,15 @@ def attend(
         raise ValueError("q, prompt: expected heads and tokens without gaps")
     if rows // requests * (heads // kv_heads) > MOST_QUERIES:
         raise ValueError(f"q: beams x heads of a group: expected at most {MOST_QUERIES}; choose kernels eager")
-    splits = triton.cdiv(length, SPLIT_TOKENS)
+    chosen = setting("decode_attention", q.device)
+    splits = triton.cdiv(length, chosen["SPLIT"])
     steps = 0
     if generated is not None and where is not None:
         steps = where.shape[1]
-        if not (generated.is_contiguous() and where.is_contiguous()):
-            raise ValueError("generated, where: expected contiguous tensors")
+        if not generated.is_contiguous() or where.stride(1) != 1:
+            raise ValueError("generated, where: expected tensors without gaps")
+    if filled is not None and (filled.dtype != torch.int64 or filled.numel() != 1 or filled.device != q.device):
+        raise ValueError(f"filled: expected int64 [1] on {q.device}, got {filled.dtype} {list(filled.shape)}")
     parts = splits + (steps > 0)
     sums = torch.empty(parts, rows, heads, dim, dtype=torch.float32, device=q.device)
     statistics = torch.empty(parts, rows, heads, 2, dtype=torch.float32, device=q.device)
@@ -132,11 +144,13 @@ def attend(
     block_d = tile(dim, 256)
     bits = q if mask is None else mask.view(torch.uint8)
     _parts[(requests * kv_heads, parts)](
-        q, prompt, q if generated is None else generated, q if where is None else where, bits, sums, statistics,
-        length, steps, heads, kv_heads, beams, group, dim, dim**-0.5, q.stride(0), *prompt.stride()[:3],
-        0 if mask is None else mask.stride(0), rows,
-        HAS_MASK=mask is not None, SPLITS=splits, SPLIT=SPLIT_TOKENS, BLOCK_L=tile(length, 32),
-        BLOCK_R=tile(beams * group, MOST_QUERIES), BLOCK_D=block_d, UPCAST=INTERPRETED,
+        q, prompt, q if generated is None else generated, q if where is None else where, bits,
+        q if filled is None else filled, sums, statistics,
+        length, steps, 0 if where is None else where.stride(0), heads, kv_heads, beams, group, dim, dim**-0.5,
+        q.stride(0), *prompt.stride()[:3], 0 if mask is None else mask.stride(0), rows,
+        HAS_MASK=mask is not None, HAS_FILLED=filled is not None, BEAM=steps > 0, SPLITS=splits, SPLIT=chosen["SPLIT"],
+        BLOCK_L=tile(length, chosen["BLOCK_L"]), BLOCK_R=tile(beams * group, MOST_QUERIES), BLOCK_D=block_d,
+        UPCAST=INTERPRETED, num_warps=chosen["num_warps"],
     )  # fmt: skip
     _join[(rows * heads,)](sums, statistics, out, rows * heads, dim, PARTS=parts, BLOCK_D=block_d)
     return out

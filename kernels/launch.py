@@ -1,19 +1,28 @@
-"""What the Triton launchers share: inputs checked, tiles rounded, the arguments of a fused expand."""
+"""What the Triton launchers share: inputs checked, tiles rounded, the arguments of a fused expand and scale."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from perfbench.kernels.low_rank import Expansion
+from perfbench.kernels.row_scale import Scale
 
 # Below 16 tl.dot has no instruction to compile to.
 SMALLEST_TILE = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The interpreter takes bf16 for raw bits, and anything runs there only to be checked.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+class Arguments(NamedTuple):
+    """A part of a kernel's arguments: pointers, then numbers, then constants by name."""
+
+    tensors: list[torch.Tensor]
+    numbers: list[int]
+    constants: dict[str, Any]
 
 
 def tile(size: int, largest: int) -> int:
@@ -23,48 +32,96 @@ def tile(size: int, largest: int) -> int:
 
 def check(name: str, tensor: torch.Tensor, sizes: tuple[int, ...], like: torch.Tensor) -> None:
     """ValueError unless `tensor` has these sizes, the type and device of `like`, and lies in rows without gaps."""
+    _check_kind(name, tensor, sizes, like)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+
+
+def check_rows(name: str, tensor: torch.Tensor, sizes: tuple[int, int], like: torch.Tensor) -> None:
+    """The same of a matrix whose rows may have gaps between them."""
+    _check_kind(name, tensor, sizes, like)
+    if tensor.stride(1) != 1 and sizes[1] > 1:
+        raise ValueError(f"{name}: expected rows without gaps in them, got strides {tensor.stride()}")
+
+
+def check_stack(name: str, tensor: torch.Tensor, sizes: tuple[int, ...], like: torch.Tensor) -> None:
+    """The same of adapters [T, ...], each without gaps, with whatever else lies in between."""
+    _check_kind(name, tensor, sizes, like)
+    if not tensor[0].is_contiguous():
+        raise ValueError(f"{name}: expected adapters without gaps in them, got strides {tensor.stride()}")
+
+
+def _check_kind(name: str, tensor: torch.Tensor, sizes: tuple[int, ...], like: torch.Tensor) -> None:
     if tuple(tensor.shape) != sizes:
         raise ValueError(f"{name}: expected sizes {list(sizes)}, got {list(tensor.shape)}")
     if tensor.dtype != like.dtype or tensor.dtype not in DTYPES:
         raise ValueError(f"{name}: expected {like.dtype}, one of fp32, bf16, fp16, got {tensor.dtype}")
     if tensor.device != like.device or not (tensor.is_cuda or INTERPRETED):
         raise ValueError(f"{name}: expected a tensor on one CUDA device, got {tensor.device}; choose kernels eager")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
 
 
-def check_scale(scale: torch.Tensor | None, first: int, y: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(scale [G, columns], rows of y [rows, D] for each of its groups); without one y stands in, unread. ValueError."""
+def check_own(own: torch.Tensor | None, like: torch.Tensor) -> None:
+    """ValueError unless `own` is None, or int64 [requests] beside `like`."""
+    if own is not None and (own.dtype != torch.int64 or own.dim() != 1 or own.device != like.device):
+        raise ValueError(f"own: expected int64 [requests] on {like.device}, got {own.dtype} {list(own.shape)}")
+
+
+def requests_of(stacked: int, own: torch.Tensor | None, rows: int) -> int:
+    """How many requests share `rows`, a divisor of them. ValueError."""
+    requests = stacked if own is None else len(own)
+    if requests == 0 or rows % requests:
+        raise ValueError(f"own: expected a request for each of the {rows} rows or for as many of them, got {requests}")
+    return requests
+
+
+def scale_arguments(scale: Scale | None, y: torch.Tensor) -> Arguments:
+    """Tensors: the scales, whose each request has; numbers: between adapters, first column, columns, rows of a
+    request. Without a scale y stands in, unread. ValueError."""
     if scale is None:
-        return y, len(y)
-    check("scale_minus_one", scale, tuple(scale.shape), y)
-    if len(y) % len(scale) or first + scale.shape[1] > y.shape[1]:
-        raise ValueError(
-            f"scale_minus_one: expected a group for each of the {len(y)} rows or for as many of them, and at most "
-            f"{y.shape[1] - first} columns, got {list(scale.shape)}"
-        )
-    return scale, len(y) // len(scale)
+        return Arguments([y, y], [0, 0, 0, 1], {"SCALED": False, "SCALE_OWN": False})
+    minus_one, first, own = scale
+    check_rows("scale_minus_one", minus_one, (len(minus_one), minus_one.shape[-1]), y)
+    check_own(own, y)
+    columns = minus_one.shape[1]
+    if first + columns > y.shape[1]:
+        raise ValueError(f"scale_minus_one: expected at most {y.shape[1] - first} columns, got {columns}")
+    rows = len(y) // requests_of(len(minus_one), own, len(y))
+    tensors = [minus_one, y if own is None else own]
+    return Arguments(
+        tensors, [minus_one.stride(0), first, columns, rows], {"SCALED": True, "SCALE_OWN": own is not None}
+    )
 
 
-def parts_of(
-    planes: torch.Tensor | None, expansion: Expansion | None, y: torch.Tensor, most: int = 3
-) -> tuple[list[Any], int, int]:
-    """(arguments, number of modules, number of planes) of a fused kernel that expands at most `most` modules.
+def expand_arguments(
+    h: torch.Tensor | None, expansion: Expansion | None, y: torch.Tensor, most: int
+) -> Arguments:
+    """What a fused kernel that expands at most `most` modules onto y [rows, D] is told.
 
-    Arguments: planes, each b, then for each (first rank, ranks, first column, columns), all ranks, a plane's size;
-    where a module is not there y stands in, unread. ValueError.
+    h: [splits, rows, R], or [1, rows, T x R] with every row's ranks with every adapter, in any type. Tensors: h, whose
+    each request has, each b; numbers: for each module first rank, ranks, first column, columns, elements between
+    adapters; then elements of h between splits, rows and adapters, and rows of a request. Where a module is not there
+    y stands in, unread. ValueError.
     """
-    if planes is None or expansion is None:
-        return [y] * (1 + most) + [0] * (4 * most + 2), 0, 1
-    splits, groups, rows, ranks = planes.shape
-    if groups * rows != len(y) or len(expansion.parts) > most:
-        raise ValueError(f"planes: expected {len(y)} rows and at most {most} modules, got {list(planes.shape)}")
+    if h is None or expansion is None:
+        return Arguments([y] * (2 + most), [0] * (5 * most + 3) + [1], {"PARTS": 0, "SPLITS": 1, "OWN": False})
+    parts, _, own = expansion
+    ranks, adapters = expansion.ranks, len(parts[0][2])
+    check_own(own, y)
+    if h.dim() != 3 or h.shape[1] != len(y) or h.shape[2] not in (ranks, adapters * ranks) or h.stride(2) != 1:
+        raise ValueError(f"h: expected [splits, {len(y)}, {ranks} or {adapters} x {ranks}], got {list(h.shape)}")
+    if len(parts) > most:
+        raise ValueError(f"expansion: expected at most {most} modules, got {len(parts)}")
     tensors: list[torch.Tensor] = []
     numbers: list[int] = []
-    for rank, column, b in expansion.parts:
-        check("b", b, (groups, b.shape[1], b.shape[2]), y)
+    for rank, column, b in parts:
+        check_stack("b", b, (adapters, b.shape[1], b.shape[2]), y)
         tensors.append(b)
-        numbers += [rank, b.shape[1], column, b.shape[2]]
-    missing = most - len(tensors)
-    arguments = [planes, *tensors, *[y] * missing, *numbers, *[0] * (4 * missing), ranks, planes[0].numel()]
-    return arguments, len(tensors), splits
+        numbers += [rank, b.shape[1], column, b.shape[2], b.stride(0)]
+    missing = most - len(parts)
+    of_every_adapter = ranks if h.shape[2] != ranks else 0
+    return Arguments(
+        [h, y if own is None else own, *tensors, *[y] * missing],
+        [*numbers, *[0] * (5 * missing), h.stride(0), h.stride(1), of_every_adapter,
+         len(y) // requests_of(adapters, own, len(y))],
+        {"PARTS": len(parts), "SPLITS": len(h), "OWN": own is not None},
+    )  # fmt: skip

@@ -19,39 +19,57 @@ def eager(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) ->
     y.baddbmm_(torch.bmm(x, a.transpose(1, 2)), b)
 
 
-def shrink(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """x [G x M, D_in] in rows of groups -> [G, M, R]; `a` holds the pairs of all modules that read x."""
-    return torch.bmm(x.view(a.shape[0], -1, x.shape[-1]), a.transpose(1, 2))
-
-
 class Expansion(NamedTuple):
     """The second halves of the modules that lie side by side in one fused product.
 
-    parts: for each module (first rank, first column, b [G, R, D_out]); alike: [G, modules, R, D_out] where the modules
-    fill the product and have one size, whose views the parts then are; else None.
+    parts: for each module (first rank, first column, b [T, R, D_out]); alike: [T, modules, R, D_out] where the modules
+    fill the product and have one size, whose views the parts then are; own: int64 [requests], which of the T adapters
+    each request has, -1 none; where it is None there is one for each request in order, or one for all.
     """
 
     parts: tuple[tuple[int, int, torch.Tensor], ...]
     alike: torch.Tensor | None = None
+    own: torch.Tensor | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Of all modules together."""
+        return sum(b.shape[1] for _, _, b in self.parts)
+
+
+def shrink(x: torch.Tensor, a: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
+    """x [requests x M, D_in] -> h [G, M, R]; `a` [G, R, D_in] holds the pairs of all modules that read x."""
+    assert own is None, "plain torch takes one adapter for each request in order, or one for all"
+    return torch.bmm(x.view(a.shape[0], -1, x.shape[-1]), a.transpose(1, 2))
+
+
+def own_ranks(columns: torch.Tensor, groups: int) -> torch.Tensor:
+    """h [G, M, R], a view: of columns [G x M, G x R], what every row gives with every adapter, each row's own."""
+    rows, every = columns.shape
+    down, across = columns.stride()
+    m, ranks = rows // groups, every // groups
+    return columns.as_strided((groups, m, ranks), (m * down + ranks * across, down, across))
 
 
 def expand(y: torch.Tensor, h: torch.Tensor, expansion: Expansion) -> None:
     """Adds to y [G x M, D] in place, for each module the product of its ranks of h [G, M, R] and its b."""
     groups, rows, _ = h.shape
-    if expansion.alike is not None and rows == 1:
+    if expansion.alike is not None and rows == 1 and y.is_contiguous():
         # One product for all modules: on a CPU 6 microseconds in place of 40 for three.
         weight = expansion.alike.flatten(0, 1)
-        y.view(len(weight), 1, -1).baddbmm_(h.view(len(weight), 1, -1), weight)
+        y.view(len(weight), 1, -1).baddbmm_(h.reshape(len(weight), 1, -1), weight)
         return
     grouped = y.view(groups, rows, -1)
     for rank, column, weight in expansion.parts:
         own = h[:, :, rank : rank + weight.shape[1]]
-        if weight.shape[2] == y.shape[1]:
+        if weight.shape[2] == y.shape[1] and y.is_contiguous():
             grouped.baddbmm_(own, weight)
         else:  # in place on some of the columns torch would take the groups one by one
             grouped[:, :, column : column + weight.shape[2]].add_(torch.bmm(own, weight))
 
 
 FORMS = {"eager": eager, "triton": later("low_rank_triton", "add_low_rank")}
-# Triton's gives fp32 planes [splits, G, M, R], which the Triton forms of the fused operations add up.
+# Triton's gives fp32 planes [splits, rows, R], which the Triton forms of the fused operations add up.
 SHRINKS = {"eager": shrink, "triton": later("low_rank_triton", "shrink")}
+# The same h out of a product that gave every row's ranks with every adapter.
+FROM_PRODUCT = {"eager": own_ranks, "triton": later("low_rank_triton", "one_plane")}

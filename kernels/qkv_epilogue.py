@@ -6,35 +6,40 @@ import torch
 
 from perfbench.kernels.later import later
 from perfbench.kernels.low_rank import Expansion, expand
-from perfbench.kernels.row_scale import scale_columns
+from perfbench.kernels.row_scale import Scale, scale_columns
 
 
 def eager(
     qkv: torch.Tensor,
     h: torch.Tensor | None,
     expansion: Expansion | None,
-    scale_minus_one: torch.Tensor | None,
-    scale_from: int,
+    scale: Scale | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
     entry: torch.Tensor,
+    at: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns Q, rotated: a view [rows, H, D] of qkv, which is overwritten.
 
-    qkv [rows, (H + 2 H_kv) D]; h [G, M, R] as in `low_rank.expand`; scale_minus_one [G, columns] from column
-    `scale_from` on; cos, sin [rows or 1, D], sin with its first half negated; entry [..., 2, H_kv, D]: where the cache
-    takes the keys and the values. A scale does not commute with RoPE: it comes first.
+    qkv [rows, (H + 2 H_kv) D]; h as the form's shrink gives it; cos, sin [rows or 1, D], sin with its first half
+    negated; entry [..., 2, H_kv, D]: where the cache takes the keys and the values. With `at`, int64 [1] on the device,
+    entry has a leading dimension of steps, of which that one is written. A scale does not commute with RoPE: it comes
+    first.
     """
     if h is not None and expansion is not None:
         expand(qkv, h, expansion)
-    if scale_minus_one is not None:
-        scale_columns(qkv, scale_minus_one, scale_from)
+    if scale is not None:
+        scale_columns(qkv, scale)
     kv_heads, dim = entry.shape[-2:]
     heads = qkv.view(qkv.shape[0], -1, dim)
     turned = heads[:, :-kv_heads]
     swapped = turned.roll(dim // 2, dims=2)
     turned.mul_(cos.unsqueeze(1)).addcmul_(swapped, sin.unsqueeze(1))
-    entry.copy_(heads[:, -2 * kv_heads :].view(entry.shape))
+    made = heads[:, -2 * kv_heads :]
+    if at is None:
+        entry.copy_(made.view(entry.shape))
+    else:
+        entry.index_copy_(0, at, made.view(1, *entry.shape[1:]))
     return heads[:, : -2 * kv_heads]
 
 

@@ -22,12 +22,15 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def eager(
     residual: torch.Tensor,
+    y: torch.Tensor,
     h: torch.Tensor | None,
     expansion: Expansion | None,
     weight: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """The norm [rows, hidden] of `residual`, to which the product was added and the low-rank part is, in place."""
+    """The norm [rows, hidden] of `residual`, to which the product y [rows, hidden] and its low-rank part are added in
+    place; h as the form's shrink gives it."""
+    residual.add_(y)
     if h is not None and expansion is not None:
         expand(residual, h, expansion)
     return norm(residual, weight, eps)

@@ -29,6 +29,7 @@ from perfbench.kernels import (
     swiglu_epilogue_triton,
     vector_generator_triton,
 )
+from perfbench.kernels.settings import DEFAULTS
 
 TABLE = Path(__file__).with_name("resources.json")
 
@@ -51,63 +52,82 @@ def _integers(*names: str) -> dict[str, str]:
 
 def _modules(count: int) -> dict[str, str]:
     """The numbers that a fused expand is given for `count` modules."""
-    each = (_integers(f"RANK{i}", f"R{i}", f"COLUMN{i}", f"D{i}") for i in range(count))
-    return {name: kind for numbers in each for name, kind in numbers.items()} | _integers("R_ALL", "PLANE")
+    each = (_integers(f"RANK{i}", f"R{i}", f"COLUMN{i}", f"D{i}", f"B{i}") for i in range(count))
+    of_h = _integers("H_SPLIT", "H_ROW", "H_OWN", "M")
+    return {name: kind for numbers in each for name, kind in numbers.items()} | of_h
+
+
+_SCALE = _integers("SCALE_STRIDE", "SCALE_FROM", "SCALE_COLUMNS", "SCALE_M")
+# The ranks come out of the base product: one plane, in its type.
+_FUSED = {"SPLITS": 1, "OWN": True}
 
 
 # Name -> (kernel, types of its arguments in order, constants): what the launchers ask for at 7B, decoding.
 KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     "low_rank.shrink": (
         low_rank_triton._shrink,
-        {"x": BF16, "a": BF16, "planes": FP32, "M": "i32", "R": "i32", "D_IN": "i32", "G_M_R": "i32"},
-        {"BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_K": 64, "SPLIT_K": 1024, "UPCAST": False},
+        {"x": BF16, "a": BF16, "own": "*i64", "planes": FP32} | _integers("M", "R", "D_IN", "A_STRIDE", "PLANE"),
+        {"BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_K": 64, "SPLIT_K": 1024, "OWN": True, "UPCAST": False},
     ),
     "low_rank.shrink, prefill, rank 128": (
         low_rank_triton._shrink,
-        {"x": BF16, "a": BF16, "planes": FP32, "M": "i32", "R": "i32", "D_IN": "i32", "G_M_R": "i32"},
-        {"BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_K": 64, "SPLIT_K": 1024, "UPCAST": False},
+        {"x": BF16, "a": BF16, "own": "*i64", "planes": FP32} | _integers("M", "R", "D_IN", "A_STRIDE", "PLANE"),
+        {"BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_K": 64, "SPLIT_K": 1024, "OWN": True, "UPCAST": False},
     ),
     "low_rank.expand": (
         low_rank_triton._expand,
-        {"y": BF16, "planes": FP32, "b": BF16, "M": "i32", "R": "i32", "D_OUT": "i32", "G_M_R": "i32"},
+        {"y": BF16, "planes": FP32, "b": BF16} | _integers("M", "R", "D_OUT", "B_STRIDE", "PLANE"),
         {"SPLITS": 4, "BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_N": 64, "UPCAST": False},
     ),
     "low_rank.expand, prefill, rank 128": (
         low_rank_triton._expand,
-        {"y": BF16, "planes": FP32, "b": BF16, "M": "i32", "R": "i32", "D_OUT": "i32", "G_M_R": "i32"},
+        {"y": BF16, "planes": FP32, "b": BF16} | _integers("M", "R", "D_OUT", "B_STRIDE", "PLANE"),
         {"SPLITS": 4, "BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_N": 64, "UPCAST": False},
     ),
     "qkv_epilogue": (
         qkv_epilogue_triton._epilogue,
-        {"qkv": BF16, "planes": FP32, **dict.fromkeys(("b0", "b1", "b2", "scale_minus_one"), BF16)}
-        | {"cos": BF16, "sin": BF16, "entry": BF16}
+        {"qkv": BF16, "h": BF16, "own": "*i64", **dict.fromkeys(("b0", "b1", "b2", "scale_minus_one"), BF16)}
+        | {"scale_own": "*i64", "cos": BF16, "sin": BF16, "entry": BF16, "at": "*i64"}
         | _modules(3)
-        | _integers("M", "SCALE_M", "SCALE_FROM", "SCALED", "COLUMNS", "ROTATION_STRIDE", "LENGTH")
+        | _SCALE
+        | _integers("ROW", "ROTATION_STRIDE", "LENGTH", "AT_STRIDE")
         | _integers("Q_STRIDE", "S_STRIDE", "KV_STRIDE", "HEAD_STRIDE", "HEADS", "KV_HEADS"),
-        {"PARTS": 3, "SPLITS": 4, "HALF": 64, "BLOCK": 64},
+        _FUSED | {"PARTS": 3, "SCALED": True, "SCALE_OWN": True, "AT": True, "HALF": 64, "BLOCK": 64},
     ),
     "swiglu_epilogue": (
         swiglu_epilogue_triton._epilogue,
-        {"gate_up": BF16, "planes": FP32, "b0": BF16, "b1": BF16, "scale_minus_one": BF16, "out": BF16}
+        {"gate_up": BF16, "h": BF16, "own": "*i64", "b0": BF16, "b1": BF16, "scale_minus_one": BF16}
+        | {"scale_own": "*i64", "out": BF16}
         | _modules(2)
-        | _integers("M", "SCALE_M", "SCALE_FROM", "SCALED", "INNER"),
-        {"PARTS": 2, "SPLITS": 4, "ACTIVATION": "silu", "BLOCK": 1024},
+        | _SCALE
+        | _integers("ROW", "INNER"),
+        _FUSED | {"PARTS": 2, "SCALED": True, "SCALE_OWN": True, "ACTIVATION": "silu", "BLOCK": 1024},
     ),
     "residual_rmsnorm": (
         residual_rmsnorm_triton._epilogue,
-        {"residual": BF16, "planes": FP32, "b0": BF16, "weight": BF16, "out": BF16}
+        {"residual": BF16, "y": BF16, "h": BF16, "own": "*i64", "b0": BF16, "weight": BF16, "out": BF16}
         | _modules(1)
-        | _integers("M", "HIDDEN")
+        | _integers("ROW", "HIDDEN")
         | {"EPS": "fp32"},
-        {"PARTS": 1, "SPLITS": 11, "BLOCK": 4096},
+        _FUSED | {"PARTS": 1, "BLOCK": 4096},
+    ),
+    "residual_rmsnorm, ranks in planes": (
+        residual_rmsnorm_triton._epilogue,
+        {"residual": BF16, "y": BF16, "h": FP32, "own": "*i64", "b0": BF16, "weight": BF16, "out": BF16}
+        | _modules(1)
+        | _integers("ROW", "HIDDEN")
+        | {"EPS": "fp32"},
+        {"PARTS": 1, "SPLITS": 11, "OWN": True, "BLOCK": 4096},
     ),
     "decode_attention.parts": (
         decode_attention_triton._parts,
-        {"q": BF16, "prompt": BF16, "generated": BF16, "where": "*i64", "mask": "*u8", "out": FP32, "statistics": FP32}
-        | _integers("LENGTH", "STEPS", "HEADS", "KV_HEADS", "BEAMS", "GROUP", "DIM")
+        {"q": BF16, "prompt": BF16, "generated": BF16, "where": "*i64", "mask": "*u8"}
+        | {"filled": "*i64", "out": FP32, "statistics": FP32}
+        | _integers("LENGTH", "STEPS", "WHERE_STRIDE", "HEADS", "KV_HEADS", "BEAMS", "GROUP", "DIM")
         | {"SCALE": "fp32"}
         | _integers("Q_STRIDE", "REQUEST_STRIDE", "KV_STRIDE", "HEAD_STRIDE", "MASK_STRIDE", "ROWS"),
-        {"HAS_MASK": True, "SPLITS": 2, "SPLIT": 256, "BLOCK_L": 32, "BLOCK_R": 16, "BLOCK_D": 128, "UPCAST": False},
+        {"HAS_MASK": True, "HAS_FILLED": True, "BEAM": True, "SPLITS": 2, "SPLIT": 256, "UPCAST": False}
+        | {"BLOCK_L": 32, "BLOCK_R": 16, "BLOCK_D": 128},
     ),
     "decode_attention.join": (
         decode_attention_triton._join,
@@ -116,14 +136,14 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     ),
     "row_scale": (
         row_scale_triton._scale,
-        {"y": BF16, "scale_minus_one": BF16, "M": "i32", "D": "i32"},
+        {"y": BF16, "scale_minus_one": BF16} | _integers("M", "D", "STRIDE"),
         {"BLOCK": 1024},
     ),
     "vector_generator": (
         vector_generator_triton._generate,
-        {"h": BF16, "w_down": BF16, "w_up": BF16, "bias_minus_one": BF16, "out": BF16}
-        | {"PER_GROUP": "i32", "HIDDEN": "i32", "R": "i32", "D": "i32"},
-        {"BLOCK_K": 64, "BLOCK_R": 16, "BLOCK_N": 512},
+        {"h": BF16, "w_down": BF16, "w_up": BF16, "bias_minus_one": BF16, "own": "*i64", "out": BF16}
+        | _integers("PER_GROUP", "HIDDEN", "R", "D", "DOWN_STRIDE", "UP_STRIDE", "BIAS_STRIDE"),
+        {"OWN": True, "BLOCK_K": 64, "BLOCK_R": 16, "BLOCK_N": 512},
     ),
 }
 
@@ -134,9 +154,16 @@ def measure(name: str, capability: int) -> dict[str, int]:
     types = signature | dict.fromkeys(constants, "constexpr")
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=values)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    target, options = GPUTarget("cuda", capability, 32), {"num_warps": _warps(name)}
+    compiled = triton.compile(source, target=target, options=options)
     usage = _ptxas(compiled.asm["ptx"], capability)
     return usage | {"shared_bytes": int(compiled.metadata.shared)}
+
+
+def _warps(name: str) -> int:
+    """As the launchers ask for it; the join of the parts of an attention is not tuned."""
+    operation = name.split(",")[0].removesuffix(".parts")
+    return DEFAULTS[operation]["num_warps"] if operation in DEFAULTS else 4
 
 
 def _ptxas(ptx: str, capability: int) -> dict[str, int]:

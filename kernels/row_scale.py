@@ -5,9 +5,23 @@ Shapes: y [G, M, D] (written in place), s = l - 1 [G, D]; G groups of rows that 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from perfbench.kernels.later import later
+
+
+class Scale(NamedTuple):
+    """The scales on some columns of a fused product.
+
+    minus_one: [T, columns] from `first_column` on; own: int64 [requests], which of the T each request has, -1 none;
+    where it is None there is one for each request in order, or one for all.
+    """
+
+    minus_one: torch.Tensor
+    first_column: int
+    own: torch.Tensor | None = None
 
 
 def eager(y: torch.Tensor, scale_minus_one: torch.Tensor) -> None:
@@ -15,14 +29,14 @@ def eager(y: torch.Tensor, scale_minus_one: torch.Tensor) -> None:
     y.addcmul_(y, scale_minus_one.unsqueeze(1))
 
 
-def scale_columns(y: torch.Tensor, scale_minus_one: torch.Tensor, first: int) -> None:
-    """The same on the columns of y [G x M, D] from `first` on; scale_minus_one [G, columns]."""
-    groups, columns = scale_minus_one.shape
-    own = y if columns == y.shape[1] else y[:, first : first + columns]
+def scale_columns(y: torch.Tensor, scale: Scale) -> None:
+    """The same on the columns of y [rows, D] that the scale is for; plain torch takes one for each request or all."""
+    groups, columns = scale.minus_one.shape
+    own = y if columns == y.shape[1] else y[:, scale.first_column : scale.first_column + columns]
     if groups == len(y):
-        own.addcmul_(own, scale_minus_one)
+        own.addcmul_(own, scale.minus_one)
     else:
-        eager(own.unflatten(0, (groups, -1)), scale_minus_one)
+        eager(own.unflatten(0, (groups, -1)), scale.minus_one)
 
 
 FORMS = {"eager": eager, "triton": later("row_scale_triton", "scale_rows")}

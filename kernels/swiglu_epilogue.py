@@ -10,7 +10,7 @@ from torch.nn.functional import gelu, silu
 
 from perfbench.kernels.later import later
 from perfbench.kernels.low_rank import Expansion, expand
-from perfbench.kernels.row_scale import scale_columns
+from perfbench.kernels.row_scale import Scale, scale_columns
 
 # `hidden_act` of a config -> what it is.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -24,15 +24,14 @@ def eager(
     gate_up: torch.Tensor,
     h: torch.Tensor | None,
     expansion: Expansion | None,
-    scale_minus_one: torch.Tensor | None,
-    scale_from: int,
+    scale: Scale | None,
     activation: str,
 ) -> torch.Tensor:
     """[rows, I] from gate_up [rows, 2 I], which is overwritten; the rest as in `qkv_epilogue`."""
     if h is not None and expansion is not None:
         expand(gate_up, h, expansion)
-    if scale_minus_one is not None:
-        scale_columns(gate_up, scale_minus_one, scale_from)
+    if scale is not None:
+        scale_columns(gate_up, scale)
     gate, up = gate_up.chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate).mul_(up)
 

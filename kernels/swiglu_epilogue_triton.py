@@ -6,36 +6,40 @@ import torch
 import triton
 import triton.language as tl
 
-from perfbench.kernels.launch import check, check_scale, parts_of, tile
+from perfbench.kernels.launch import check_rows, expand_arguments, scale_arguments, tile
 from perfbench.kernels.low_rank import Expansion
-from perfbench.kernels.low_rank_triton import expand_columns
+from perfbench.kernels.low_rank_triton import expand_columns, own_adapter
+from perfbench.kernels.row_scale import Scale
+from perfbench.kernels.row_scale_triton import scale_values
+from perfbench.kernels.settings import setting
 
 
 @triton.jit
 def _epilogue(
-    gate_up, planes, b0, b1, scale_minus_one, out,
-    RANK0, R0, COLUMN0, D0, RANK1, R1, COLUMN1, D1, R_ALL, PLANE,
-    M, SCALE_M, SCALE_FROM, SCALED, INNER,
-    PARTS: tl.constexpr, SPLITS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    gate_up, h, own, b0, b1, scale_minus_one, scale_own, out,
+    RANK0, R0, COLUMN0, D0, B0, RANK1, R1, COLUMN1, D1, B1, H_SPLIT, H_ROW, H_OWN, M,
+    SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS, SCALE_M, ROW, INNER,
+    PARTS: tl.constexpr, SPLITS: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, SCALE_OWN: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    group = row // M
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < INNER
     others = columns + INNER
-    gate = tl.load(gate_up + row * 2 * INNER + columns, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * INNER + others, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up + row * ROW + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * ROW + others, mask=mask, other=0.0).to(tl.float32)
     if PARTS > 0:
-        gate = expand_columns(gate, planes, b0, row, group, columns, mask, RANK0, R0, COLUMN0, D0, R_ALL, PLANE, SPLITS)
-        up = expand_columns(up, planes, b0, row, group, others, mask, RANK0, R0, COLUMN0, D0, R_ALL, PLANE, SPLITS)
-    if PARTS > 1:
-        gate = expand_columns(gate, planes, b1, row, group, columns, mask, RANK1, R1, COLUMN1, D1, R_ALL, PLANE, SPLITS)
-        up = expand_columns(up, planes, b1, row, group, others, mask, RANK1, R1, COLUMN1, D1, R_ALL, PLANE, SPLITS)
-    scale = scale_minus_one + (row // SCALE_M) * SCALED - SCALE_FROM
-    there = mask & (columns >= SCALE_FROM) & (columns < SCALE_FROM + SCALED)
-    gate += gate * tl.load(scale + columns, mask=there, other=0.0).to(tl.float32)
-    there = mask & (others >= SCALE_FROM) & (others < SCALE_FROM + SCALED)
-    up += up * tl.load(scale + others, mask=there, other=0.0).to(tl.float32)
+        adapter = own_adapter(own, row, M, OWN)
+        ranks = h + row * H_ROW + tl.maximum(adapter, 0) * H_OWN
+        gate = expand_columns(gate, ranks, b0, adapter, columns, mask, RANK0, R0, COLUMN0, D0, B0, H_SPLIT, SPLITS)
+        up = expand_columns(up, ranks, b0, adapter, others, mask, RANK0, R0, COLUMN0, D0, B0, H_SPLIT, SPLITS)
+        if PARTS > 1:
+            gate = expand_columns(gate, ranks, b1, adapter, columns, mask, RANK1, R1, COLUMN1, D1, B1, H_SPLIT, SPLITS)
+            up = expand_columns(up, ranks, b1, adapter, others, mask, RANK1, R1, COLUMN1, D1, B1, H_SPLIT, SPLITS)
+    if SCALED:
+        adapter = own_adapter(scale_own, row, SCALE_M, SCALE_OWN)
+        gate = scale_values(gate, scale_minus_one, adapter, columns, mask, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS)
+        up = scale_values(up, scale_minus_one, adapter, others, mask, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS)
     if ACTIVATION == "silu":
         gate = gate * tl.sigmoid(gate)
     elif ACTIVATION == "gelu":
@@ -48,23 +52,20 @@ def _epilogue(
 
 def epilogue(
     gate_up: torch.Tensor,
-    planes: torch.Tensor | None,
+    h: torch.Tensor | None,
     expansion: Expansion | None,
-    scale_minus_one: torch.Tensor | None,
-    scale_from: int,
+    scale: Scale | None,
     activation: str,
 ) -> torch.Tensor:
-    """As `swiglu_epilogue.eager`, with `planes` of `low_rank_triton.shrink` for h. ValueError on what does not fit."""
+    """As `swiglu_epilogue.eager`, with h as `expand_arguments` takes it. ValueError on what does not fit."""
     rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
-    check("gate_up", gate_up, (rows, 2 * inner), gate_up)
-    scale, scale_rows = check_scale(scale_minus_one, scale_from, gate_up)
-    arguments, parts, splits = parts_of(planes, expansion, gate_up, most=2)
+    check_rows("gate_up", gate_up, (rows, 2 * inner), gate_up)
+    expanded, scaled = expand_arguments(h, expansion, gate_up, most=2), scale_arguments(scale, gate_up)
     out = torch.empty(rows, inner, dtype=gate_up.dtype, device=gate_up.device)
-    block = tile(inner, 1024)
+    chosen = setting("swiglu_epilogue", gate_up.device)
+    block = tile(inner, chosen["BLOCK"])
     _epilogue[(rows, triton.cdiv(inner, block))](
-        gate_up, *arguments[:3], scale, out, *arguments[3:],
-        rows if planes is None else rows // planes.shape[1], scale_rows, scale_from,
-        0 if scale_minus_one is None else scale.shape[1], inner,
-        PARTS=parts, SPLITS=splits, ACTIVATION=activation, BLOCK=block,
+        gate_up, *expanded.tensors, *scaled.tensors, out, *expanded.numbers, *scaled.numbers, gate_up.stride(0), inner,
+        **expanded.constants, **scaled.constants, ACTIVATION=activation, BLOCK=block, num_warps=chosen["num_warps"],
     )  # fmt: skip
     return out

@@ -13,9 +13,14 @@ from perfbench.kernels.later import later
 
 
 def eager(
-    h: torch.Tensor, w_down: torch.Tensor, w_up: torch.Tensor, bias_minus_one: torch.Tensor
+    h: torch.Tensor,
+    w_down: torch.Tensor,
+    w_up: torch.Tensor,
+    bias_minus_one: torch.Tensor,
+    own: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Two batched products, the second of them with the bias."""
+    """Two batched products, the second of them with the bias; `own` as in `low_rank.shrink`."""
+    assert own is None, "plain torch takes one adapter for each request in order, or one for all"
     grouped = h.view(w_down.shape[0], -1, h.shape[-1])
     bottleneck = gelu(torch.bmm(grouped, w_down))
     return torch.baddbmm(bias_minus_one.unsqueeze(1), bottleneck, w_up).view(h.shape[0], -1)

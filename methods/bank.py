@@ -1,8 +1,10 @@
-"""The bank: the adapters of up to `capacity` resident tenants of one method, stacked by slot.
+"""The bank: the adapters of up to `capacity` resident tenants of one method, each in one stretch of memory.
 
-Storage is allocated once. Slot `capacity` is the empty slot: it holds zeros for ever, and a zero low-rank pair and
-a zero l - 1 are the bare backbone, so a request without an adapter (slot -1) reads it by ordinary indexing.
-Adapters of lower rank, or without a module, leave zeros in the rest of their place.
+Storage is allocated once, as two matrices with a row for each slot: `shrinks` holds the first halves of the low-rank
+pairs, `rest` everything else, so that one copy of rows takes whole adapters out. The modules that read the same input
+lie side by side. Slot `capacity` is the empty slot: it holds zeros for ever, and a zero low-rank pair and a zero l - 1
+are the bare backbone, so a request without an adapter (slot -1) reads it by ordinary indexing. Adapters of lower rank,
+or without a module, leave zeros in the rest of their place.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 
 from perfbench.errors import AdapterError
 from perfbench.methods.plan import AdapterPlan, Generator, LayerPlan, LowRank
+from perfbench.methods.shape import MODULES
 
 
 class Bank:
@@ -25,19 +28,42 @@ class Bank:
         """
         self.capacity = capacity
         self.free = list(range(capacity))[::-1]
-        self.layers: AdapterPlan = tuple(
-            _map(layer, lambda t: torch.zeros((capacity + 1, *t.shape), dtype=dtype, device=device))
-            for layer in layout
-        )
+        self.layout: AdapterPlan = tuple(_map(_in_order(layer), lambda t: t.to("meta")) for layer in layout)
+        shrinks = [pair.a.numel() for layer in self.layout for pair in layer.low_rank.values()]
+        rest = [t.numel() for layer in self.layout for t in _without_shrinks(layer)]
+        self._sizes = (shrinks, rest)
+        self.shrinks, self.rest = (torch.zeros(capacity + 1, sum(n), dtype=dtype, device=device) for n in self._sizes)
+        self.layers: AdapterPlan = self.views(self.shrinks, self.rest)
+
+    def views(self, shrinks: torch.Tensor, rest: torch.Tensor) -> AdapterPlan:
+        """The adapters in rows of `shrinks` and `rest` [G, ...] as a plan, each tensor with a leading dimension G."""
+        first, second = iter(shrinks.split(self._sizes[0], dim=1)), iter(rest.split(self._sizes[1], dim=1))
+        count = len(rest)
+
+        def of_layer(layer: LayerPlan) -> LayerPlan:
+            pairs = {}
+            for module, pair in layer.low_rank.items():
+                a, b = next(first), next(second)
+                pairs[module] = LowRank(a.view(count, *pair.a.shape), b.view(count, *pair.b.shape))
+            others = LayerPlan({}, layer.scale_minus_one, layer.generator)
+            others = _map(others, lambda t: next(second).view(count, *t.shape))
+            return LayerPlan(pairs, others.scale_minus_one, others.generator)
+
+        return tuple(map(of_layer, self.layout))
+
+    def take(self, slots: Sequence[int]) -> AdapterPlan:
+        """Copies of the adapters in `slots`, one after the other. ValueError on a slot out of range."""
+        rows = self.rows(slots)
+        return self.views(self.shrinks.index_select(0, rows), self.rest.index_select(0, rows))
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every stack of the bank."""
-        return [tensor for layer in self.layers for tensor in layer.tensors()]
+        """All that the bank holds."""
+        return [self.shrinks, self.rest]
 
     @property
     def bytes_per_slot(self) -> int:
         """Device bytes that one tenant takes."""
-        return sum(t[0].numel() * t.dtype.itemsize for layer in self.layers for t in layer.tensors())
+        return (self.shrinks.shape[1] + self.rest.shape[1]) * self.rest.dtype.itemsize
 
     def admit(self, plan: AdapterPlan) -> int:
         """Copies an adapter into a free slot and returns the slot.
@@ -58,9 +84,8 @@ class Bank:
         """Frees a slot; its weights become zeros, so that a stale slot number serves the bare backbone."""
         if not 0 <= slot < self.capacity or slot in self.free:
             raise ValueError(f"slot {slot} holds no adapter")
-        for layer in self.layers:
-            for stack in layer.tensors():
-                stack[slot].zero_()
+        self.shrinks[slot].zero_()
+        self.rest[slot].zero_()
         self.free.append(slot)
 
     def rows(self, slots: Sequence[int]) -> torch.Tensor:
@@ -68,8 +93,7 @@ class Bank:
         for slot in slots:
             if not -1 <= slot < self.capacity:
                 raise ValueError(f"slot {slot}: expected -1 (no adapter) to {self.capacity - 1}")
-        device = next((t.device for layer in self.layers for t in layer.tensors()), torch.device("cpu"))
-        return torch.tensor([self.capacity if slot == -1 else slot for slot in slots], device=device)
+        return torch.tensor([self.capacity if slot == -1 else slot for slot in slots], device=self.rest.device)
 
 
 def union_layout(plans: Sequence[AdapterPlan]) -> AdapterPlan:
@@ -104,6 +128,21 @@ def _map(layer: LayerPlan, make: Make) -> LayerPlan:
         {m: make(scale) for m, scale in layer.scale_minus_one.items()},
         None if layer.generator is None else _map_generator(layer.generator, make),
     )
+
+
+def _in_order(layer: LayerPlan) -> LayerPlan:
+    """The layer with its modules in the order in which they run: those that read the same input are neighbours."""
+    return LayerPlan(
+        {module: layer.low_rank[module] for module in MODULES if module in layer.low_rank},
+        {module: layer.scale_minus_one[module] for module in MODULES if module in layer.scale_minus_one},
+        layer.generator,
+    )
+
+
+def _without_shrinks(layer: LayerPlan) -> list[torch.Tensor]:
+    """What `rest` holds of a layer, in order."""
+    others = LayerPlan({}, layer.scale_minus_one, layer.generator)
+    return [*(pair.b for pair in layer.low_rank.values()), *others.tensors()]
 
 
 def _map_generator(g: Generator, make: Make) -> Generator:

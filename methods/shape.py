@@ -20,6 +20,9 @@ MODULE_PATHS = {
     "down": "mlp.down_proj",
 }
 
+# The modules that read the same input, in the order in which their outputs lie side by side in one fused product.
+SHARED_INPUT = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+
 # `model_type` of the configurations whose decoder layers have exactly those modules.
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "gemma")
 

@@ -27,6 +27,7 @@ def main() -> int:
 
 
 def _serve(emit: Emit) -> None:
+    """A job that asks to `prepare` is checked and counted and gets no turns; any other is warmed up and gets some."""
     job = json.loads(sys.stdin.readline())
     if job["protocol"] != PROTOCOL:
         raise PerfbenchError(f"this revision speaks protocol {PROTOCOL} of `perfbench ab`, not {job['protocol']}")
@@ -36,7 +37,7 @@ def _serve(emit: Emit) -> None:
     if job["only"] is not None:
         cases = [case for case in cases if case.id in job["only"]]
     passed = [case for case in cases if session.prepare(case)]
-    built = session.warm_up(passed)
+    built = {} if job["prepare"] else session.warm_up(passed)
     emit(
         "ready",
         cases=[case.id for case in cases],

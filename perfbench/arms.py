@@ -53,7 +53,7 @@ def build(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int
     """
     served_by = METHODS[case.method].served_by
     if case.method == "none":
-        bare = PLAN_ARMS[case.runtime](backbone, None, case.kernels)
+        bare = _plan_arm(case, backbone, None, batch)
         return BuiltArm(bare, batch, None, dict.fromkeys(ADAPTER_FIGURES))
     if served_by == "plan":
         return _build_plan(case, backbone, batch, resident, seed, scratch)
@@ -114,7 +114,14 @@ def _build_plan(
         "bytes_per_tenant": bank.bytes_per_slot,
         "admit_ms": admit_ms,
     }
-    return BuiltArm(PLAN_ARMS[case.runtime](backbone, bank, case.kernels), batch, layout, figures)
+    return BuiltArm(_plan_arm(case, backbone, bank, batch), batch, layout, figures)
+
+
+def _plan_arm(case: Case, backbone: Backbone, bank: Bank | None, batch: Batch) -> Arm:
+    arm = PLAN_ARMS[case.runtime](backbone, bank, case.kernels)
+    if isinstance(arm, StaticArm):
+        arm.reserve(batch)
+    return arm
 
 
 def _build_peft(

@@ -17,15 +17,16 @@ from perfbench.methods.shape import BackboneShape
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Backbone:
-    """One set of weights on one device."""
+    """One set of weights on one device. `fused`: what runtime static made of them, once it has."""
 
     name: str
     shape: BackboneShape
     model: Any
     dtype: torch.dtype
     device: torch.device
+    fused: Any = None
 
     @property
     def bytes(self) -> int:
@@ -56,10 +57,8 @@ class Backbone:
 
 
 def tensor_bytes(model: torch.nn.Module) -> int:
-    """Bytes of every distinct storage among a model's parameters and buffers."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}
-    storages |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.buffers()}
-    return sum(storages.values())
+    """Bytes of a model's parameters and buffers; what lies in one place counts once."""
+    return sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
 
 
 def load(name: str, dtype: str, device: str, seed: int) -> Backbone:

@@ -59,7 +59,7 @@ def free_bytes(device: torch.device, transient_bytes: int) -> int:
 
 def resident_bytes(arm: Arm) -> int:
     """Bytes of the weights, the adapters and whatever else an arm keeps on its device from call to call."""
-    return tensor_bytes(arm.model) + sum(t.untyped_storage().nbytes() for t in arm.tensors())
+    return tensor_bytes(arm.model) + sum(t.nbytes for t in arm.tensors())
 
 
 def _peak_allocated_on_cpu(arm: Arm, batch: Batch) -> int:

@@ -179,10 +179,13 @@ class Session:
 
     def warm_up(self, cases: list[Any]) -> dict[str, Any]:
         """{case id: its arm, built, warm and resident}."""
+        # All are built before any warms up: an arm that makes room for its adapters moves the weights of all.
         built = {}
         for case in cases:
-            self.emit("phase", case=case.id, text="warming up")
+            self.emit("phase", case=case.id, text="admitting tenants")
             built[case.id] = self._build(case)
+        for case in cases:
+            self.emit("phase", case=case.id, text="warming up")
             for _ in range(self.job["warmup"]):
                 self.repetition(built[case.id])
         # What is here now stays: without it, the collection before each repetition takes longer than a short one.

@@ -46,10 +46,9 @@ class AdaptedLinear(torch.nn.Module):
 class PromptVectors:
     """A layer's generated scales: made when the layer sees the prompt, kept while its tokens are generated."""
 
-    def __init__(self, stacked: Generator, modules: dict[str, AdaptedLinear], kernels: str):
-        self.stacked = stacked
+    def __init__(self, modules: dict[str, AdaptedLinear], kernels: str):
         self.modules = modules
-        self.rows: torch.Tensor | None = None  # [G], where each group's adapter lies in the bank
+        self.own: Generator | None = None  # of each group of requests, while a batch is bound
         self.last_prompt_token: torch.Tensor | None = None  # [Q]
         self.beams = 1
         self._generate: Callable[..., torch.Tensor] = vector_generator.FORMS[kernels]
@@ -57,22 +56,18 @@ class PromptVectors:
     def before_layer(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook before a decoder layer. An empty cache, not S > 1, is what tells a prompt from a generated token."""
         cache = kwargs.get("past_key_values")
-        if self.rows is None or (cache is not None and cache.get_seq_length(layer.self_attn.layer_idx) > 0):
+        own = self.own
+        if own is None or (cache is not None and cache.get_seq_length(layer.self_attn.layer_idx) > 0):
             return
         hidden = args[0] if args else kwargs["hidden_states"]
         # The beams of one prompt are copies at this point: the first one speaks for all.
         hidden = hidden[:: self.beams]
         pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), self.last_prompt_token]
-        if self.stacked.normalised:
+        if own.normalised:
             pooled = layer.input_layernorm(pooled)
-        vectors = self._generate(
-            pooled,
-            self.stacked.w_down[self.rows],
-            self.stacked.w_up[self.rows],
-            self.stacked.bias_minus_one[self.rows],
-        )
-        sizes = [self.modules[name].weight.shape[0] for name in self.stacked.modules]
-        for name, vector in zip(self.stacked.modules, vectors.split(sizes, dim=1), strict=True):
+        vectors = self._generate(pooled, own.w_down, own.w_up, own.bias_minus_one)
+        sizes = [self.modules[name].weight.shape[0] for name in own.modules]
+        for name, vector in zip(own.modules, vectors.split(sizes, dim=1), strict=True):
             self.modules[name].scale_minus_one = vector
 
 
@@ -83,14 +78,15 @@ class PlanArm:
         self.model = backbone.skeleton()
         self.bank = bank
         self._linears: list[dict[str, AdaptedLinear]] = []
-        self._vectors: list[PromptVectors] = []
-        for layer, stacked in zip(self.model.model.layers, bank.layers if bank else (), strict=bank is not None):
+        self._vectors: dict[int, PromptVectors] = {}
+        for i, stacked in enumerate(bank.layout if bank else ()):
+            layer = self.model.model.layers[i]
             linears = {name: _adapt(layer, name, kernels) for name in _modules(stacked)}
             self._linears.append(linears)
             if stacked.generator is not None:
-                vectors = PromptVectors(stacked.generator, linears, kernels)
+                vectors = PromptVectors(linears, kernels)
                 layer.register_forward_pre_hook(vectors.before_layer, with_kwargs=True)
-                self._vectors.append(vectors)
+                self._vectors[i] = vectors
 
     def generate(self, batch: Batch, **observers: Any) -> Generation:
         """Binds the batch's adapters, generates, lets them go; copying them is part of the call and of its time."""
@@ -105,24 +101,24 @@ class PlanArm:
             return
         # Where all requests have one adapter, one group of rows reads it once.
         slots = batch.slots[:1] if len(set(batch.slots)) == 1 else batch.slots
-        rows = self.bank.rows(slots)
-        for stacked, linears in zip(self.bank.layers, self._linears, strict=True):
-            for name, pair in stacked.low_rank.items():
-                linears[name].pair = (pair.a[rows], pair.b[rows])
-            for name, scale in stacked.scale_minus_one.items():
-                linears[name].scale_minus_one = scale[rows]
+        taken = self.bank.take(slots)
+        for own, linears in zip(taken, self._linears, strict=True):
+            for name, pair in own.low_rank.items():
+                linears[name].pair = (pair.a, pair.b)
+            for name, scale in own.scale_minus_one.items():
+                linears[name].scale_minus_one = scale
         if self._vectors:
             positions = torch.arange(batch.attention_mask.shape[1], device=batch.attention_mask.device)
             last = (batch.attention_mask * positions).argmax(dim=1)  # right for left and for right padding
-            for vectors in self._vectors:
-                vectors.rows, vectors.last_prompt_token, vectors.beams = rows, last, batch.beams
+            for i, vectors in self._vectors.items():
+                vectors.own, vectors.last_prompt_token, vectors.beams = taken[i].generator, last, batch.beams
 
     def _release(self) -> None:
         for linears in self._linears:
             for module in linears.values():
                 module.pair = module.scale_minus_one = None
-        for vectors in self._vectors:
-            vectors.rows = vectors.last_prompt_token = None
+        for vectors in self._vectors.values():
+            vectors.own = vectors.last_prompt_token = None
 
     def tensors(self) -> list[torch.Tensor]:
         """The bank's stacks."""
@@ -130,7 +126,7 @@ class PlanArm:
 
     def close(self) -> None:
         """Drops the skeleton and the bank."""
-        self._linears, self._vectors = [], []
+        self._linears, self._vectors = [], {}
         self.model = self.bank = None
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from perfbench.kernels import decode_attention, low_rank, qkv_epilogue, residual_rmsnorm, swiglu_epilogue
+from perfbench.kernels.row_scale import Scale
 
 # Relative, in the 2-norm of a row, as in test_eager; several roundings follow each other here.
 TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -45,8 +46,9 @@ def halves(form: str, h: torch.Tensor) -> torch.Tensor:
     """h [G, M, R] as the form wants it: Triton's adds up planes in fp32."""
     if form == "eager":
         return h
-    part = torch.full_like(h.float(), 0.25)
-    return torch.stack([h.float() - part, part])
+    rows = h.float().flatten(0, 1)
+    part = torch.full_like(rows, 0.25)
+    return torch.stack([rows - part, part])
 
 
 def shifted(parts: Parts, shift: int) -> low_rank.Expansion:
@@ -121,7 +123,7 @@ def test_qkv_epilogue(form: str, dtype: torch.dtype, groups: int, kv_heads: int)
     def run(shift: int) -> torch.Tensor:
         entry = torch.full((rows, 2, kv_heads, dim), float("nan"), dtype=dtype)
         q = qkv_epilogue.FORMS[form](
-            qkv.clone(), halves(form, h), shifted(b, shift), scale.roll(shift, 0).contiguous(), first, cos, sin, entry
+            qkv.clone(), halves(form, h), shifted(b, shift), Scale(scale.roll(shift, 0), first), cos, sin, entry
         )
         return torch.cat([q.reshape(rows, -1), entry.view(rows, -1)], dim=1)
 
@@ -144,7 +146,7 @@ def test_swiglu_epilogue(
 
     def run(shift: int) -> torch.Tensor:
         return swiglu_epilogue.FORMS[form](
-            gate_up.clone(), halves(form, h), shifted(b, shift), scale.roll(shift, 0).contiguous(), inner, activation
+            gate_up.clone(), halves(form, h), shifted(b, shift), Scale(scale.roll(shift, 0), inner), activation
         )
 
     judge(run, expected, dtype, groups)
@@ -156,16 +158,16 @@ def test_swiglu_epilogue(
 @pytest.mark.parametrize("weight_dtype", [None, torch.float32], ids=["own-type", "fp32"])
 def test_residual_rmsnorm(form: str, dtype: torch.dtype, groups: int, weight_dtype: torch.dtype | None) -> None:
     make, rows, hidden, eps = normal(dtype, seed=23), 6, 37, 1e-5
-    residual, h = make(rows, hidden), make(groups, rows // groups, 3)
+    residual, y, h = make(rows, hidden), make(rows, hidden), make(groups, rows // groups, 3)
     b: Parts = [(0, 0, make(groups, 3, hidden))]
     weight = make(hidden).to(weight_dtype or dtype)
-    stream = adapted(residual, h, b, None, 0)
+    stream = residual.double() + adapted(y, h, b, None, 0)
     normed = stream / (stream.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt() * weight.double()
     expected = torch.cat([stream, normed], dim=1)
 
     def run(shift: int) -> torch.Tensor:
         in_place = residual.clone()
-        found = residual_rmsnorm.FORMS[form](in_place, halves(form, h), shifted(b, shift), weight, eps)
+        found = residual_rmsnorm.FORMS[form](in_place, y, halves(form, h), shifted(b, shift), weight, eps)
         assert found.dtype == dtype
         return torch.cat([in_place, found], dim=1)
 

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not there for this platform")
 
 from perfbench.kernels import low_rank, row_scale, vector_generator
-from perfbench.kernels.low_rank_triton import SPLIT_COLUMNS
+from perfbench.kernels.settings import DEFAULTS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative, in the 2-norm of a row. The interpreter cuts off the bits that a GPU rounds: 1 ulp, 2^-7 (2^-10).
@@ -26,7 +26,7 @@ LOW_RANK = [
     (2, 5, 3, 130, 40),
     (5, 2, 16, 64, 129),
     (2, 3, 128, 33, 16),
-    (2, 1, 8, SPLIT_COLUMNS + 70, 24),
+    (2, 1, 8, DEFAULTS["low_rank.shrink"]["SPLIT_K"] + 70, 24),
     (1, 70, 5, 48, 20),
 ]
 
@@ -61,7 +61,7 @@ def test_low_rank(dtype: torch.dtype, groups: int, rows: int, rank: int, d_in: i
 
     def run(shift: int) -> torch.Tensor:
         out = y.clone()
-        low_rank.FORMS["triton"](out, x, a.roll(shift, 0).contiguous(), b.roll(shift, 0).contiguous())
+        low_rank.FORMS["triton"](out, x, a.roll(shift, 0), b.roll(shift, 0))
         return out
 
     judge(run, expected, dtype, groups)
@@ -90,7 +90,7 @@ def test_row_scale(dtype: torch.dtype, groups: int, rows: int, columns: int) -> 
 
     def run(shift: int) -> torch.Tensor:
         out = y.clone()
-        row_scale.FORMS["triton"](out, s.roll(shift, 0).contiguous())
+        row_scale.FORMS["triton"](out, s.roll(shift, 0))
         return out
 
     judge(run, expected, dtype, groups)
@@ -117,7 +117,7 @@ def test_vector_generator(
     expected = torch.stack([alone(prompt) for prompt in range(prompts)])
 
     def run(shift: int) -> torch.Tensor:
-        stacks = (t.roll(shift, 0).contiguous() for t in (w_down, w_up, bias))
+        stacks = (t.roll(shift, 0) for t in (w_down, w_up, bias))
         return vector_generator.FORMS["triton"](h, *stacks)
 
     judge(run, expected, dtype, groups)

@@ -148,7 +148,7 @@ def test_adapters_too_weak_to_tell_apart_are_void(backbones: dict[str, backbone.
 
 def test_prompt_vectors_of_the_wrong_request_fail(backbones: dict[str, backbone.Backbone]) -> None:
     arm = make_arm(backbones["fp32"], "para")
-    for vectors in arm._vectors:
+    for vectors in arm._vectors.values():
         own = vectors._generate
         vectors._generate = lambda *inputs, own=own: own(*inputs).roll(1, 0)
     assert run(arm, backbones["fp32"]).status == "check_failed"
@@ -162,7 +162,7 @@ def test_prompt_vectors_pooled_at_the_wrong_token_fail(backbones: dict[str, back
     def first_column(batch: Batch) -> None:
         bind(batch)
         if len(batch.slots) > 1:
-            for vectors in arm._vectors:
+            for vectors in arm._vectors.values():
                 vectors.last_prompt_token = torch.zeros_like(vectors.last_prompt_token)
 
     arm._bind = first_column  # type: ignore[method-assign]

@@ -168,10 +168,10 @@ def test_a_scale_after_rope_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     base = load(FAMILIES["llama"], "fp32", monkeypatch)
     own = qkv_epilogue.eager
 
-    def late(qkv: Any, h: Any, b: Any, scale: Any, first: int, *rest: Any) -> torch.Tensor:
-        q = own(qkv, h, b, None, first, *rest)
+    def late(qkv: Any, h: Any, b: Any, scale: Any, *rest: Any) -> torch.Tensor:
+        q = own(qkv, h, b, None, *rest)
         if scale is not None:
-            row_scale.scale_columns(qkv, scale, first)
+            row_scale.scale_columns(qkv, scale)
         return q
 
     monkeypatch.setitem(qkv_epilogue.FORMS, "eager", late)
@@ -196,34 +196,43 @@ def test_weights_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.inference_mode():
         before = base.model(ids).logits
     held = base.bytes
-    first, second = fuse(base), fuse(base)
+    weights = fuse(base)
+    assert fuse(base) is weights
     assert base.bytes == held
-    attention = base.model.model.layers[0].self_attn
-    fused = first.layers[0].weights["qkv"]
-    assert attention.q_proj.weight.data_ptr() == fused.data_ptr() == second.layers[0].weights["qkv"].data_ptr()
-    assert torch.equal(fused[: attention.q_proj.out_features], attention.q_proj.weight)
-    assert torch.equal(fused[-attention.v_proj.out_features :], attention.v_proj.weight)
+    attention, qkv = base.model.model.layers[0].self_attn, weights.layers[0].projections["qkv"]
+    assert attention.q_proj.weight.data_ptr() == qkv.weight.data_ptr()
+    assert torch.equal(qkv.weight[: attention.q_proj.out_features], attention.q_proj.weight)
+    assert torch.equal(qkv.weight[-attention.v_proj.out_features :], attention.v_proj.weight)
     with torch.inference_mode():
         assert torch.equal(base.model(ids).logits, before)
 
 
-def test_neighbours_in_memory_that_are_not_one_tensor_are_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fused tensor reaches only as far as its own storage: parts in storages of their own are joined anew."""
-    base = load(FAMILIES["llama"], "fp32", monkeypatch)
-    attention = base.model.model.layers[0].self_attn
-    expected = torch.cat([m.weight.clone() for m in (attention.q_proj, attention.k_proj, attention.v_proj)])
-    fused = fuse(base).layers[0].weights["qkv"]
-    attention.k_proj.weight.data = attention.k_proj.weight.data.clone() * 2
-    again = fuse(base).layers[0].weights["qkv"]
-    assert torch.equal(fused, expected)
-    rows = attention.q_proj.out_features
-    assert torch.equal(again[rows : rows + attention.k_proj.out_features], attention.k_proj.weight)
-    assert torch.equal(again[:rows], expected[:rows])
+def test_tails_grow_and_go_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An arm that makes the weights move leaves another arm's results as they were, and gives its room back."""
+    base = load(FAMILIES["qwen2"], "fp32", monkeypatch)
+    batch = make_batch(1)
+    bare, small = StaticArm(base, None, "eager"), StaticArm(base, make_bank(base, "lora"), "eager")
+    projection = bare.weights.layers[0].projections["qkv"]
+    assert len(projection.tail) == 0
+    expected = [bare.generate(batch).tokens, small.generate(batch.alone(0)).tokens]
+    room = len(projection.tail)
+    held = base.bytes
+    large = StaticArm(base, make_bank(base, "lora"), "eager")
+    large.generate(batch)
+    assert len(projection.tail) > room > 0
+    assert base.bytes == held, "a tail counts with the arm that holds it"
+    assert torch.equal(bare.generate(batch).tokens, expected[0])
+    assert torch.equal(small.generate(batch.alone(0)).tokens, expected[1])
+    large.close()
+    assert len(projection.tail) == room
+    small.close()
+    assert len(projection.tail) == 0
+    assert torch.equal(bare.generate(batch).tokens, expected[0])
 
 
 def cache_bytes(base: backbone.Backbone, beams: int) -> int:
     cache = KVCache(CacheSize(1, beams, 274, 32), base.shape, base.dtype, base.device)
-    return sum(t.untyped_storage().nbytes() for t in cache.tensors())
+    return sum(t.nbytes for t in cache.tensors())
 
 
 def test_beams_share_the_prompt_s_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,12 +248,13 @@ def test_the_cache_stays_from_call_to_call_and_gives_way_to_another_size(monkeyp
     base = load(FAMILIES["llama"], "fp32", monkeypatch)
     arm, batch = StaticArm(base, make_bank(base, "para"), "eager"), make_batch(1)
     first = arm.generate(batch).tokens
-    cache = arm.cache
+    assert arm.decoder is not None
+    cache = arm.decoder.cache
     other = arm.generate(replace(batch, slots=(0, 1, 2, 3, -1))).tokens
-    assert arm.cache is cache
+    assert arm.decoder.cache is cache
     assert not torch.equal(first, other)
     arm.generate(batch.alone(0))
-    assert arm.cache is not cache
+    assert arm.decoder.cache is not cache
     assert torch.equal(arm.generate(batch).tokens, first)
 
 
@@ -254,9 +264,9 @@ def test_nothing_of_the_last_batch_is_read(monkeypatch: pytest.MonkeyPatch) -> N
     for beams in (1, 3):
         arm, batch = StaticArm(base, make_bank(base, "lora"), "eager"), make_batch(beams)
         tokens = arm.generate(batch).tokens
-        assert arm.cache is not None
+        assert arm.decoder is not None
         with torch.inference_mode():
-            for tensor in (*arm.cache.prompt, *arm.cache.generated):
+            for tensor in (*arm.decoder.cache.prompt, *arm.decoder.cache.generated):
                 tensor.fill_(float("nan"))
         assert torch.equal(arm.generate(batch).tokens, tokens)
 

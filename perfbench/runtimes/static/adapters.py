@@ -1,95 +1,191 @@
-"""The adapters of the batch in flight: each request's own, taken out of the bank and joined as the weights are."""
+"""The adapters of the batch in flight, in buffers that stay: other tenants are copied in, nothing moves.
+
+So a captured decode step goes on with other tenants. The first halves of low-rank pairs are copied into the tails of
+the weights, everything else into one matrix.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from perfbench.kernels.low_rank import Expansion
+from perfbench.kernels.row_scale import Scale
 from perfbench.methods.bank import Bank
 from perfbench.methods.plan import Generator, LayerPlan
-from perfbench.methods.shape import BackboneShape
-from perfbench.runtimes.static.weights import FUSED
+from perfbench.methods.shape import SHARED_INPUT, BackboneShape
+from perfbench.runtimes.static.weights import LayerWeights, Rooms, Weights
+
+# The rows of a 16-bit product stay aligned to 16 bytes.
+ALIGNED_ROWS = 8
 
 
 @dataclass
 class Bound:
-    """What one fused projection gets, for G groups of rows that share an adapter.
-
-    a: [G, R of all its modules, D_in] and the other halves, or None; scale_minus_one: [G, D] on the columns from
-    `scale_from` on, or None.
-    """
+    """What one fused projection gets from T adapters: a [T, R of all its modules, D_in] and the other halves, or None,
+    with the weight (and bias) that ends with a; its scale or None."""
 
     a: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
     expansion: Expansion | None = None
-    scale_minus_one: torch.Tensor | None = None
-    scale_from: int = 0
+    scale: Scale | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class BoundGenerator:
-    """The generator of one layer: stacked weights, and the bank row of each group."""
+    """The generator of one layer for T adapters, and where its vectors go: (their columns, the scales' columns)."""
 
     stacked: Generator
-    rows: torch.Tensor
+    places: tuple[tuple[slice, torch.Tensor], ...]
 
 
-@dataclass
+@dataclass(frozen=True)
 class BoundLayer:
     """Fused projection -> what it gets, and the layer's generator."""
 
     projections: dict[str, Bound]
-    generator: BoundGenerator | None
+    generator: BoundGenerator | None = None
 
 
-BARE = {name: Bound() for name in FUSED}
+BARE = BoundLayer({name: Bound() for name in SHARED_INPUT})
 
 
-def bind(bank: Bank | None, shape: BackboneShape, slots: Sequence[int], *, stack: bool) -> list[BoundLayer]:
-    """What every layer gets for requests in these bank slots, -1 being the bare backbone.
+def stacked_slots(slots: Sequence[int], kernels: str) -> tuple[list[int], list[int] | None]:
+    """(the bank slots whose adapters are stacked for a batch of these, which of them each request has).
 
-    stack: whether modules that are alike are laid out for one product, which plain torch profits from.
+    Plain torch takes one adapter for each request in order, or one for all (None). Triton's kernels take each distinct
+    adapter once, -1 for none; their number is rounded up to a power of two, so that few sizes are ever captured.
     """
-    if bank is None:
-        return [BoundLayer(BARE, None)] * shape.layers
-    # Where all requests have one adapter, one group of rows reads it once.
-    own = slots[:1] if len(set(slots)) == 1 else slots
-    rows = bank.rows(own)
-    return [_bind_layer(stacked, shape, rows, stack) for stacked in bank.layers]
+    if kernels == "eager":
+        return list(slots[:1] if len(set(slots)) == 1 else slots), None
+    distinct = sorted(set(slots) - {-1})
+    own = [distinct.index(slot) if slot != -1 else -1 for slot in slots]
+    return distinct + [-1] * ((1 << max(0, len(distinct) - 1).bit_length()) - len(distinct)), own
 
 
-def _bind_layer(stacked: LayerPlan, shape: BackboneShape, rows: torch.Tensor, stack: bool) -> BoundLayer:
-    projections = {}
-    for name, modules in FUSED.items():
-        bound = projections[name] = Bound()
-        columns = first_columns(shape, modules)
-        paired = [module for module in modules if module in stacked.low_rank]
-        if paired:
-            shrinks = [stacked.low_rank[module].a[rows] for module in paired]
-            bound.a = shrinks[0] if len(shrinks) == 1 else torch.cat(shrinks, dim=1)
-            weights = {module: stacked.low_rank[module].b[rows] for module in paired}
-            bound.expansion = _expansion(weights, columns, stack=stack and len(paired) == len(modules))
-        scales = stacked.scale_minus_one
-        scaled = {module: scales[module][rows] for module in modules if module in scales}
-        if scaled:
-            bound.scale_from, bound.scale_minus_one = join_scales(shape, modules, scaled)
-    generator = None if stacked.generator is None else BoundGenerator(stacked.generator, rows)
-    return BoundLayer(projections, generator)
+def rooms(bank: Bank, adapters: int) -> list[Rooms]:
+    """The tails that this many of the bank's adapters take, for each layer."""
+    return [
+        {
+            name: -(-adapters * ranks // ALIGNED_ROWS) * ALIGNED_ROWS
+            for name, modules in SHARED_INPUT.items()
+            if (ranks := sum(layer.low_rank[module].a.shape[0] for module in modules if module in layer.low_rank))
+        }
+        for layer in bank.layout
+    ]
 
 
-def _expansion(weights: dict[str, torch.Tensor], columns: dict[str, int], *, stack: bool) -> Expansion:
-    """The expansion of these modules' b [G, R, D_out], stacked where they are alike."""
-    alike = None
-    if stack and len(weights) > 1 and len({weight.shape for weight in weights.values()}) == 1:
-        alike = torch.stack(list(weights.values()), dim=1)
-        weights = dict(zip(weights, alike.unbind(1), strict=True))
-    parts, rank = [], 0
-    for module, weight in weights.items():
-        parts.append((rank, columns[module], weight))
-        rank += weight.shape[1]
-    return Expansion(tuple(parts), alike)
+class Adapters:
+    """Room for the adapters of one size of batch: `layers` says what every layer gets, `take` fills it."""
+
+    def __init__(self, bank: Bank, weights: Weights, requests: int, adapters: int, kernels: str):
+        self._bank = bank
+        self._kernels = kernels
+        self._rest = bank.rest.new_empty(adapters, bank.rest.shape[1])
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (to, from), from self._rest
+        self._shrinks: list[tuple[torch.Tensor, torch.Tensor]] = []  # (to [T, n], from [slots, n])
+        self._generated: list[torch.Tensor] = []
+        self.own: torch.Tensor | None = None
+        if kernels != "eager":
+            self.own = torch.empty(requests, dtype=torch.int64, device=weights.device)
+        mine = bank.views(bank.shrinks.new_empty(adapters, bank.shrinks.shape[1], device="meta"), self._rest)
+        self.layers = [
+            self._bind(stacked, source, layer, weights.shape, requests)
+            for stacked, source, layer in zip(mine, bank.layers, weights.layers, strict=True)
+        ]
+
+    def take(self, slots: Sequence[int]) -> None:
+        """Copies the adapters of a batch of requests in these bank slots out of the bank, -1 being none."""
+        stacked, own = stacked_slots(slots, self._kernels)
+        rows = self._bank.rows(stacked)
+        torch.index_select(self._bank.rest, 0, rows, out=self._rest)
+        for to, source in self._shrinks:
+            torch.index_select(source, 0, rows, out=to)
+        for to, source in self._copies:
+            to.copy_(source)
+        if self.own is not None and own is not None:
+            self.own.copy_(torch.tensor(own))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds, the tails of the weights among it."""
+        held = [self._rest, *self._generated, *(to for to, _ in self._shrinks)]
+        return held if self.own is None else [*held, self.own]
+
+    def _bind(
+        self, mine: LayerPlan, source: LayerPlan, layer: LayerWeights, shape: BackboneShape, requests: int
+    ) -> BoundLayer:
+        bound = {name: Bound() for name in SHARED_INPUT}
+        for name, modules in SHARED_INPUT.items():
+            columns = first_columns(shape, modules)
+            paired = [module for module in modules if module in mine.low_rank]
+            if paired:
+                self._bind_pairs(bound[name], mine, source, layer.projections[name].with_tail, paired, columns)
+            scaled = [module for module in modules if module in mine.scale_minus_one]
+            if scaled:
+                scales = [mine.scale_minus_one[module] for module in scaled]
+                minus_one = neighbours(scales) if adjacent(scaled, modules) else None
+                if minus_one is None:
+                    minus_one, places = self._stretch(shape, modules, scaled, len(self._rest))
+                    self._copies += zip(places, scales, strict=True)
+                bound[name].scale = Scale(minus_one, columns[scaled[0]], self.own)
+        return BoundLayer(bound, self._bind_generator(mine.generator, bound, shape, requests))
+
+    def _bind_pairs(
+        self,
+        bound: Bound,
+        mine: LayerPlan,
+        source: LayerPlan,
+        with_tail: Callable[[int], tuple[torch.Tensor, torch.Tensor | None]],
+        paired: list[str],
+        columns: dict[str, int],
+    ) -> None:
+        resident = neighbours([source.low_rank[module].a for module in paired])  # [slots, R, D_in]
+        adapters, ranks, d_in = len(self._rest), *resident.shape[1:]
+        used = -(-adapters * ranks // ALIGNED_ROWS) * ALIGNED_ROWS
+        bound.weight, bound.bias = with_tail(used)
+        tail = bound.weight[len(bound.weight) - used :][: adapters * ranks]
+        bound.a = tail.view(adapters, ranks, d_in)
+        self._shrinks.append((tail.view(adapters, -1), resident.flatten(1)))
+        weights = [mine.low_rank[module].b for module in paired]
+        parts, rank = [], 0
+        for module, weight in zip(paired, weights, strict=True):
+            parts.append((rank, columns[module], weight))
+            rank += weight.shape[1]
+        alike = None
+        if len(paired) == len(columns) > 1 and len({weight.shape for weight in weights}) == 1:
+            alike = neighbours(weights).unflatten(1, (len(paired), -1))
+        bound.expansion = Expansion(tuple(parts), alike, self.own)
+
+    def _bind_generator(
+        self, generator: Generator | None, bound: dict[str, Bound], shape: BackboneShape, requests: int
+    ) -> BoundGenerator | None:
+        """The vectors are each request's own, whoever shares its adapter."""
+        if generator is None:
+            return None
+        columns = first_columns(shape, generator.modules)
+        found: list[tuple[slice, torch.Tensor]] = []
+        for name, modules in SHARED_INPUT.items():
+            scaled = [module for module in modules if module in generator.modules]
+            if scaled:
+                minus_one, places = self._stretch(shape, modules, scaled, requests)
+                self._generated.append(minus_one)
+                bound[name].scale = Scale(minus_one, first_columns(shape, modules)[scaled[0]])
+                for module, place in zip(scaled, places, strict=True):
+                    found.append((slice(columns[module], columns[module] + place.shape[1]), place))
+        return BoundGenerator(generator, tuple(found))
+
+    def _stretch(
+        self, shape: BackboneShape, modules: Sequence[str], scaled: list[str], rows: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Zeros (no scale) [rows, columns] from the first of `scaled` to the last, and each one's columns of it."""
+        between = modules[modules.index(scaled[0]) : modules.index(scaled[-1]) + 1]
+        columns = first_columns(shape, between)
+        sizes = {module: shape.features(module)[1] for module in between}
+        stretch = self._rest.new_zeros(rows, sum(sizes.values()))
+        return stretch, [stretch[:, columns[module] : columns[module] + sizes[module]] for module in scaled]
 
 
 def first_columns(shape: BackboneShape, modules: Sequence[str]) -> dict[str, int]:
@@ -101,16 +197,16 @@ def first_columns(shape: BackboneShape, modules: Sequence[str]) -> dict[str, int
     return found
 
 
-def join_scales(
-    shape: BackboneShape, modules: Sequence[str], scaled: dict[str, torch.Tensor]
-) -> tuple[int, torch.Tensor]:
-    """(first column, [G, D]): one stretch from the first scaled module to the last, zeros (no scale) in between."""
-    columns = first_columns(shape, modules)
-    present = [module for module in modules if module in scaled]
-    between = modules[modules.index(present[0]) : modules.index(present[-1]) + 1]
-    some = scaled[present[0]]
-    parts = [
-        scaled[module] if module in scaled else some.new_zeros(some.shape[0], shape.features(module)[1])
-        for module in between
-    ]
-    return columns[present[0]], parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=1)
+def adjacent(some: Sequence[str], modules: Sequence[str]) -> bool:
+    """Whether `some` follow each other in `modules` without a gap."""
+    return modules.index(some[-1]) - modules.index(some[0]) == len(some) - 1
+
+
+def neighbours(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One view of tensors [T, n_i, ...] that lie side by side in each of T rows: [T, sum of n_i, ...]."""
+    first, end = parts[0], parts[0].storage_offset()
+    for part in parts:
+        assert (part.storage_offset(), part.stride()) == (end, first.stride()), "the bank lays them side by side"
+        end += part[0].numel()
+    size = (first.shape[0], sum(part.shape[1] for part in parts), *first.shape[2:])
+    return first.as_strided(size, first.stride())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,22 +10,31 @@ import torch
 from perfbench.backbone import Backbone
 from perfbench.methods.bank import Bank
 from perfbench.runtimes.generation import Batch, Generation, StepClock
-from perfbench.runtimes.static.adapters import bind
+from perfbench.runtimes.static.adapters import Adapters, rooms, stacked_slots
 from perfbench.runtimes.static.cache import CacheSize, KVCache
+from perfbench.runtimes.static.capture import Step, cuda_graph
 from perfbench.runtimes.static.decoder import Decoder
 from perfbench.runtimes.static.search import beam, beam_to_the_end, greedy
 from perfbench.runtimes.static.weights import fuse
 
 
 class StaticArm:
-    """The adapters of a bank (or none) over the fused weights; the cache stays from call to call."""
+    """The adapters of a bank (or none) over the fused weights; the decoder of the last size of batch stays.
 
-    def __init__(self, backbone: Backbone, bank: Bank | None, kernels: str):
+    capture: how a decode step becomes a thing to replay; by default a CUDA graph on a GPU, and none elsewhere.
+    """
+
+    def __init__(
+        self, backbone: Backbone, bank: Bank | None, kernels: str, capture: Callable[[Step], Step] | None = None
+    ):
         self.weights = fuse(backbone)
         self.model: Any = backbone.model
         self.bank = bank
         self.kernels = kernels
-        self.cache: KVCache | None = None
+        self.capture = cuda_graph if capture is None and backbone.device.type == "cuda" else capture
+        self.decoder: Decoder | None = None
+        self._decodes: Any = None  # what the decoder was made for
+        self._adapters = 0  # stacked at most, so far
 
     def generate(
         self,
@@ -36,28 +46,51 @@ class StaticArm:
     ) -> Generation:
         """As `generation.generate`. Taking the batch's adapters out of the bank is part of the call and its time."""
         with torch.inference_mode():
-            layers = bind(self.bank, self.weights.shape, batch.slots, stack=self.kernels == "eager")
-            decoder = Decoder(self.weights, layers, self._cache_for(batch), batch, self.kernels)
+            decoder = self._decoder_for(batch)
+            decoder.start(batch)
             if batch.beams == 1:
                 return greedy(decoder, clock, forced, with_logits)
             if batch.eos and forced is None and not with_logits:
                 return beam_to_the_end(decoder, clock)
             return beam(decoder, clock, forced, with_logits)
 
-    def _cache_for(self, batch: Batch) -> KVCache:
+    def reserve(self, batch: Batch) -> int:
+        """Makes room in the weights' tails for the adapters of such a batch, of which it returns the number. Later it
+        would move weights under the feet of arms that have captured a step."""
+        if self.bank is None:
+            return 0
+        adapters = len(stacked_slots(batch.slots, self.kernels)[0])
+        if adapters > self._adapters:
+            self._adapters = adapters
+            self.weights.hold(self, rooms(self.bank, adapters))
+        return adapters
+
+    def _decoder_for(self, batch: Batch) -> Decoder:
         requests, prompt_tokens = batch.input_ids.shape
         size = CacheSize(requests, batch.beams, prompt_tokens, batch.new_tokens)
-        if self.cache is None or self.cache.size != size:
-            self.cache = None  # gives the old one back before the new one is taken
-            self.cache = KVCache(size, self.weights.shape, self.weights.dtype, self.weights.device)
-        return self.cache
+        padded = not bool(batch.attention_mask.all())
+        adapters = self.reserve(batch)
+        wanted = (size, padded, adapters, self.weights.version)
+        if self.decoder is None or self._decodes != wanted:
+            self.decoder = None  # gives the old one back before the new one is taken
+            self.decoder, self._decodes = self._make(size, adapters, padded=padded), wanted
+        return self.decoder
+
+    def _make(self, size: CacheSize, adapters: int, *, padded: bool) -> Decoder:
+        weights = self.weights
+        taken = Adapters(self.bank, weights, size.requests, adapters, self.kernels) if self.bank else None
+        cache = KVCache(size, weights.shape, weights.dtype, weights.device)
+        return Decoder(weights, taken, cache, self.kernels, self.capture, padded=padded)
 
     def tensors(self) -> list[torch.Tensor]:
-        """The bank's stacks, the cache, and the table of rotations."""
+        """The bank, the adapters of the last batch, the cache, and the table of rotations."""
         held = self.bank.tensors() if self.bank else []
-        held += self.cache.tensors() if self.cache else []
+        if self.decoder is not None:
+            held += self.decoder.cache.tensors()
+            held += self.decoder.adapters.tensors() if self.decoder.adapters else []
         return [*held, self.weights.cos, self.weights.sin]
 
     def close(self) -> None:
-        """Drops the cache and the bank."""
-        self.model = self.bank = self.cache = None
+        """Drops the cache and the bank, and lets the weights' tails go."""
+        self.weights.let_go(self)
+        self.model = self.bank = self.decoder = None

@@ -33,13 +33,21 @@ class KVCache:
         heads, dim = shape.kv_heads, shape.head_dim
         length = size.prompt_tokens + (steps if size.beams == 1 else 0)
 
-        def empty(*sizes: int) -> tuple[torch.Tensor, ...]:
-            return torch.empty((shape.layers, *sizes), dtype=dtype, device=device).unbind()
+        # Zeros: a step of fixed size reads all places and gives those that are not there yet the weight 0.
+        def zeros(*sizes: int) -> torch.Tensor:
+            return torch.zeros((shape.layers, *sizes), dtype=dtype, device=device)
 
-        self.prompt = empty(size.requests, 2, heads, length, dim)
-        self.generated = empty(steps, rows, 2, heads, dim) if size.beams > 1 else ()
-        self.ancestors = torch.empty(rows, steps, dtype=torch.int64, device=device)
+        self._held = [zeros(size.requests, 2, heads, length, dim)]
+        if size.beams > 1:
+            self._held.append(zeros(steps, rows, 2, heads, dim))
+        self.prompt = self._held[0].unbind()
+        self.generated = self._held[1].unbind() if size.beams > 1 else ()
+        self.ancestors = torch.zeros(rows, steps, dtype=torch.int64, device=device)
+        # Where step n puts its keys and values: [N - 1, Q x beams, 2, H_kv, D] of each layer.
+        self.entries = self.generated or tuple(
+            entry[:, :, :, size.prompt_tokens :].permute(3, 0, 1, 2, 4) for entry in self.prompt
+        )
 
     def tensors(self) -> list[torch.Tensor]:
-        """One tensor of each allocation; its storage is the whole of it."""
-        return [*self.prompt[:1], *self.generated[:1], self.ancestors]
+        """All that it holds."""
+        return [*self._held, self.ancestors]

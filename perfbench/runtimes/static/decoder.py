@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -14,50 +17,99 @@ from perfbench.kernels import (
     vector_generator,
 )
 from perfbench.runtimes.generation import Batch
-from perfbench.runtimes.static.adapters import Bound, BoundGenerator, BoundLayer, join_scales
+from perfbench.runtimes.static.adapters import BARE, Adapters, BoundGenerator
 from perfbench.runtimes.static.cache import KVCache
-from perfbench.runtimes.static.product import product
-from perfbench.runtimes.static.weights import FUSED, Weights
+from perfbench.runtimes.static.capture import Step
+from perfbench.runtimes.static.product import product, product_with_tail, takes_tail
+from perfbench.runtimes.static.weights import Weights
+
+
+class View(NamedTuple):
+    """What one decode step sees of the cache. cos, sin [rows or 1, D]; the rest, for every layer, as
+    `qkv_epilogue` (entries, at) and `decode_attention` (prompt, where, mask, filled) take it."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    entries: list[torch.Tensor] | tuple[torch.Tensor, ...]
+    at: torch.Tensor | None
+    prompt: list[torch.Tensor] | tuple[torch.Tensor, ...]
+    where: torch.Tensor | None
+    mask: torch.Tensor | None
+    filled: torch.Tensor | None
 
 
 class Decoder:
-    """One batch in flight: weights, what its requests get on them, and its cache. Never waits for the device once
-    it is made."""
+    """Weights, adapters and cache for batches of one size. `start` one, `prefill` it, then `step` by step; never waits
+    for the device in between.
 
-    def __init__(self, weights: Weights, layers: list[BoundLayer], cache: KVCache, batch: Batch, kernels: str):
-        self.weights, self.layers, self.cache, self.batch = weights, layers, cache, batch
+    capture None: every step sees as much of the cache as is there, cut by the host. Else the step has one size for
+    all, its length is on the device, and `capture` makes it a thing to replay.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        adapters: Adapters | None,
+        cache: KVCache,
+        kernels: str,
+        capture: Callable[[Step], Step] | None,
+        *,
+        padded: bool,
+    ):
+        self.weights, self.adapters, self.cache = weights, adapters, cache
+        self.layers = adapters.layers if adapters else [BARE] * weights.shape.layers
         self.steps = 0
-        mask = batch.attention_mask.bool()
-        self._lengths = batch.attention_mask.sum(dim=1).repeat_interleave(batch.beams)
+        size, device = cache.size, weights.device
+        rows = size.requests * size.beams
+        self._rows = torch.arange(rows, device=device)
+        self._lengths = torch.empty(rows, dtype=torch.int64, device=device)
         self._padding: torch.Tensor | None = None
-        if not bool(mask.all()):
-            seen = torch.ones(len(mask), cache.prompt[0].shape[3], dtype=torch.bool, device=mask.device)
-            seen[:, : mask.shape[1]] = mask
-            self._padding = seen[:, None, None, :]
+        if padded:
+            capacity = size.prompt_tokens + size.new_tokens - 1
+            self._padding = torch.ones(size.requests, 1, 1, capacity, dtype=torch.bool, device=device)
+        self._capture = capture
+        self._replay: Step | None = None
+        self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._at = torch.zeros(1, dtype=torch.int64, device=device)
+        self._logits = torch.empty(0, device=device)
         self._shrink = low_rank.SHRINKS[kernels]
+        self._from_product = low_rank.FROM_PRODUCT[kernels]
         self._qkv = qkv_epilogue.FORMS[kernels]
         self._swiglu = swiglu_epilogue.FORMS[kernels]
         self._norm = residual_rmsnorm.FORMS[kernels]
         self._attention = decode_attention.FORMS[kernels]
+        self._mask = decode_attention.MASKS[kernels]
         self._vectors = vector_generator.FORMS[kernels]
+
+    def start(self, batch: Batch) -> None:
+        """Takes a batch of this decoder's size: its adapters and its padding, copied to where the steps find them."""
+        self.batch = batch
+        self.steps = 0
+        self._at.zero_()
+        torch.sum(batch.attention_mask.repeat_interleave(batch.beams, dim=0), dim=1, out=self._lengths)
+        if self._padding is not None:
+            self._padding[:, 0, 0, : batch.attention_mask.shape[1]] = batch.attention_mask
+        if self.adapters is not None:
+            self.adapters.take(batch.slots)
 
     def prefill(self) -> torch.Tensor:
         """Reads the prompts; logits [Q, V] of what follows them."""
         weights, batch = self.weights, self.batch
         requests, length = batch.input_ids.shape
         cos, sin = self._rotation(batch.attention_mask)
-        allowed = self._allowed()
+        allowed = self._allowed(length)
         residual = weights.embed(batch.input_ids).view(requests * length, -1)
         normed = residual_rmsnorm.norm(residual, weights.layers[0].input_norm, weights.eps)
         last = (batch.attention_mask * torch.arange(length, device=residual.device)).argmax(dim=1)
         every = torch.arange(requests, device=residual.device)
+        group = weights.shape.heads // weights.shape.kv_heads
         for i, bound in enumerate(self.layers):
             if bound.generator is not None:
                 stream = normed if bound.generator.stacked.normalised else residual
-                self._generate_scales(bound, stream.view(requests, length, -1)[every, last])
+                self._generate_scales(bound.generator, stream.view(requests, length, -1)[every, last])
             entry = self.cache.prompt[i][:, :, :, :length]
-            q = self._project_qkv(i, normed, cos, sin, entry.permute(0, 3, 1, 2, 4))
-            group = weights.shape.heads // weights.shape.kv_heads
+            qkv, h = self._product(normed, i, "qkv", prefill=True)
+            q = self._finish_qkv(i, qkv, h, cos, sin, entry.permute(0, 3, 1, 2, 4), None)
             keys, values = entry.unbind(1)
             if group > 1:
                 keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
@@ -67,96 +119,134 @@ class Decoder:
             if i == len(self.layers) - 1:  # nothing but the last token of each prompt is needed from here on
                 residual = residual.view(requests, length, -1)[:, -1].contiguous()
                 attended = attended.view(requests, length, -1)[:, -1].contiguous()
-            normed = self._finish_layer(i, residual, attended)
+            normed = self._finish_layer(i, residual, attended, prefill=True)
         return product(normed, weights.head)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Takes one more token of each row, int64 [rows]; logits [rows, V] of what follows."""
-        weights, beams, cache, n = self.weights, self.batch.beams, self.cache, self.steps
-        prompt_tokens = self.batch.input_ids.shape[1]
+        """Takes one more token of each row, int64 [rows]; logits [rows, V] of what follows, until the next step."""
+        if self._capture is None:
+            logits = self._run(tokens, self._growing_view())
+        else:
+            self._tokens.copy_(tokens)
+            if self._replay is None:
+                self._replay = self._capture(self._fixed_step)
+            self._replay()
+            self._at.add_(1)
+            logits = self._logits
+        self.steps += 1
+        return logits
+
+    def follow(self, sources: torch.Tensor) -> None:
+        """Makes row r the continuation of row sources[r], int64 [rows]; only indices move."""
+        ancestors = self.cache.ancestors if self._capture else self.cache.ancestors[:, : self.steps]
+        ancestors.copy_(ancestors[sources])
+
+    def _fixed_step(self) -> None:
+        """The step on what lies in fixed tensors; run twice it does the same."""
+        self._logits = self._run(self._tokens, self._fixed_view())
+
+    def _growing_view(self) -> View:
+        """The cache up to this step, as far as the host knows it."""
+        weights, cache, n = self.weights, self.cache, self.steps
+        prompt_tokens, one_beam = cache.size.prompt_tokens, cache.size.beams == 1
         if self._padding is None:
             cos, sin = (t[prompt_tokens + n : prompt_tokens + n + 1] for t in (weights.cos, weights.sin))
         else:
             cos, sin = weights.cos[self._lengths + n], weights.sin[self._lengths + n]
-        rows = len(tokens)
-        end = prompt_tokens + n + 1 if beams == 1 else prompt_tokens
-        mask = None if self._padding is None else self._padding[..., :end]
+        end = prompt_tokens + n + 1 if one_beam else prompt_tokens
         where = None
-        if beams > 1:
-            cache.ancestors[:, n] = torch.arange(rows, device=tokens.device)
-            steps = torch.arange(n + 1, device=tokens.device)
-            where = cache.ancestors[:, : n + 1] + steps * rows
+        if not one_beam:
+            cache.ancestors[:, n] = self._rows
+            steps = torch.arange(n + 1, device=self._rows.device)
+            where = cache.ancestors[:, : n + 1] + steps * len(self._rows)
+        return View(
+            cos, sin, entries=[entry[n] for entry in cache.entries], at=None,
+            prompt=[entry[:, :, :, :end] for entry in cache.prompt], where=where,
+            mask=None if self._padding is None else self._padding[..., :end], filled=None,
+        )  # fmt: skip
+
+    def _fixed_view(self) -> View:
+        """The whole cache, and on the device how much of it is there."""
+        weights, cache, at = self.weights, self.cache, self._at
+        positions, filled, where = self._lengths + at, at + 1, None
+        length, places = cache.size.prompt_tokens, cache.size.new_tokens - 1
+        mask = self._mask(self._padding, filled, length, places)
+        if cache.size.beams > 1:
+            cache.ancestors.index_copy_(1, at, self._rows.unsqueeze(1))
+            steps = torch.arange(places, device=at.device)
+            where = cache.ancestors + steps * len(self._rows)
+        else:
+            filled = filled + length
+        return View(
+            weights.cos[positions], weights.sin[positions], entries=cache.entries, at=at,
+            prompt=cache.prompt, where=where, mask=mask, filled=filled,
+        )  # fmt: skip
+
+    def _run(self, tokens: torch.Tensor, view: View) -> torch.Tensor:
+        weights, cache = self.weights, self.cache
         residual = weights.embed(tokens)
         normed = residual_rmsnorm.norm(residual, weights.layers[0].input_norm, weights.eps)
         for i in range(len(self.layers)):
-            entry = cache.prompt[i][:, :, :, end - 1] if where is None else cache.generated[i][n]
-            q = self._project_qkv(i, normed, cos, sin, entry)
-            generated = None if where is None else cache.generated[i]
-            attended = self._attention(q, cache.prompt[i][:, :, :, :end], generated, where, mask)
+            qkv, h = self._product(normed, i, "qkv")
+            q = self._finish_qkv(i, qkv, h, view.cos, view.sin, view.entries[i], view.at)
+            generated = cache.generated[i] if cache.generated else None
+            attended = self._attention(q, view.prompt[i], generated, view.where, view.mask, view.filled)
             normed = self._finish_layer(i, residual, attended)
-        self.steps = n + 1
         return product(normed, weights.head)
 
-    def follow(self, sources: torch.Tensor) -> None:
-        """Makes row r the continuation of row sources[r], int64 [rows]; only indices move."""
-        self.cache.ancestors[:, : self.steps] = self.cache.ancestors[sources, : self.steps]
+    def _product(
+        self, x: torch.Tensor, i: int, name: str, *, prefill: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The fused product `name` of layer i, and h as the fused operations take it, None without a low-rank pair."""
+        projection, bound = self.weights.layers[i].projections[name], self.layers[i].projections[name]
+        if bound.a is None or bound.weight is None:
+            return product(x, projection.weight, projection.bias), None
+        if prefill or not takes_tail(x):
+            own = self.adapters.own if self.adapters else None
+            return product(x, projection.weight, projection.bias), self._shrink(x, bound.a, own)
+        y, ranks = product_with_tail(x, bound.weight, bound.bias, projection.columns)
+        adapters, each, _ = bound.a.shape
+        return y, self._from_product(ranks[:, : adapters * each], adapters)
 
-    def _project_qkv(
-        self, i: int, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, entry: torch.Tensor
+    def _finish_qkv(
+        self, i: int, qkv: torch.Tensor, h: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
+        entry: torch.Tensor, at: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        bound = self.layers[i].projections["qkv"]
+        return self._qkv(qkv, h, bound.expansion, bound.scale, cos, sin, entry, at)
+
+    def _finish_layer(
+        self, i: int, residual: torch.Tensor, attended: torch.Tensor, *, prefill: bool = False
     ) -> torch.Tensor:
-        layer, bound = self.weights.layers[i], self.layers[i].projections["qkv"]
-        qkv = product(normed, layer.weights["qkv"], layer.biases["qkv"])
-        h = self._low_rank(normed, bound)
-        return self._qkv(qkv, h, bound.expansion, bound.scale_minus_one, bound.scale_from, cos, sin, entry)
-
-    def _finish_layer(self, i: int, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """From the attention's output to the normed input of the next layer (or of the head); residual in place."""
-        weights, layer, bound = self.weights, self.weights.layers[i], self.layers[i].projections
-        self._add(residual, attended, layer.weights["o"], layer.biases["o"])
-        h = self._low_rank(attended, bound["o"])
-        normed = self._norm(residual, h, bound["o"].expansion, layer.post_norm, weights.eps)
-        gate_up = product(normed, layer.weights["gate_up"], layer.biases["gate_up"])
-        h, up = self._low_rank(normed, bound["gate_up"]), bound["gate_up"]
-        inner = self._swiglu(gate_up, h, up.expansion, up.scale_minus_one, up.scale_from, weights.activation)
-        self._add(residual, inner, layer.weights["down"], layer.biases["down"])
-        h = self._low_rank(inner, bound["down"])
+        weights, bound = self.weights, self.layers[i].projections
+        y, h = self._product(attended, i, "o", prefill=prefill)
+        normed = self._norm(residual, y, h, bound["o"].expansion, weights.layers[i].post_norm, weights.eps)
+        gate_up, h = self._product(normed, i, "gate_up", prefill=prefill)
+        inner = self._swiglu(gate_up, h, bound["gate_up"].expansion, bound["gate_up"].scale, weights.activation)
+        y, h = self._product(inner, i, "down", prefill=prefill)
         following = weights.layers[i + 1].input_norm if i + 1 < len(weights.layers) else weights.norm
-        return self._norm(residual, h, bound["down"].expansion, following, weights.eps)
+        return self._norm(residual, y, h, bound["down"].expansion, following, weights.eps)
 
-    def _low_rank(self, x: torch.Tensor, bound: Bound) -> torch.Tensor | None:
-        return None if bound.a is None else self._shrink(x, bound.a)
-
-    @staticmethod
-    def _add(residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        residual.add_(product(x, weight, bias))
-
-    def _generate_scales(self, bound: BoundLayer, pooled: torch.Tensor) -> None:
+    def _generate_scales(self, generator: BoundGenerator, pooled: torch.Tensor) -> None:
         """PARA's vectors for the layer's projections, from its input at the last prompt tokens [Q, hidden]."""
-        generator = bound.generator
-        assert isinstance(generator, BoundGenerator)
-        stacked, rows, shape = generator.stacked, generator.rows, self.weights.shape
-        vectors = self._vectors(pooled, stacked.w_down[rows], stacked.w_up[rows], stacked.bias_minus_one[rows])
-        sizes = [shape.features(module)[1] for module in stacked.modules]
-        made = dict(zip(stacked.modules, vectors.split(sizes, dim=1), strict=True))
-        for name, modules in FUSED.items():
-            scaled = {module: made[module] for module in modules if module in made}
-            if scaled:
-                projection = bound.projections[name]
-                projection.scale_from, projection.scale_minus_one = join_scales(shape, modules, scaled)
+        stacked, own = generator.stacked, self.adapters.own if self.adapters else None
+        vectors = self._vectors(pooled, stacked.w_down, stacked.w_up, stacked.bias_minus_one, own)
+        for columns, place in generator.places:
+            place.copy_(vectors[:, columns])
 
     def _rotation(self, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin [Q x S, D] of the prompts' tokens; padding takes the place of the first token."""
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0).flatten()
         return self.weights.cos[positions], self.weights.sin[positions]
 
-    def _allowed(self) -> torch.Tensor | None:
+    def _allowed(self, length: int) -> torch.Tensor | None:
         """bool [Q, 1, S, S] where padding needs it, else None for the plain causal mask.
 
         Padding sees itself, so that no row is empty: its values would be NaN, which no weight of 0 makes harmless.
         """
         if self._padding is None:
             return None
-        length = self.batch.input_ids.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self._padding.device).tril()
         itself = torch.eye(length, dtype=torch.bool, device=self._padding.device)
         return (causal & self._padding[..., :length]) | itself

@@ -25,7 +25,7 @@ def greedy(
         logits = decoder.step(tokens[-1]) if step else decoder.prefill()
         tokens.append(logits.argmax(dim=-1) if forced is None else forced[:, step])
         if with_logits:
-            kept.append(logits.float())
+            kept.append(logits.to(torch.float32, copy=True))  # the next step may write over them
         if clock is not None:
             clock.mark()
     chosen = torch.stack(tokens, dim=1)
@@ -54,7 +54,7 @@ def beam(
         else:
             logits = decoder.prefill().float().unsqueeze(1).expand(-1, beams, -1)
         if with_logits:
-            kept.append(logits[:, 0])
+            kept.append(logits[:, 0].clone())
         chances = logits.log_softmax(dim=-1)
         if forced is not None:
             chances = torch.full_like(chances, NOT_FORCED)

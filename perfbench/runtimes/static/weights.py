@@ -1,37 +1,69 @@
-"""The weights as the static runtime reads them: Q, K and V as one matrix, gate and up as another, held once."""
+"""The weights as the static runtime reads them: Q, K and V as one matrix, gate and up as another, held once.
+
+Each matrix has a tail: rows below it in the same buffer, for the first halves of the low-rank pairs of the batch in
+flight, so that one product gives the base output and every adapter's ranks. Concatenated, never merged.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from perfbench.backbone import Backbone
 from perfbench.errors import BackboneError
-from perfbench.methods.shape import MODULE_PATHS, BackboneShape
+from perfbench.methods.shape import MODULE_PATHS, SHARED_INPUT, BackboneShape
 from perfbench.runtime_support import unsupported
 
-# The modules that share an input, as one product: their outputs lie side by side in this order.
-FUSED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+# Fused projection -> rows of its tail.
+Rooms = dict[str, int]
+
+
+class Projection:
+    """One fused product. weight [D_out, D_in], bias [D_out] or None, tail [room, D_in]; a tail's bias is 0."""
+
+    def __init__(self, linears: Sequence[torch.nn.Linear]):
+        self._linears = linears
+        self.columns = sum(linear.out_features for linear in linears)
+        self._lay_out(0)
+
+    def _lay_out(self, room: int) -> None:
+        """Puts the weights into a buffer with a tail of `room` rows; the linear modules become views of it."""
+        self._weight = _join([linear.weight for linear in self._linears], room)
+        biases = [linear.bias for linear in self._linears]
+        self._bias = None if biases[0] is None else _join(biases, room)
+        self.weight, self.tail = self._weight[: self.columns], self._weight[self.columns :]
+        self.bias = None if self._bias is None else self._bias[: self.columns]
+
+    def fit(self, room: int) -> bool:
+        """Makes the tail `room` rows long; whether it had to move."""
+        if room == len(self.tail):
+            return False
+        self._lay_out(room)
+        return True
+
+    def with_tail(self, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias with the first `rows` of the tail."""
+        end = self.columns + rows
+        return self._weight[:end], None if self._bias is None else self._bias[:end]
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer. `weights` and `biases`: fused projection -> [D_out, D_in], [D_out] or None; the norms
-    [hidden], in fp32 where the family multiplies by 1 + weight (Gemma)."""
+    """One decoder layer: fused projection by name; the norms [hidden], in fp32 where the family multiplies by
+    1 + weight (Gemma)."""
 
-    weights: dict[str, torch.Tensor]
-    biases: dict[str, torch.Tensor | None]
+    projections: dict[str, Projection]
     input_norm: torch.Tensor
     post_norm: torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Weights:
     """A whole backbone. cos, sin: [context, head_dim / 2 twice] with sin negated in the first half, so that RoPE is
-    x cos + swap(x) sin, swap exchanging the halves of a head."""
+    x cos + swap(x) sin, swap exchanging the halves of a head. `version` counts how often a tail has moved."""
 
     shape: BackboneShape
     dtype: torch.dtype
@@ -44,6 +76,26 @@ class Weights:
     activation: str
     cos: torch.Tensor
     sin: torch.Tensor
+    version: int = 0
+    _held: dict[int, list[Rooms]] = field(default_factory=dict)
+
+    def hold(self, holder: object, rooms: list[Rooms]) -> None:
+        """Keeps tails of at least this many rows in each layer until `holder` lets them go."""
+        self._held[id(holder)] = rooms
+        self._fit()
+
+    def let_go(self, holder: object) -> None:
+        """The tails shrink to what the others hold."""
+        if self._held.pop(id(holder), None) is not None:
+            self._fit()
+
+    def _fit(self) -> None:
+        moved = False
+        for i, layer in enumerate(self.layers):
+            for name, projection in layer.projections.items():
+                room = max((rooms[i].get(name, 0) for rooms in self._held.values()), default=0)
+                moved |= projection.fit(room)
+        self.version += moved
 
 
 def fuse(backbone: Backbone) -> Weights:
@@ -51,6 +103,8 @@ def fuse(backbone: Backbone) -> Weights:
 
     A second call finds what the first one made. BackboneError for what the runtime does not have.
     """
+    if isinstance(backbone.fused, Weights):
+        return backbone.fused
     model = backbone.model
     if (problem := unsupported("static", model.config.to_dict())) is not None:
         raise BackboneError(f"{backbone.name}: {problem}")
@@ -59,7 +113,7 @@ def fuse(backbone: Backbone) -> Weights:
     cos, sin = rotary(torch.empty(0, dtype=torch.float32, device=backbone.device), positions)
     half = backbone.shape.head_dim // 2
     sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-    return Weights(
+    backbone.fused = weights = Weights(
         shape=backbone.shape,
         dtype=backbone.dtype,
         device=backbone.device,
@@ -72,16 +126,16 @@ def fuse(backbone: Backbone) -> Weights:
         cos=cos[0].to(backbone.dtype),
         sin=sin[0].to(backbone.dtype),
     )
+    return weights
 
 
 def _layer(layer: Any, family: str) -> LayerWeights:
-    weights, biases = {}, {}
-    for name, modules in FUSED.items():
-        linears = [layer.get_submodule(MODULE_PATHS[module]) for module in modules]
-        weights[name] = _join([linear.weight for linear in linears])
-        biases[name] = None if linears[0].bias is None else _join([linear.bias for linear in linears])
+    projections = {
+        name: Projection([layer.get_submodule(MODULE_PATHS[module]) for module in modules])
+        for name, modules in SHARED_INPUT.items()
+    }
     return LayerWeights(
-        weights, biases, _norm(layer.input_layernorm, family), _norm(layer.post_attention_layernorm, family)
+        projections, _norm(layer.input_layernorm, family), _norm(layer.post_attention_layernorm, family)
     )
 
 
@@ -90,19 +144,13 @@ def _norm(module: Any, family: str) -> torch.Tensor:
     return 1.0 + weight.float() if family == "gemma" else weight
 
 
-def _join(parts: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-    """One tensor of which `parts`, joined along the first dimension, are views from now on."""
+def _join(parts: Sequence[torch.Tensor], room: int) -> torch.Tensor:
+    """One tensor of which `parts`, joined along the first dimension, are views from now on, and `room` zeros below."""
     first = parts[0].data
-    size = (sum(part.shape[0] for part in parts), *first.shape[1:])
-    end = first.data_ptr()
-    for part in parts:
-        if part.data_ptr() != end:
-            break
-        end += part.numel() * part.element_size()
-    else:
-        if first.untyped_storage().nbytes() >= first.storage_offset() * first.element_size() + end - first.data_ptr():
-            return first.as_strided(size, first.stride())
-    fused = torch.cat([part.data for part in parts])
-    for part, view in zip(parts, fused.split([part.shape[0] for part in parts]), strict=True):
+    rows = [part.shape[0] for part in parts]
+    fused = first.new_empty(sum(rows) + room, *first.shape[1:])
+    for part, view in zip(parts, fused[: sum(rows)].split(rows), strict=True):
+        view.copy_(part.data)
         part.data = view
+    fused[sum(rows) :].zero_()
     return fused

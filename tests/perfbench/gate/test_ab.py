@@ -298,13 +298,13 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-STATIC = "llama-tiny-fp32-cpu/static/p6-n3-b1-q2-t2-r2-distinct/ia3-eager"
+STATIC = "llama-tiny-fp32-cpu/static/p6-n3-b1-q2-t2-r2-distinct/lora-eager"
 TINY = """\
 backbone: llama-tiny
 dtype: fp32
 device: cpu
 runtime: [transformers, static]
-methods: [ia3]
+methods: [lora]
 workload: {prompt_tokens: 6, new_tokens: 3, requests: 2, tenants: 2}
 warmup: 1
 """

@@ -1,0 +1,53 @@
+"""How the Triton kernels are launched on each GPU: a small table, and defaults for a GPU that it lacks.
+
+    python -m perfbench.kernels.tune             # on a GPU: times the candidates, prints what is best
+    python -m perfbench.kernels.tune --write     # and adds it to kernels/settings.json
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+
+TABLE = Path(__file__).with_name("settings.json")
+
+# Chosen by hand so that nothing spills on sm_80 to sm_100 (resources.json); powers of two.
+DEFAULTS: dict[str, dict[str, int]] = {
+    # SPLIT_K: columns of x that one program reads; a decode step has too few rows to fill a GPU with less splitting.
+    "low_rank.shrink": {"SPLIT_K": 1024, "BLOCK_K": 64, "num_warps": 4},
+    "low_rank.expand": {"BLOCK_N": 64, "num_warps": 4},
+    "qkv_epilogue": {"num_warps": 1},
+    "swiglu_epilogue": {"BLOCK": 1024, "num_warps": 4},
+    "residual_rmsnorm": {"num_warps": 8},
+    # SPLIT: tokens of the cache that one program reads.
+    "decode_attention": {"SPLIT": 256, "BLOCK_L": 32, "num_warps": 4},
+    "row_scale": {"BLOCK": 1024, "num_warps": 4},
+    "vector_generator": {"BLOCK_K": 64, "BLOCK_N": 512, "num_warps": 4},
+}
+
+
+@cache
+def table() -> dict[str, dict[str, dict[str, int]]]:
+    """GPU name -> kernel -> settings, as committed."""
+    found: dict[str, dict[str, dict[str, int]]] = json.loads(TABLE.read_text())
+    return found
+
+
+def setting(kernel: str, device: torch.device) -> dict[str, int]:
+    """The settings of `kernel` on `device`: the table's for this GPU, else the defaults."""
+    return _setting(kernel, torch.cuda.get_device_name(device) if device.type == "cuda" else "")
+
+
+@cache
+def _setting(kernel: str, gpu: str) -> dict[str, int]:
+    return DEFAULTS[kernel] | table().get(gpu, {}).get(kernel, {})
+
+
+def source(gpu: str | None) -> str:
+    """Where the settings of a GPU of this name come from, in words."""
+    if gpu is None:
+        return "defaults (no GPU)"
+    return "tuned for this GPU" if gpu in table() else f"defaults; `python -m perfbench.kernels.tune` tunes for {gpu}"

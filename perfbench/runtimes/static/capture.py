@@ -1,0 +1,29 @@
+"""The decode step as a CUDA graph: one launch from the host replays all of its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+Step = Callable[[], None]
+
+
+def cuda_graph(step: Step) -> Step:
+    """`step` captured: what it returns does the same work on the same tensors, whatever they hold by then.
+
+    `step` must read and write fixed tensors only, not wait for the device, and be free to run twice. It runs once
+    here, so that kernels are compiled and libraries set up before the capture.
+    """
+    if _get_current_dispatch_mode() is not None:
+        return step  # somebody counts operations, of which a replay has none
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
