@@ -69,6 +69,7 @@ def expand(y: torch.Tensor, h: torch.Tensor, expansion: Expansion) -> None:
 
 
 FORMS = {"eager": eager, "triton": later("low_rank_triton", "add_low_rank")}
+EXPANDS = {"eager": expand, "triton": later("low_rank_triton", "expand")}
 # Triton's gives fp32 planes [splits, rows, R], which the Triton forms of the fused operations add up.
 SHRINKS = {"eager": shrink, "triton": later("low_rank_triton", "shrink")}
 # The same h out of a product that gave every row's ranks with every adapter.

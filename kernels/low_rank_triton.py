@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from perfbench.kernels.launch import INTERPRETED, check, check_own, check_stack, tile
+from perfbench.kernels.launch import INTERPRETED, check, check_own, check_rows, check_stack, requests_of, tile
+from perfbench.kernels.low_rank import Expansion
 from perfbench.kernels.settings import setting
 
 
@@ -45,24 +46,27 @@ def _shrink(
 
 @triton.jit
 def _expand(
-    y, planes, b, M, R, D_OUT, B_STRIDE, PLANE,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    y, planes, b, own, M, R, D_OUT, ROW, B_STRIDE, PLANE, H_ROW,
+    SPLITS: tl.constexpr, OWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    place = y + group * M * D_OUT + rows[:, None] * D_OUT + columns[None, :]
-    inside = (rows < M)[:, None] & (columns < D_OUT)[None, :]
+    adapter = group
+    if OWN:
+        adapter = tl.load(own + group).to(tl.int64)
+    place = y + group * M * ROW + rows[:, None] * ROW + columns[None, :]
+    inside = (adapter >= 0) & (rows < M)[:, None] & (columns < D_OUT)[None, :]
     sums = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     for first in range(0, R, BLOCK_R):
         ranks = first + tl.arange(0, BLOCK_R)
         there = (rows < M)[:, None] & (ranks < R)[None, :]
         h = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for split in range(SPLITS):
-            plane = planes + split * PLANE + group * M * R
-            h += tl.load(plane + rows[:, None] * R + ranks[None, :], mask=there, other=0.0)
-        weight = b + group * B_STRIDE + ranks[:, None] * D_OUT + columns[None, :]
+            plane = planes + split * PLANE + group * M * H_ROW
+            h += tl.load(plane + rows[:, None] * H_ROW + ranks[None, :], mask=there, other=0.0)
+        weight = b + tl.maximum(adapter, 0) * B_STRIDE + ranks[:, None] * D_OUT + columns[None, :]
         right = tl.load(weight, mask=(ranks < R)[:, None] & (columns < D_OUT)[None, :], other=0.0)
         if UPCAST:
             right = right.to(tl.float32)
@@ -138,13 +142,31 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Ten
     check_stack("a", a, (groups, rank, d_in), y)
     check_stack("b", b, (groups, rank, d_out), y)
     check("y", y, (groups, rows, d_out), y)
-    if rows * d_out >= 2**31:
-        raise ValueError(f"y: {rows} rows of one adapter are more than 32-bit offsets reach; choose kernels eager")
     planes = shrink(x.view(groups * rows, d_in), a)
+    expand(y.view(groups * rows, d_out), planes, Expansion(((0, 0, b),)))
+
+
+def expand(y: torch.Tensor, planes: torch.Tensor, expansion: Expansion) -> None:
+    """As `low_rank.expand`, for many rows of each request, with the planes of `shrink` [splits, rows, R]; one launch
+    for each module. ValueError on inputs that do not fit each other or are not on a GPU."""
+    parts, _, own = expansion
+    every, columns = y.shape
+    check_rows("y", y, (every, columns), y)
+    check_own(own, y)
+    requests = requests_of(len(parts[0][2]), own, every)
+    rows = every // requests
+    if planes.shape[1:] != (every, expansion.ranks) or planes.dtype != torch.float32:
+        raise ValueError(f"planes: expected fp32 [splits, {every}, {expansion.ranks}], got {list(planes.shape)}")
+    if rows * y.stride(0) >= 2**31:
+        raise ValueError(f"y: {rows} rows of one adapter are more than 32-bit offsets reach; choose kernels eager")
     chosen = setting("low_rank.expand", y.device)
-    block_m, block_n = tile(rows, 64), tile(d_out, chosen["BLOCK_N"])
-    _expand[(groups, triton.cdiv(rows, block_m), triton.cdiv(d_out, block_n))](
-        y, planes, b, rows, rank, d_out, b.stride(0), planes[0].numel(),
-        SPLITS=len(planes), BLOCK_M=block_m, BLOCK_R=tile(rank, 32), BLOCK_N=block_n, UPCAST=INTERPRETED,
-        num_warps=chosen["num_warps"],
-    )  # fmt: skip
+    for first, column, b in parts:
+        rank, d_out = b.shape[1:]
+        check_stack("b", b, (len(parts[0][2]), rank, d_out), y)
+        block_m, block_n = tile(rows, 64), tile(d_out, chosen["BLOCK_N"])
+        _expand[(requests, triton.cdiv(rows, block_m), triton.cdiv(d_out, block_n))](
+            y[:, column:], planes[:, :, first:], b, y if own is None else own,
+            rows, rank, d_out, y.stride(0), b.stride(0), planes.stride(0), planes.stride(1),
+            SPLITS=len(planes), OWN=own is not None, BLOCK_M=block_m, BLOCK_R=tile(rank, 32), BLOCK_N=block_n,
+            UPCAST=INTERPRETED, num_warps=chosen["num_warps"],
+        )  # fmt: skip

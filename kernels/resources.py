@@ -76,13 +76,15 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     ),
     "low_rank.expand": (
         low_rank_triton._expand,
-        {"y": BF16, "planes": FP32, "b": BF16} | _integers("M", "R", "D_OUT", "B_STRIDE", "PLANE"),
-        {"SPLITS": 4, "BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_N": 64, "UPCAST": False},
+        {"y": BF16, "planes": FP32, "b": BF16, "own": "*i64"}
+        | _integers("M", "R", "D_OUT", "ROW", "B_STRIDE", "PLANE", "H_ROW"),
+        {"SPLITS": 4, "OWN": True, "BLOCK_M": 16, "BLOCK_R": 16, "BLOCK_N": 64, "UPCAST": False},
     ),
     "low_rank.expand, prefill, rank 128": (
         low_rank_triton._expand,
-        {"y": BF16, "planes": FP32, "b": BF16} | _integers("M", "R", "D_OUT", "B_STRIDE", "PLANE"),
-        {"SPLITS": 4, "BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_N": 64, "UPCAST": False},
+        {"y": BF16, "planes": FP32, "b": BF16, "own": "*i64"}
+        | _integers("M", "R", "D_OUT", "ROW", "B_STRIDE", "PLANE", "H_ROW"),
+        {"SPLITS": 4, "OWN": True, "BLOCK_M": 64, "BLOCK_R": 32, "BLOCK_N": 64, "UPCAST": False},
     ),
     "qkv_epilogue": (
         qkv_epilogue_triton._epilogue,

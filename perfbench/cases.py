@@ -40,6 +40,7 @@ class Workload:
     tenant_mix: str
     zipf_exponent: float | None
     without_adapter: float
+    follow_up_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _case_from_json(data: dict[str, Any]) -> Case:
 def _points(axes: WorkloadAxes) -> Iterator[Workload]:
     """The product of the axes; the exponent is one of them only where the mix is zipf."""
     for mix in axes.tenant_mix:
-        for prompt, new_tokens, beams, requests, tenants, resident, exponent, without in itertools.product(
+        for prompt, new_tokens, beams, requests, tenants, resident, exponent, without, follow_up in itertools.product(
             axes.prompt_tokens,
             axes.new_tokens,
             axes.beams,
@@ -142,6 +143,7 @@ def _points(axes: WorkloadAxes) -> Iterator[Workload]:
             axes.resident,
             axes.zipf_exponent if mix == "zipf" else (None,),
             axes.without_adapter,
+            axes.follow_up_tokens,
         ):
             yield Workload(
                 prompts=axes.prompts,
@@ -154,6 +156,7 @@ def _points(axes: WorkloadAxes) -> Iterator[Workload]:
                 tenant_mix=mix,
                 zipf_exponent=exponent,
                 without_adapter=without,
+                follow_up_tokens=follow_up,
             )
 
 
@@ -197,6 +200,8 @@ def _workload_part(workload: Workload) -> str:
     parts.append(f"{workload.tenant_mix}{exponent}")
     if workload.without_adapter:
         parts.append(f"w{_number(workload.without_adapter)}")
+    if workload.follow_up_tokens:
+        parts.append(f"f{workload.follow_up_tokens}")
     return "-".join(parts)
 
 

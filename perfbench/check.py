@@ -81,10 +81,21 @@ def check(arm: Arm, batch: Batch, resident: int, dtype: torch.dtype, seed: int, 
                 )
                 ties += tie
                 parted += [] if tie else [request]
+    if batch.follow_up is not None:
+        worst = max(worst, second_turn_difference(arm, batch, together.tokens))
     shifted_difference = None if shifted is None else weakest
     status, reason = verdict(worst, tolerance, shifted_difference, parted)
     equal = not parted if dtype == torch.float32 else None
     return Check(status, reason, len(sampled), equal, ties, worst, tolerance, shifted_difference)
+
+
+def second_turn_difference(arm: Any, batch: Batch, generated: torch.Tensor) -> float:
+    """How far the second turn's first logits, after `generated` int64 [Q, N], are from those of an arm that reads the
+    whole conversation as one prompt; relative, the largest over the requests."""
+    arm.generate(batch, forced=generated)
+    found = arm.follow_up(generated, with_logits=True).logits[:, :1]
+    whole = arm.generate(replace(batch.conversation(generated), new_tokens=1), with_logits=True).logits
+    return max(relative_difference(found[i], whole[i]) for i in range(len(found)))
 
 
 def forced_logits(arm: Arm, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:

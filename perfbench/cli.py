@@ -53,6 +53,23 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--format", choices=("table", "markdown", "csv", "json"), default="table")
     show.set_defaults(command=_show)
 
+    report = commands.add_parser("report", help="one page of one or several runs", description=_report.__doc__)
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
+    report.add_argument("--format", choices=("html", "markdown", "csv", "parquet"), default="html")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html; markdown and csv are printed")
+    report.add_argument("--samples", action="store_true", help="csv and parquet: a row for each repetition")
+    report.set_defaults(command=_report)
+
+    history = commands.add_parser("history", help="how a figure moved over runs", description=_history.__doc__)
+    history.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run directories, or folders of them")
+    history.add_argument("--store", type=Path, default=Path("runs/history.sqlite"), metavar="FILE")
+    history.add_argument("--figure", default="decode_tokens_per_s", metavar="NAME", help="`perfbench list` has them")
+    history.add_argument("--case", default="*", metavar="GLOB", help="only the cases whose id matches")
+    history.add_argument("--machine", default="", metavar="TEXT", help="only machines whose name contains it")
+    history.add_argument("--format", choices=("table", "csv"), default="table")
+    history.add_argument("--html", type=Path, metavar="FILE", help="write a page with a plot of each series")
+    history.set_defaults(command=_history)
+
     listing = commands.add_parser("list", help="what there is to choose from", description=_list.__doc__)
     listing.set_defaults(command=_list)
 
@@ -192,6 +209,56 @@ def _show(arguments: argparse.Namespace) -> int:
     if text is not None:
         print(text)
     return directory.exit_code()
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    """Writes an HTML page that opens offline: verdicts, charts with intervals, environment. Or Markdown for a pull
+    request, CSV, Parquet. Exit code 2 where a run can't be read or the file can't be written."""
+    from perfbench.report.read import read_runs
+    from perfbench.report.write import render, write
+
+    content = render(read_runs(arguments.runs), arguments.format, samples=arguments.samples)
+    printed = arguments.format in ("markdown", "csv")
+    out = arguments.out or (None if printed else Path(f"report.{arguments.format}"))
+    if out is None:
+        sys.stdout.write(content.decode())
+        return 0
+    write(out, content)
+    print(f"{out}: {len(content) / 1e6:.2f} MB", file=sys.stderr)
+    return 0
+
+
+def _history(arguments: argparse.Namespace) -> int:
+    """Imports runs into a store of one file, where each counts once however often it is given, and shows how a figure
+    moved from run to run and where its level changed. Exit code 2 where a run can't be read; the rest is imported."""
+    from collections import Counter
+
+    from perfbench import history, history_view
+    from perfbench.report.write import write
+
+    found, outcomes = history.find_runs(arguments.runs), Counter[str]()
+    with history.open_store(arguments.store, create=bool(found)) as store:
+        for path in found:
+            try:
+                outcome = store.add(path)
+            except PerfbenchError as error:
+                outcome = "refused"
+                print(f"perfbench: {error}", file=sys.stderr)
+            if outcome == "unfinished":
+                print(f"{path}: still being written, or stopped; imported once it is finished", file=sys.stderr)
+            outcomes[outcome] += 1
+        if found:
+            counted = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+            print(f"{len(found)} runs: {counted}", file=sys.stderr)
+        series = store.series(arguments.figure, arguments.case, arguments.machine)
+    if arguments.html:
+        write(arguments.html, history_view.to_html(series).encode())
+        print(f"{arguments.html}: {len(series)} plots", file=sys.stderr)
+    elif arguments.format == "csv":
+        sys.stdout.write(history_view.to_csv(series))
+    else:
+        history_view.render(series)
+    return EXIT_BAD_INPUT if outcomes["refused"] else 0
 
 
 def _list(arguments: argparse.Namespace) -> int:

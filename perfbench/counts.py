@@ -34,8 +34,10 @@ def decode_step(arm: Arm, batch: Batch, device: torch.device) -> dict[str, int |
         input_ids=torch.cat([batch.input_ids, filler], dim=1),
         attention_mask=torch.cat([batch.attention_mask, filler], dim=1),
         new_tokens=2,
+        follow_up=None,
     )
     with_step, without = longer, replace(longer, new_tokens=1)
+    arm.generate(without)  # what an arm makes once, such as room for its adapters, is no part of a step
     operations, flops = (a - b for a, b in zip(_operations(arm, with_step), _operations(arm, without), strict=True))
     launches = None
     if device.type == "cuda":

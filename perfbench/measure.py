@@ -10,7 +10,8 @@ import torch
 
 from perfbench.metrics import sample_metrics
 from perfbench.nvml import Nvml
-from perfbench.runtimes.generation import Arm, Batch, StepClock
+from perfbench.runtimes.generation import Arm, Batch, Generation, StepClock
+from perfbench.runtimes.static.arm import StaticArm
 
 
 class CompilationWatch:
@@ -50,20 +51,31 @@ def repetition(arm: Arm, batch: Batch, device: torch.device, nvml: Nvml | None) 
         energy_before = nvml.total_energy_mj() if nvml else None
         compilations = CompilationWatch.count
         clock.mark()
-        arm.generate(batch, clock=clock)
+        generated = arm.generate(batch, clock=clock)
         clock.mark()
         *token_times_ms, total_ms = clock.elapsed_ms()
         energy_after = nvml.total_energy_mj() if nvml else None
+        second = {} if batch.follow_up is None else _second_turn(arm, generated, device)
     finally:
         if enabled:
             gc.enable()
     compiled = CompilationWatch.count - compilations
     sample = sample_metrics(token_times_ms, batch.input_ids.shape[0], total_ms)
     energy = None if energy_before is None or energy_after is None else energy_after - energy_before
-    return sample | {
+    return sample | second | {
         "void": f"{compiled} compilation(s) inside the window" if compiled else None,
         "sm_clock_mhz": nvml.sm_clock_mhz() if nvml else None,
         "throttle_reasons": nvml.throttle_reasons() if nvml else None,
         "energy_mj": energy,
         "unix_time_s": time.time(),
     }
+
+
+def _second_turn(arm: Arm, first: Generation, device: torch.device) -> dict[str, float]:
+    """`follow_up_ttft_ms` of the turn that follows the generation `first`."""
+    if not isinstance(arm, StaticArm):
+        raise TypeError(f"a second turn needs runtime static, got {type(arm).__name__}")
+    clock = StepClock(device)
+    clock.mark()
+    arm.follow_up(first.tokens, clock=clock)
+    return {"follow_up_ttft_ms": clock.elapsed_ms()[0]}

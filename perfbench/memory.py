@@ -1,4 +1,4 @@
-"""Peak memory of one generate call, as five separate figures, in a pass of its own."""
+"""Peak memory of one generate call, as five separate figures, and what it consists of, in passes of their own."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from typing import Any
 import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
 from perfbench.backbone import tensor_bytes
 from perfbench.nvml import Nvml
 from perfbench.runtimes.generation import Arm, Batch
+from perfbench.runtimes.static.arm import StaticArm
+from perfbench.runtimes.transformers_plan import PlanArm
 
 
 def peaks(arm: Arm, batch: Batch, resident_bytes: int, device: torch.device, nvml: Nvml | None) -> dict[str, Any]:
@@ -46,6 +49,40 @@ def peaks(arm: Arm, batch: Batch, resident_bytes: int, device: torch.device, nvm
     else:
         found["peak_allocated_bytes"] = resident_bytes + _peak_allocated_on_cpu(arm, batch)
         found["peak_reserved_bytes"] = None
+    return found
+
+
+def parts(arm: Arm, batch: Batch, weight_bytes: int) -> dict[str, int]:
+    """Bytes of all resident adapters, and of the KV cache when it is full: after the last step of this batch.
+
+    What is left of the peak beside these and the `weight_bytes` of the backbone is the call's workspace.
+    """
+    if isinstance(arm, (PlanArm, StaticArm)):
+        adapters = sum(t.nbytes for t in arm.bank.tensors()) if arm.bank else 0
+    else:
+        adapters = tensor_bytes(arm.model) - weight_bytes
+    return {"adapter_bytes": adapters, "kv_cache_bytes": _full_cache_bytes(arm, batch)}
+
+
+def _full_cache_bytes(arm: Arm, batch: Batch) -> int:
+    """The cache that `static` keeps, or what Hugging Face's cache held after its last step."""
+    found = 0
+
+    def see(_module: Any, _args: Any, output: Any) -> None:
+        nonlocal found
+        layers = output.past_key_values.layers
+        found = sum(t.untyped_storage().nbytes() for layer in layers for t in (layer.keys, layer.values))
+
+    if isinstance(arm, StaticArm):
+        arm.generate(batch)
+        assert arm.decoder is not None
+        return sum(t.nbytes for t in arm.decoder.cache.tensors())
+    causal = next(module for module in arm.model.modules() if isinstance(module, PreTrainedModel))
+    hook = causal.register_forward_hook(see)
+    try:
+        arm.generate(batch)
+    finally:
+        hook.remove()
     return found
 
 

@@ -26,6 +26,9 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "total_ms": Metric("ms", "lower", "the whole generate call"),
     "ttft_ms": Metric("ms", "lower", "from the start of generate until the first step's token is chosen"),
+    "follow_up_ttft_ms": Metric(
+        "ms", "lower", "the second turn's ttft: from the cache of the first where the method allows it"
+    ),
     "itl_ms": Metric("ms", "lower", "for each later step, the time since the step before it"),
     "decode_tokens_per_s": Metric(
         "tokens/s", "higher", "requests x (N - 1) / (total - ttft); beams are never multiplied in"
@@ -38,6 +41,8 @@ METRICS: dict[str, Metric] = {
     "peak_device_bytes": Metric("bytes", "lower", "most memory in use on the device by all processes (NVML)"),
     "peak_process_bytes": Metric("bytes", "lower", "most device memory used by the measuring process (NVML)"),
     "peak_resident_bytes": Metric("bytes", "lower", "most host memory the measuring process had resident"),
+    "adapter_bytes": Metric("bytes", "lower", "adapters of all resident tenants on the device"),
+    "kv_cache_bytes": Metric("bytes", "lower", "keys and values when the cache is full, after the last step"),
     "tenants_that_fit": Metric(
         "tenants", "higher", "more tenants whose adapters fit in the memory that is left while a batch runs"
     ),

@@ -30,6 +30,8 @@ _SAMPLE_FIELDS = frozenset((
     "case", "round", "process", "total_ms", "ttft_ms", "itl_ms", *_SPEEDS, "void", "sm_clock_mhz",
     "throttle_reasons", "energy_mj", "unix_time_s",
 ))  # fmt: skip
+# Of workloads with a second turn only.
+_OPTIONAL_SAMPLE_FIELDS = frozenset(("follow_up_ttft_ms",))
 _MANIFEST_FIELDS = {
     "perfbench_version": str,
     "started_at": str,
@@ -147,8 +149,8 @@ class RunDirectory:
         Raises RunDirectoryError where it can't be written, with the file cut back to its last whole line;
         ValueError on a sample with other fields, of an unknown case or with a NaN (our fault).
         """
-        if set(sample) != _SAMPLE_FIELDS:
-            raise ValueError(f"sample: missing or unknown fields: {sorted(set(sample) ^ _SAMPLE_FIELDS)}")
+        if wrong := (set(sample) - _OPTIONAL_SAMPLE_FIELDS) ^ _SAMPLE_FIELDS:
+            raise ValueError(f"sample: missing or unknown fields: {sorted(wrong)}")
         if sample["case"] not in self.manifest["cases"]:
             raise ValueError(f"sample: unknown case {sample['case']!r}")
         _refuse_not_finite(dict(sample), "sample")
@@ -218,12 +220,16 @@ class RunDirectory:
         A case whose status is not ok gets none of them: no speed without its check. Writes nothing.
         Raises RunDirectoryError as `samples` does, and where a case has two samples in one turn.
         """
-        cases, valid = self.manifest["cases"], [one for one in self.samples() if one["void"] is None]
+        cases = self.manifest["cases"]
+        valid: dict[str, list[dict[str, Any]]] = {case_id: [] for case_id in cases}
+        for sample in self.samples():
+            if sample["void"] is None and sample["case"] in valid:
+                valid[sample["case"]].append(sample)
         for comparison in self.manifest["comparisons"]:
             requests = comparison["workload"]["requests"]
             members = [cases[case_id] for case_id in comparison["case_ids"]]
             for case in members:
-                own = [sample for sample in valid if sample["case"] == case["id"]]
+                own = valid[case["id"]]
                 ok = case["status"] == "ok" and bool(own)
                 case["summary"] = _summarise_samples(own, requests) if ok else None
             for case in members:
@@ -246,13 +252,14 @@ class RunDirectory:
         }
 
     def _versus(
-        self, case: dict[str, Any], reference: dict[str, Any] | None, valid: list[dict[str, Any]]
+        self, case: dict[str, Any], reference: dict[str, Any] | None, valid: dict[str, list[dict[str, Any]]]
     ) -> dict[str, Interval] | None:
         """Speeds of `case` / those of `reference`; None: no such arm, itself, not ok, or no common round."""
         if reference is None or reference is case or case["summary"] is None or reference["summary"] is None:
             return None
+        both = [*valid[case["id"]], *valid[reference["id"]]]
         try:
-            ratios = {speed: paired_ratios(valid, case["id"], reference["id"], speed) for speed in _SPEEDS}
+            ratios = {speed: paired_ratios(both, case["id"], reference["id"], speed) for speed in _SPEEDS}
         except ValueError as error:
             raise RunDirectoryError(
                 f"{self.samples_path}: {error}; delete the wrong line, or {_ELSEWHERE}"
@@ -279,6 +286,8 @@ def _summarise_samples(samples: list[dict[str, Any]], requests: int) -> dict[str
     """{metric: summary} of one case: `itl_ms` over the steps of all rounds, energy where it was measured."""
     figures = {name: summary([one[name] for one in samples]) for name in ("total_ms", "ttft_ms", *_SPEEDS)}
     figures["itl_ms"] = summary([itl_ms for one in samples for itl_ms in one["itl_ms"]])
+    if all("follow_up_ttft_ms" in one for one in samples):
+        figures["follow_up_ttft_ms"] = summary([one["follow_up_ttft_ms"] for one in samples])
     energies = [
         energy_mj_per_token(one["energy_mj"], requests, len(one["itl_ms"]) + 1)
         for one in samples

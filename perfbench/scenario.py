@@ -57,6 +57,7 @@ class WorkloadAxes:
     tenant_mix: tuple[str, ...]
     zipf_exponent: tuple[float, ...]
     without_adapter: tuple[float, ...]
+    follow_up_tokens: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -189,11 +190,14 @@ def _point_problem(axes: WorkloadAxes, backbone: str, shape: BackboneShape) -> t
     """(field, what is wrong) of the first thing that `backbone` can't do; None if it can do every point."""
     # The length of real prompts is known only once they are tokenised; they have at least one token.
     prompt, new_tokens = max(tokens or 1 for tokens in axes.prompt_tokens), max(axes.new_tokens)
-    if prompt + new_tokens > shape.context:
+    follow_up = max(axes.follow_up_tokens)
+    second = follow_up + new_tokens if follow_up else 0
+    if prompt + new_tokens + second > shape.context:
         field_name = "new_tokens" if axes.prompt_tokens == (None,) else "prompt_tokens"
+        turn = f" + {second} of the second turn" if second else ""
         return field_name, (
             f"expected at most {shape.context} tokens, the context of {backbone}, "
-            f"got {prompt} of the prompt + {new_tokens} new ones; lower one of them"
+            f"got {prompt} of the prompt + {new_tokens} new ones{turn}; lower one of them"
         )
     if max(axes.beams) > 1 and 2 * max(axes.beams) > shape.vocab:
         return "beams", (
@@ -313,6 +317,8 @@ def _axes(source: Source, place: Place, path: Path) -> WorkloadAxes:
             field_name = _last_set(source, (*place, "resident"), (*place, "tenants"))
             message = f"more tenants than the bank's capacity: resident {held} with tenants {drawn}"
             _refuse(source, f"{message}; raise resident or lower tenants", *field_name)
+    if any(_axis(values.get("follow_up_tokens", 0))):
+        _check_second_turn(source, place, values)
     prompts = values.get("prompts")
     return WorkloadAxes(
         prompts=None if prompts is None else _existing(source, prompts, path, "file", *place, "prompts"),
@@ -325,7 +331,18 @@ def _axes(source: Source, place: Place, path: Path) -> WorkloadAxes:
         tenant_mix=mixes,
         zipf_exponent=tuple(map(float, _axis(values.get("zipf_exponent", DEFAULT_ZIPF_EXPONENT)))),
         without_adapter=tuple(map(float, _axis(values.get("without_adapter", 0)))),
+        follow_up_tokens=_axis(values.get("follow_up_tokens", 0)),
     )
+
+
+def _check_second_turn(source: Source, place: Place, values: dict[str, Any]) -> None:
+    """Refuses a second turn where nothing could go on from the first one's cache."""
+    runtimes, beams = _axis(source.values.get("runtime", "transformers")), _axis(values.get("beams", 1))
+    if "transformers" in runtimes:
+        message = "a second turn needs runtime static, transformers reads everything again; choose runtime static"
+        _refuse(source, message, *place, "follow_up_tokens")
+    if beams != (1,):
+        _refuse(source, "a second turn follows greedy search only; choose beams 1", *place, "follow_up_tokens")
 
 
 def _existing(source: Source, name: str, scenario: Path, kind: str, *place: str | int) -> str:

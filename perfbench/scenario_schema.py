@@ -147,6 +147,12 @@ _WORKLOAD_FIELDS: Schema = {
         "description": "file of real prompts, relative to the current folder or else to this file",
     },
     "new_tokens": _axis(_integer(2), "tokens generated for each request; exact, end-of-sequence is off"),
+    "follow_up_tokens": _axis(
+        _integer(0),
+        "random tokens that each request says in a second turn, to which it gets new_tokens again; 0: there is none. "
+        "Needs runtime static and beams 1",
+        default=0,
+    ),
     "beams": _axis(_integer(1), "beam size; 1 is greedy search", default=1),
     "requests": _axis(_integer(1), "prompts in the batch; rows = requests x beams"),
     "tenants": _axis(_integer(1), "how many tenants the requests are drawn from"),

@@ -102,3 +102,19 @@ def overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool | None:
     if any(bound is None for bound in bounds):
         return None
     return bool(one["low"] <= other["high"] and other["low"] <= one["high"])
+
+
+def median_bounds(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """The interval between two order statistics that holds the median with at least `level`, whatever the
+    distribution (the sign test's). None where there are too few values for one: fewer than 6 at 95%."""
+    ordered, rounds = sorted(values), len(values)
+    # The largest number of values that may be left out at either end.
+    tail, probability, left_out = 0.0, 0.5**rounds if rounds < 1000 else 0.0, 0
+    if rounds >= 1000:  # 0.5**rounds would lose all its digits; the normal form is exact enough here
+        left_out = math.floor(rounds / 2 - statistics.NormalDist().inv_cdf((1 + level) / 2) * math.sqrt(rounds) / 2)
+    else:
+        while tail + probability <= (1 - level) / 2:
+            tail += probability
+            probability *= (rounds - left_out) / (left_out + 1)
+            left_out += 1
+    return (ordered[left_out - 1], ordered[rounds - left_out]) if left_out else None

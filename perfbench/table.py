@@ -23,10 +23,12 @@ WIDTH = 100
 NOTHING = "-"
 _MIB = 2**20
 _WORKLOAD = ("prompt_tokens", "new_tokens", "beams", "requests", "tenants", "resident", "tenant_mix")
-_MEDIANS = ("total_ms", "ttft_ms", "itl_ms", "decode_tokens_per_s", "tokens_per_s", "energy_mj_per_token")
+_RARE = {"follow_up_tokens": "second turn"}
+_TIMES = ("total_ms", "ttft_ms", "follow_up_ttft_ms", "itl_ms")
+_MEDIANS = (*_TIMES, "decode_tokens_per_s", "tokens_per_s", "energy_mj_per_token")
 _PEAKS = tuple(f"peak_{kind}_bytes" for kind in ("allocated", "reserved", "device", "process", "resident"))
 _FIGURES = {
-    "memory": (*_PEAKS, "tenants_that_fit"),
+    "memory": (*_PEAKS, "adapter_bytes", "kv_cache_bytes", "tenants_that_fit"),
     "adapters": ("parameters_per_tenant", "bytes_per_tenant", "admit_ms"),
     "exact": (
         "aten_ops_per_decode_step",
@@ -49,6 +51,10 @@ _LEGEND = (
     "rounds with its 95% interval. ttft: until the first token. a tenant: adapter "
     "memory that one more takes; more fit: how many more. roof: the least time of the last step, from what it must "
     "read, over the time between tokens. ops: ATen operations in a decode step."
+)
+_LEGEND_TURNS = (
+    " turn 2 ttft: until the first token of the second turn; all arms but those whose scales are generated from the "
+    "prompt (PARA) read the first turn out of the cache."
 )
 _LEGEND_PLAIN = " times plain: decode speed over that of the same arm on runtime transformers with kernels eager."
 
@@ -123,7 +129,7 @@ def _check(case: Mapping[str, Any]) -> str:
     return f"tie {ties}" if ties else "ok"
 
 
-def _reason(row: Row) -> str:
+def verdict(row: Row) -> str:
     """The verdict with its reason, in one line."""
     return " ".join(f"{row['check']} {row['reason'] or ''}".split())
 
@@ -151,7 +157,7 @@ def _count(value: int | None) -> str:
     return f"{value // 1000}k" if value < 1_000_000 else f"{value / 1e6:,.1f}M"
 
 
-def _bytes(value: float | None) -> str:
+def format_bytes(value: float | None) -> str:
     if not value:
         return NOTHING
     return f"{value / 1024:,.1f} KiB" if value < _MIB else f"{value / _MIB:,.1f} MiB"
@@ -182,15 +188,17 @@ def _versus_lora(row: Row) -> str:
     return _interval(row, "versus_lora_tokens_per_s", 1, 2)
 
 
-def _peak(group: Sequence[Row]) -> Column:
+def peak_column(group: Sequence[Row]) -> Column:
     """Peak memory is that of tensors, or the host's where it is not known."""
     known = any(row["peak_allocated_bytes"] is not None for row in group)
     peak, head = ("peak_allocated_bytes", "peak\nMiB") if known else ("peak_resident_bytes", "host\nMiB")
     return Column(head, lambda row: NOTHING if row[peak] is None else f"{row[peak] / _MIB:,.0f}")
 
 
-def _columns(group: Sequence[Row]) -> list[Column]:
-    """The columns of one comparison; the ratio to the plain runtime and kernels where that was measured too."""
+def columns_of(group: Sequence[Row]) -> list[Column]:
+    """The columns of one comparison; the ratio to the plain runtime and kernels where that was measured too, and the
+    second turn's time in the place of the operations."""
+    turns = any(row["follow_up_ttft_ms"] is not None for row in group)
     kernels, plain = len({row["kernels"] for row in group}) > 1, "versus_plain_decode_tokens_per_s"
     return [
         Column("arm", lambda row: f"{row['arm']} ({row['kernels']})" if kernels else row["arm"], text=True),
@@ -198,15 +206,16 @@ def _columns(group: Sequence[Row]) -> list[Column]:
         Column("kept\n%", _kept),
         *([Column("times\nplain", lambda row: _figure(row[plain]))] if any(row[plain] for row in group) else []),
         Column("ttft\nms", lambda row: _figure(row["ttft_ms"])),
-        _peak(group),
-        Column("a\ntenant", lambda row: _bytes(row["bytes_per_tenant"])),
+        *([Column("turn 2\nttft", lambda row: _figure(row["follow_up_ttft_ms"]))] if turns else []),
+        peak_column(group),
+        Column("a\ntenant", lambda row: format_bytes(row["bytes_per_tenant"])),
         Column("more\nfit", lambda row: _count(row["tenants_that_fit"])),
         Column("roof\n%", lambda row: NOTHING if row["roof_share"] is None else f"{row['roof_share'] * 100:.0f}"),
-        Column("ops\n/step", lambda row: _count(row["aten_ops_per_decode_step"])),
+        *([] if turns else [Column("ops\n/step", lambda row: _count(row["aten_ops_per_decode_step"]))]),
     ]
 
 
-def _paper_columns(paper: Paper, peak: Column) -> list[Column]:
+def paper_columns(paper: Paper, peak: Column) -> list[Column]:
     """The paper's numbers beside ours; speeds as ratios to LoRA, because the machines differ."""
 
     def theirs(row: Row) -> str:
@@ -216,12 +225,12 @@ def _paper_columns(paper: Paper, peak: Column) -> list[Column]:
     return [
         Column("tokens/s to LoRA's, ours", _versus_lora),
         Column("the paper's ratio", theirs),
-        Column(f"{_plain(peak.head)}, ours", lambda row: peak.cell(row) if row["paper"] else NOTHING),
+        Column(f"{plain(peak.head)}, ours", lambda row: peak.cell(row) if row["paper"] else NOTHING),
         Column("the paper's MiB", lambda row: f"{row['paper_mib']:,}" if row["paper_mib"] else NOTHING),
     ]
 
 
-def _title(comparison: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+def title(comparison: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     """What one table is about; the workload's rarer fields where the run has several of their values."""
     load = comparison["workload"]
     counts = {field: load.get(field) for field in ("new_tokens", "beams", "requests")}
@@ -231,22 +240,27 @@ def _title(comparison: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -
         + ", ".join(f"{field.removesuffix('_tokens')} {count}" for field, count in counts.items()),
         f"tenants {load.get('tenants')} ({load.get('tenant_mix')}), resident {load.get('resident')}",
     ]
+    parts += [f"{what} {load[field]}" for field, what in _RARE.items() if load.get(field)]
     for field, value in load.items():
-        if field not in _WORKLOAD and any(other["workload"].get(field) != value for other in others):
+        if field not in (*_WORKLOAD, *_RARE) and any(other["workload"].get(field) != value for other in others):
             parts.append(f"{field} {value}")
     return "; ".join(parts)
 
 
-def _hardware(manifest: Mapping[str, Any], comparison: Mapping[str, Any], group: Sequence[Row]) -> str:
-    """The machine and the number of rounds, which belong beside every number."""
-    cpu = manifest["environment"].get("cpu") or {}
+def machine(environment: Mapping[str, Any], device: str) -> str:
+    """What a comparison on `device` ran on, in words: the GPUs and their host, or the CPU and its threads."""
+    cpu = environment.get("cpu") or {}
     host = f"{cpu.get('model') or 'unknown CPU'}, {cpu.get('threads') or 'unknown'} threads"
-    gpus = sorted({gpu.get("name") or "unknown" for gpu in manifest["environment"].get("gpus") or []})
-    on_gpu = str(comparison["device"]).startswith("cuda")
-    machine = f"{', '.join(gpus) or 'unknown GPU'} (host: {host})" if on_gpu else host
+    gpus = sorted({gpu.get("name") or "unknown" for gpu in environment.get("gpus") or []})
+    return f"{', '.join(gpus) or 'unknown GPU'} (host: {host})" if device.startswith("cuda") else host
+
+
+def hardware(manifest: Mapping[str, Any], comparison: Mapping[str, Any], group: Sequence[Row]) -> str:
+    """The machine and the number of rounds, which belong beside every number."""
+    here = machine(manifest["environment"], str(comparison["device"]))
     counted = sorted({row["rounds"] for row in group if row["rounds"] is not None})
     if not counted:
-        return f"On {machine}; nothing was timed."
+        return f"On {here}; nothing was timed."
     planned, few = manifest["scenario"].get("repetitions"), str(counted[0])
     processes = manifest["scenario"].get("processes", 1)
     if planned is not None:
@@ -255,35 +269,31 @@ def _hardware(manifest: Mapping[str, Any], comparison: Mapping[str, Any], group:
     # Void samples, or a run that was stopped: said, because the medians rest on fewer rounds than planned.
     within = f" in {processes} processes" if processes > 1 else ""
     of = f" of {planned} planned" if planned is not None and counted != [planned] else ""
-    return f"On {machine}; medians of {rounds}{of} rounds{within}."
+    return f"On {here}; medians of {rounds}{of} rounds{within}."
 
 
-def _conclusion(group: Sequence[Row]) -> Iterator[str]:
+def conclusion(group: Sequence[Row]) -> Iterator[str]:
     """In words: which arm kept most of the bare backbone's speed, with its ties, and which costs least."""
     measured = [row for row in group if row["kept_decode_tokens_per_s"] is not None]
     if measured:
         best = max(measured, key=lambda row: row["kept_decode_tokens_per_s"])
         share = f"{best['kept_decode_tokens_per_s']:.1%}"
         if len(measured) == 1:
-            yield f"{_name(best, group)} kept {share} of the bare backbone's decode speed."
+            yield f"{arm_name(best, group)} kept {share} of the bare backbone's decode speed."
         else:
-            name, ties = _name(best, group), _ties(best, measured)
+            name, ties = arm_name(best, group), _ties(best, measured)
             yield f"{name} kept most of the bare backbone's decode speed, {share}{ties}"
     priced = [row for row in group if row["bytes_per_tenant"] and row["status"] == "ok"]
     if priced:
         least = min(row["bytes_per_tenant"] for row in priced)
-        names = [_name(row, group) for row in priced if row["bytes_per_tenant"] == least]
-        yield f"A tenant costs least with {_enumerated(names)}: {_bytes(least)}."
+        names = [arm_name(row, group) for row in priced if row["bytes_per_tenant"] == least]
+        yield f"A tenant costs least with {_enumerated(names)}: {format_bytes(least)}."
 
 
 def _ties(best: Row, measured: Sequence[Row]) -> str:
     """The rest of the sentence: whose interval overlaps that of the `best`."""
-
-    def interval(row: Row) -> Row:
-        return {key: row[f"kept_decode_tokens_per_s{end}"] for end, key in _ENDS.items()}
-
     others = [row for row in measured if row is not best]
-    overlaps = {_name(row, measured): overlap(interval(best), interval(row)) for row in others}
+    overlaps = {arm_name(row, measured): overlap(_kept_interval(best), _kept_interval(row)) for row in others}
     if None in overlaps.values():
         return "; with a single round there is no interval, so the order may be chance."
     ties = [name for name, tied in overlaps.items() if tied]
@@ -292,13 +302,23 @@ def _ties(best: Row, measured: Sequence[Row]) -> str:
     return f", a tie with {_enumerated(ties)}: the intervals overlap."
 
 
+def is_best(row: Row, measured: Sequence[Row]) -> bool:
+    """Whether `row` kept most of all `measured`, or its interval overlaps that of the one that did."""
+    best = max(measured, key=lambda row: row["kept_decode_tokens_per_s"])
+    return row is best or bool(overlap(_kept_interval(best), _kept_interval(row)))
+
+
+def _kept_interval(row: Row) -> Row:
+    return {key: row[f"kept_decode_tokens_per_s{end}"] for end, key in _ENDS.items()}
+
+
 def _enumerated(names: Sequence[str]) -> str:
     """a; a and b; a, b and c."""
     return " and ".join([part for part in (", ".join(names[:-1]), names[-1]) if part])
 
 
-def _name(row: Row, group: Sequence[Row]) -> str:
-    return _columns(group)[0].cell(row)
+def arm_name(row: Row, group: Sequence[Row]) -> str:
+    return columns_of(group)[0].cell(row)
 
 
 def render(manifest: Mapping[str, Any], format: str = "table", console: Any = None) -> str | None:
@@ -315,18 +335,19 @@ def render(manifest: Mapping[str, Any], format: str = "table", console: Any = No
     return _TEXTS[format](manifest)
 
 
-def _legend(manifest: Mapping[str, Any]) -> str:
+def legend(manifest: Mapping[str, Any]) -> str:
     beside_plain = any(case["versus_plain"] for case in manifest["cases"].values())
-    return _LEGEND + (_LEGEND_PLAIN if beside_plain else "")
+    turns = any(comparison["workload"].get("follow_up_tokens") for comparison in manifest["comparisons"])
+    return _LEGEND + (_LEGEND_PLAIN if beside_plain else "") + (_LEGEND_TURNS if turns else "")
 
 
-def _groups(manifest: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], list[Row]]]:
+def groups(manifest: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], list[Row]]]:
     flat = rows(manifest)
     for comparison in manifest["comparisons"]:
         yield comparison, [row for row in flat if row["comparison"] == comparison["id"]]
 
 
-def _heading(manifest: Mapping[str, Any]) -> list[str]:
+def heading(manifest: Mapping[str, Any]) -> list[str]:
     scenario = manifest["scenario"]
     head = f"{scenario.get('name')}: {scenario.get('question') or 'no question given'}"
     return [" ".join(str(line).split()) for line in (head, *(scenario.get("notes") or ()))]
@@ -343,26 +364,26 @@ def _print(manifest: Mapping[str, Any], console: Any) -> None:
         # Text, not a string: names are printed as they are, never read as markup.
         console.print(Text(line, style), width=width)
 
-    for line in _heading(manifest):
+    for line in heading(manifest):
         say(line)
-    for comparison, group in _groups(manifest):
-        columns = [*_columns(group), Column("check", lambda row: row["check"], text=True)]
+    for comparison, group in groups(manifest):
+        columns = [*columns_of(group), Column("check", lambda row: row["check"], text=True)]
         console.print()
-        console.print(_grid(_title(comparison, manifest["comparisons"]), columns, group), width=width)
+        console.print(_grid(title(comparison, manifest["comparisons"]), columns, group), width=width)
         for row in group:
             if row["reason"]:
-                say(f"{_name(row, group)}: {_reason(row)}", "red")
-        say(_hardware(manifest, comparison, group), "dim")
-        for sentence in _conclusion(group):
+                say(f"{arm_name(row, group)}: {verdict(row)}", "red")
+        say(hardware(manifest, comparison, group), "dim")
+        for sentence in conclusion(group):
             say(sentence)
-        paper = _paper(manifest)
+        paper = paper_of(manifest)
         beside = [row for row in group if row["paper"]]
         if paper and beside:
             console.print()
-            grid = _grid(_paper_title(paper), [columns[0], *_paper_columns(paper, _peak(group))], beside)
+            grid = _grid(paper_title(paper), [columns[0], *paper_columns(paper, peak_column(group))], beside)
             console.print(grid, width=width)
     console.print()
-    say(_legend(manifest), "dim")
+    say(legend(manifest), "dim")
 
 
 def _grid(title: str, columns: Sequence[Column], group: Sequence[Row]) -> Any:
@@ -384,36 +405,36 @@ def _grid(title: str, columns: Sequence[Column], group: Sequence[Row]) -> Any:
     return grid
 
 
-def _paper(manifest: Mapping[str, Any]) -> Paper | None:
+def paper_of(manifest: Mapping[str, Any]) -> Paper | None:
     name = manifest["scenario"].get("paper")
     return find_paper(name) if name else None
 
 
-def _paper_title(paper: Paper) -> str:
+def paper_title(paper: Paper) -> str:
     return f"Beside {paper.title}; on {paper.machine}"
 
 
 def _markdown(manifest: Mapping[str, Any]) -> str:
-    lines, paper = [], _paper(manifest)
-    for line in _heading(manifest):
-        lines += [_plain(line), ""]
-    for comparison, group in _groups(manifest):
-        columns = _columns(group)
+    lines, paper = [], paper_of(manifest)
+    for line in heading(manifest):
+        lines += [plain(line), ""]
+    for comparison, group in groups(manifest):
+        columns = columns_of(group)
         if paper:
-            columns += _paper_columns(paper, _peak(group))
-        columns.append(Column("check", _reason, text=True))
-        lines += [f"**{_plain(_title(comparison, manifest['comparisons']))}**", ""]
-        lines.append(f"| {' | '.join(_plain(column.head) for column in columns)} |")
+            columns += paper_columns(paper, peak_column(group))
+        columns.append(Column("check", verdict, text=True))
+        lines += [f"**{plain(title(comparison, manifest['comparisons']))}**", ""]
+        lines.append(f"| {' | '.join(plain(column.head) for column in columns)} |")
         lines.append(f"|{'|'.join(' --- ' if column.text else ' ---: ' for column in columns)}|")
-        lines += [f"| {' | '.join(_plain(column.cell(row)) for column in columns)} |" for row in group]
-        lines += ["", _plain(_hardware(manifest, comparison, group)), *map(_plain, _conclusion(group))]
+        lines += [f"| {' | '.join(plain(column.cell(row)) for column in columns)} |" for row in group]
+        lines += ["", plain(hardware(manifest, comparison, group)), *map(plain, conclusion(group))]
         if paper:
-            lines.append(_plain(f"{_paper_title(paper)}."))
+            lines.append(plain(f"{paper_title(paper)}."))
         lines.append("")
-    return "\n".join([*lines, _legend(manifest)]) + "\n"
+    return "\n".join([*lines, legend(manifest)]) + "\n"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """`text` in one line that Markdown shows as it is, inside a table too."""
     return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
 

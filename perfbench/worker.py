@@ -126,6 +126,7 @@ class Session:
         held = memory.resident_bytes(arm)
         peaks = memory.peaks(arm, batch, held, device, self.nvml)
         free = memory.free_bytes(device, peaks["peak_allocated_bytes"] - held)
+        parts = memory.parts(arm, batch, self.backbone.bytes)
         per_tenant = built.adapters["bytes_per_tenant"]
         self.emit("phase", case=case.id, text="counting operations")
         exact = counts.decode_step(arm, batch, device) | self._least(built)
@@ -135,7 +136,7 @@ class Session:
             status=found.status,
             reason=found.reason,
             check=found.to_json(),
-            memory=peaks | {"tenants_that_fit": free // per_tenant if per_tenant else None},
+            memory=peaks | parts | {"tenants_that_fit": free // per_tenant if per_tenant else None},
             adapters=built.adapters,
             exact=exact,
         )

@@ -30,15 +30,28 @@ def make(workload: Workload, backbone: Backbone, seed: int) -> Batch:
     else:
         texts = read_prompts(Path(workload.prompts))
         ids, mask = tokenise(texts, backbone.tokenizer(), workload.requests, workload.prompt_tokens)
-        longest = ids.shape[1] + workload.new_tokens
+        second = workload.follow_up_tokens + workload.new_tokens if workload.follow_up_tokens else 0
+        longest = ids.shape[1] + workload.new_tokens + second
         if longest > backbone.shape.context:
+            follow = workload.new_tokens + second
             raise ScenarioError(
                 f"{workload.prompts}: the longest of the prompts takes {ids.shape[1]} tokens, with "
-                f"{workload.new_tokens} new ones more than the {backbone.shape.context} of {backbone.name}; "
+                f"{follow} that follow more than the {backbone.shape.context} of {backbone.name}; "
                 f"set workload.prompt_tokens to cut them"
             )
-    device = backbone.device
-    return Batch(ids.to(device), mask.to(device), assign_slots(workload, seed), workload.beams, workload.new_tokens)
+    follow_up = None
+    if workload.follow_up_tokens:
+        generator = torch.Generator().manual_seed(seed + 1)
+        size = (workload.requests, workload.follow_up_tokens)
+        follow_up = torch.randint(3, backbone.shape.vocab, size, generator=generator).to(backbone.device)
+    return Batch(
+        ids.to(backbone.device),
+        mask.to(backbone.device),
+        assign_slots(workload, seed),
+        workload.beams,
+        workload.new_tokens,
+        follow_up=follow_up,
+    )
 
 
 def assign_slots(workload: Workload, seed: int) -> tuple[int, ...]:

@@ -12,8 +12,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Read by triton when it is first imported (transformers does): without a GPU its kernels run in the interpreter.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+# Read by the OpenMP library when torch loads it: threads that wait in a busy loop slow other processes tenfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Benchmarks are called once and not timed, unless they are asked for."""
+    if not (config.option.benchmark_only or config.option.benchmark_enable):
+        config.option.benchmark_disable = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

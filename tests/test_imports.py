@@ -122,8 +122,8 @@ def _may_import(path: str, room: str, package: str, imported: Import) -> bool:
 def sources() -> list[Path]:
     """Every Python file of the rooms; perfbench/kernels and perfbench/methods are links to the top."""
     runtimes = ROOT / "perfbench" / "runtimes"
-    gate = ROOT / "perfbench" / "gate"
-    folders = [ROOT / "kernels", ROOT / "methods", ROOT / "perfbench", gate, runtimes, runtimes / "static"]
+    folders = [ROOT / "kernels", ROOT / "methods", ROOT / "perfbench", runtimes, runtimes / "static"]
+    folders += [ROOT / "perfbench" / "report", ROOT / "perfbench" / "gate"]
     return [path for folder in folders for path in sorted(folder.glob("*.py"))]
 
 

@@ -24,6 +24,8 @@ EXACT: dict[str, str] = {
     "least_flops_per_decode_step": "exact",
     "kept_bound": "exact",
     "peak_allocated_bytes": "memory",
+    "adapter_bytes": "memory",
+    "kv_cache_bytes": "memory",
 }
 
 # Figure -> the field of kernels/resources.json, for each kernel and target. Exact for one version of triton.

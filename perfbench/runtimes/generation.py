@@ -20,7 +20,8 @@ class Batch:
 
     input_ids, attention_mask: int64 [Q, S] on the device, padded on the left; slots: the bank slot of each request,
     -1 for the bare backbone; rows of the model are Q x beams. eos: the tokens that end a request; none in latency
-    work, where every request makes exactly new_tokens.
+    work, where every request makes exactly new_tokens. follow_up: int64 [Q, F], what each request says next, once it
+    has its new tokens; None where the conversation ends there.
     """
 
     input_ids: torch.Tensor
@@ -29,6 +30,18 @@ class Batch:
     beams: int
     new_tokens: int
     eos: tuple[int, ...] = ()
+    follow_up: torch.Tensor | None = None
+
+    def conversation(self, generated: torch.Tensor) -> Batch:
+        """The second turn as a batch that reads all from the start: prompt, `generated` int64 [Q, N], follow-up."""
+        assert self.follow_up is not None
+        new = torch.cat([generated, self.follow_up], dim=1)
+        return replace(
+            self,
+            input_ids=torch.cat([self.input_ids, new], dim=1),
+            attention_mask=torch.cat([self.attention_mask, torch.ones_like(new)], dim=1),
+            follow_up=None,
+        )
 
     def alone(self, request: int) -> Batch:
         """That request as a batch of its own, without the padding it had in company."""
@@ -38,6 +51,7 @@ class Batch:
             input_ids=self.input_ids[request : request + 1, -length:],
             attention_mask=self.attention_mask[request : request + 1, -length:],
             slots=(self.slots[request],),
+            follow_up=None,
         )
 
 

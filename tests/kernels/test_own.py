@@ -155,6 +155,24 @@ def test_shrink(dtype: torch.dtype) -> None:
 
 
 @dtypes
+def test_expand(dtype: torch.dtype) -> None:
+    """Of many rows, as in prefill: some columns of a wider row."""
+    make, columns = normal(dtype, seed=48), 50
+    y, ranks = make(ROWS, columns), make(ROWS, ADAPTERS * 5)
+    b: Parts = [(0, 0, make(ADAPTERS, 2, 20)), (2, 31, make(ADAPTERS, 3, 19))]
+
+    def run(shift: int) -> torch.Tensor:
+        own = next_adapter(OWN, shift)
+        out = in_a_wider_row(y)
+        planes = make_h("planes", ranks, OWN)  # of the right adapter: what is shifted is b
+        planes[:, (OWN < 0).repeat_interleave(BEAMS)] = 1.0
+        low_rank.EXPANDS["triton"](out, planes, low_rank.Expansion(tuple(b), own=own))
+        return out
+
+    judge(run, adapted(y, ranks, b, None), dtype, ADAPTERS)
+
+
+@dtypes
 def test_vector_generator(dtype: torch.dtype) -> None:
     make, hidden, rank, columns = normal(dtype, seed=45), 33, 5, 40
     h, bias = make(len(OWN), hidden), make(ADAPTERS, columns)

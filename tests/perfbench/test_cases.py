@@ -56,6 +56,7 @@ def test_ids_are_readable():
         (["workload.tenant_mix=zipf", "workload.zipf_exponent=2"], "p8-n4-b1-q3-t2-r2-zipf2"),
         (["workload.without_adapter=0.25"], "p8-n4-b1-q3-t2-r2-distinct-w0.25"),
         (["workload.without_adapter=1"], "p8-n4-b1-q3-t2-r2-distinct-w1"),
+        (["workload.follow_up_tokens=0"], "p8-n4-b1-q3-t2-r2-distinct"),
         (["workload.prompts=mt bench.txt"], "mt-bench-p8-n4-b1-q3-t2-r2-distinct"),
     ],
 )
@@ -63,6 +64,12 @@ def test_workload_part_of_an_id(sets, tail):
     Path("mt bench.txt").write_text("Hello\n")
     (comparison,) = expanded(*sets)
     assert comparison.id == f"llama-tiny-fp32-cpu/transformers/{tail}"
+
+
+def test_a_second_turn_is_in_the_id():
+    (comparison,) = expanded("runtime=static", "workload.follow_up_tokens=6")
+    assert comparison.id == "llama-tiny-fp32-cpu/static/p8-n4-b1-q3-t2-r2-distinct-f6"
+    assert comparison.workload.follow_up_tokens == 6
 
 
 def test_real_prompts_at_their_own_length():

@@ -16,6 +16,8 @@ from perfbench.methods.bank import Bank
 from perfbench.methods.registry import METHODS
 from perfbench.runtimes.generation import Arm, Batch, Generation
 from perfbench.runtimes.peft_arms import PeftMixedArm
+from perfbench.runtimes.static.arm import StaticArm
+from perfbench.runtimes.static.decoder import Decoder
 from perfbench.runtimes.transformers_plan import PlanArm
 from perfbench.workload import shift_slots
 
@@ -230,3 +232,24 @@ def test_the_verdict(worst: float, shifted: float | None, parted: list[int], sta
     found, reason = check.verdict(worst, 1e-4, shifted, parted)
     assert found == status
     assert (reason is None) == (status == "ok")
+
+
+def test_a_second_turn_on_a_cache_that_is_not_the_first_s_fails(
+    backbones: dict[str, backbone.Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of the first turn, with the keys of its last token gone, as a place counted one too far would be."""
+    base = backbones["fp32"]
+    plan = make_arm(base, "lora")
+    arm = StaticArm(base, plan.bank, "eager")
+    batch = replace(make_batch(), follow_up=torch.full((5, 3), 9))
+    found = check.check(arm, batch, RESIDENT, base.dtype, seed=1, has_adapters=True)
+    assert found.status == "ok", found
+    own = Decoder.prefill_follow_up
+
+    def forgetful(self: Decoder, generated: torch.Tensor) -> torch.Tensor:
+        for entry in self.cache.prompt:
+            entry[:, 0, :, self.cache.size.prompt_tokens + self.cache.size.new_tokens - 2] = 0
+        return own(self, generated)
+
+    monkeypatch.setattr(Decoder, "prefill_follow_up", forgetful)
+    assert check.check(arm, batch, RESIDENT, base.dtype, seed=1, has_adapters=True).status == "check_failed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from perfbench import backbone, measure
 from perfbench.runtimes.generation import Batch, Generation
+from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.transformers_plan import PlanArm
 
 CPU = torch.device("cpu")
@@ -80,3 +82,18 @@ def test_the_collector_comes_back_after_an_error(arm: PlanArm) -> None:
     with pytest.raises(MemoryError, match="planted"):
         measure.repetition(Wrapped(arm, fail), make_batch(2), CPU, nvml=None)
     assert gc.isenabled()
+
+
+def test_a_second_turn_is_timed_beside_the_first() -> None:
+    static = StaticArm(backbone.load("llama-tiny", "fp32", "cpu", seed=0), None, "eager")
+    batch = make_batch(3)
+    assert "follow_up_ttft_ms" not in measure.repetition(static, batch, CPU, nvml=None)
+    sample = measure.repetition(static, replace(batch, follow_up=batch.input_ids), CPU, nvml=None)
+    assert sample["follow_up_ttft_ms"] > 0
+    assert len(sample["itl_ms"]) == 2
+
+
+def test_a_second_turn_on_another_runtime_is_no_figure(arm: PlanArm) -> None:
+    batch = make_batch(3)
+    with pytest.raises(TypeError, match="a second turn needs runtime static, got PlanArm"):
+        measure.repetition(arm, replace(batch, follow_up=batch.input_ids), CPU, nvml=None)

@@ -78,8 +78,16 @@ def test_shipped_scenario_is_valid_on_every_device_it_is_for(path):
 
 
 def test_these_scenarios_are_shipped():
-    expected = ["cpu_110m", "eager_vs_triton", "fanlora_table3", "multitenant", "para_table4", "smoke", "tenant_sweep"]
-    assert [path.stem for path in SHIPPED] == expected
+    assert [path.stem for path in SHIPPED] == [
+        "chat_turns",
+        "cpu_110m",
+        "eager_vs_triton",
+        "fanlora_table3",
+        "multitenant",
+        "para_table4",
+        "smoke",
+        "tenant_sweep",
+    ]
 
 
 def test_main_job_is_small_on_a_cpu_and_says_so():
@@ -282,11 +290,18 @@ def test_a_key_with_a_line_break_still_makes_one_line():
         ("  beams: 0", "x.yaml:9: workload.beams: expected an integer >= 1, got 0"),
         ("  prompts: nope.txt", "x.yaml:9: workload.prompts: no such file 'nope.txt', neither in the current folder nor in ."),
         ("  prompts: nope.csv", "x.yaml:9: workload.prompts: expected the path of a .txt or .jsonl file, got 'nope.csv'"),
+        ("  follow_up_tokens: 4", "x.yaml:9: workload.follow_up_tokens: a second turn needs runtime static, transformers reads everything again; choose runtime static"),
+        ("  follow_up_tokens: 4\n  beams: 2\nruntime: static", "x.yaml:9: workload.follow_up_tokens: a second turn follows greedy search only; choose beams 1"),
         ("device: cuda", "x.yaml:9: device: asks for cuda, but the device here is cpu; choose auto or cpu"),
     ],
 )  # fmt: skip
 def test_impossible_combination(lines, message):
     assert refusal(f"{VALID}{lines}\n") == message
+
+
+def test_a_second_turn_counts_for_the_context():
+    text = VALID + "  follow_up_tokens: 600\nruntime: static\n"
+    assert "8 of the prompt + 4 new ones + 604 of the second turn; lower one of them" in refusal(text)
 
 
 def test_the_pair_of_lists_that_does_not_fit_is_named():

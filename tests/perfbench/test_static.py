@@ -275,3 +275,62 @@ def test_what_it_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     base = load(TINY | {"hidden_act": "relu"}, "fp32", monkeypatch)
     with pytest.raises(BackboneError, match=r"of-a-test: hidden_act relu: .*choose runtime transformers"):
         StaticArm(base, None, "eager")
+
+
+def with_follow_up(batch: Batch) -> Batch:
+    ids = torch.randint(3, 256, (len(batch.slots), 4), generator=torch.Generator().manual_seed(6))
+    return replace(batch, follow_up=ids)
+
+
+@pytest.mark.parametrize("capture", [None, lambda step: step], ids=["growing", "fixed"])
+@pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "even"])
+@pytest.mark.parametrize("method", ["none", "lora", "ia3", "para"])
+def test_a_second_turn_says_what_reading_everything_again_would(
+    method: str, ragged: bool, capture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load(FAMILIES["llama"], "fp32", monkeypatch)
+    bank, batch = make_bank(base, method), with_follow_up(make_batch(1, ragged=ragged))
+    plain, static = PlanArm(base, bank, "eager"), StaticArm(base, bank, "eager", capture)
+    for _ in range(2):
+        first = static.generate(batch).tokens
+        expected = plain.generate(batch.conversation(first)).tokens
+        assert torch.equal(static.follow_up(first).tokens, expected)
+    again = static.follow_up(first, forced=expected, with_logits=True).logits
+    other = plain.generate(batch.conversation(first), forced=expected, with_logits=True).logits
+    assert again is not None
+    assert float(((again - other).norm(dim=-1) / other.norm(dim=-1)).max()) < 1e-5
+
+
+def test_only_generated_scales_make_the_second_turn_read_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the layers are given: one token and the follow-up after 9 + 7 in the cache, or all 21."""
+    base = load(FAMILIES["llama"], "fp32", monkeypatch)
+    read: list[tuple[int, int]] = []
+    own = Decoder._read
+
+    def noted(self: Decoder, ids: torch.Tensor, past: int, mask: torch.Tensor) -> torch.Tensor:
+        read.append((past, ids.shape[1]))
+        return own(self, ids, past, mask)
+
+    monkeypatch.setattr(Decoder, "_read", noted)
+    for method, second in (("lora", (16, 5)), ("ia3", (16, 5)), ("fanlora", (16, 5)), ("para", (0, 21))):
+        arm, batch = StaticArm(base, make_bank(base, method), "eager"), with_follow_up(make_batch(1))
+        read.clear()
+        arm.follow_up(arm.generate(batch).tokens)
+        assert read == [(0, 9), second], method
+
+
+def test_generated_scales_on_the_first_turn_s_cache_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault that re-using the cache under PARA would be."""
+    base = load(FAMILIES["llama"], "fp32", monkeypatch)
+    arm, batch = StaticArm(base, make_bank(base, "para"), "eager"), with_follow_up(make_batch(1))
+    first = arm.generate(batch).tokens
+    expected = arm.follow_up(first, with_logits=True).logits
+    assert expected is not None
+    arm.generate(batch)
+    assert arm.decoder is not None
+    arm.decoder.layers = [replace(layer, generator=None) for layer in arm.decoder.layers]
+    found = arm.follow_up(first, with_logits=True).logits
+    assert found is not None
+    differences = ((found - expected).norm(dim=-1) / expected.norm(dim=-1))[:, 0]
+    assert float(differences[[0, 1, 3, 4]].min()) > 1e-3
+    assert float(differences[2]) < 1e-5, "this request has no adapter"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from perfbench.stats import median_interval, overlap, paired_ratios, summary
+from perfbench.stats import median_bounds, median_interval, overlap, paired_ratios, summary
 
 
 def sample(case: str, process: int, round_: int, value: float, void: str | None = None) -> dict[str, Any]:
@@ -148,3 +148,18 @@ def test_the_ratio_is_the_median_of_an_even_number_too() -> None:
 def test_overlap(one: tuple[Any, Any], other: tuple[Any, Any], expected: bool | None) -> None:
     intervals = [dict(zip(("low", "high"), ends, strict=True)) for ends in (one, other)]
     assert overlap(*intervals) is expected
+
+
+def test_median_bounds_are_order_statistics_and_hold_the_median_as_often_as_said() -> None:
+    assert median_bounds([1, 2, 3, 4, 5]) is None
+    assert median_bounds([6, 1, 5, 2, 4, 3]) == (1, 6)
+    assert median_bounds(list(range(1, 101))) == (40, 61)  # the textbook's sign test at n = 100
+    draw = random.Random(0)
+    held = 0
+    for _ in range(400):
+        low, high = median_bounds([draw.lognormvariate(0, 1) for _ in range(25)]) or (0.0, 0.0)
+        held += low <= 1.0 <= high
+    assert 375 <= held <= 396  # 95.7% expected
+    # The two ways of finding how many values to leave out meet.
+    exact, normal = (median_bounds(list(range(count))) or (0.0, 0.0) for count in (999, 1000))
+    assert abs(exact[0] - normal[0]) <= 1

@@ -112,6 +112,15 @@ def test_the_printed_row_has_every_figure() -> None:
     assert cells(bare) == ["none", "200", "the bare one", "20.0", "50", "-", "4,321", "50", "777", "ok"]
 
 
+def test_the_second_turn_s_time_takes_the_place_of_the_operations() -> None:
+    second = {**LORA, "summary": {**LORA["summary"], "follow_up_ttft_ms": summary([7.5] * 3)}}
+    text = printed(manifest(NONE, second, follow_up_tokens=16))
+    row = next(line for line in text.splitlines() if line.startswith("lora "))
+    assert cells(row) == ["lora", "180", "90.0 [88.0, 92.0]", "22.2", "7.50", "50", "1.5 MiB", "4,321", "45", "ok"]
+    assert "second turn 16" in text
+    assert "turn 2 ttft: until the first token of the second turn" in words(text)
+
+
 def test_the_ratio_to_plain_stands_there_where_it_was_measured() -> None:
     plain = {"decode_tokens_per_s": {"ratio": 1.61, "low": 1.5, "high": 1.7, "rounds": 3}}
     text = printed(manifest(NONE, {**LORA, "versus_plain": plain}))

@@ -206,7 +206,8 @@ def neighbours(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """One view of tensors [T, n_i, ...] that lie side by side in each of T rows: [T, sum of n_i, ...]."""
     first, end = parts[0], parts[0].storage_offset()
     for part in parts:
-        assert (part.storage_offset(), part.stride()) == (end, first.stride()), "the bank lays them side by side"
+        # The first stride says nothing where there is one row.
+        assert (part.storage_offset(), part.stride()[1:]) == (end, first.stride()[1:]), "they lie side by side"
         end += part[0].numel()
     size = (first.shape[0], sum(part.shape[1] for part in parts), *first.shape[2:])
     return first.as_strided(size, first.stride())

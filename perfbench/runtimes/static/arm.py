@@ -49,10 +49,25 @@ class StaticArm:
             decoder = self._decoder_for(batch)
             decoder.start(batch)
             if batch.beams == 1:
-                return greedy(decoder, clock, forced, with_logits)
+                return greedy(decoder, decoder.prefill(), clock, forced, with_logits)
             if batch.eos and forced is None and not with_logits:
                 return beam_to_the_end(decoder, clock)
             return beam(decoder, clock, forced, with_logits)
+
+    def follow_up(
+        self,
+        generated: torch.Tensor,
+        *,
+        clock: StepClock | None = None,
+        forced: torch.Tensor | None = None,
+        with_logits: bool = False,
+    ) -> Generation:
+        """The second turn of the batch that `generate` was last called with (greedy, with a follow_up), whose first
+        turn gave `generated` int64 [Q, N]. Reads the first turn's cache where the method allows it."""
+        assert self.decoder is not None
+        with torch.inference_mode():
+            logits = self.decoder.prefill_follow_up(generated)
+            return greedy(self.decoder, logits, clock, forced, with_logits)
 
     def reserve(self, batch: Batch) -> int:
         """Makes room in the weights' tails for the adapters of such a batch, of which it returns the number. Later it
@@ -67,7 +82,8 @@ class StaticArm:
 
     def _decoder_for(self, batch: Batch) -> Decoder:
         requests, prompt_tokens = batch.input_ids.shape
-        size = CacheSize(requests, batch.beams, prompt_tokens, batch.new_tokens)
+        follow_up_tokens = 0 if batch.follow_up is None else batch.follow_up.shape[1]
+        size = CacheSize(requests, batch.beams, prompt_tokens, batch.new_tokens, follow_up_tokens)
         padded = not bool(batch.attention_mask.all())
         adapters = self.reserve(batch)
         wanted = (size, padded, adapters, self.weights.version)

@@ -11,25 +11,33 @@ from perfbench.methods.shape import BackboneShape
 
 @dataclass(frozen=True)
 class CacheSize:
-    """What a cache has room for: Q requests, beams for each, S prompt tokens, N new ones."""
+    """What a cache has room for: Q requests, beams for each, S prompt tokens, N new ones; with F > 0 tokens of a second
+    turn, them and N more."""
 
     requests: int
     beams: int
     prompt_tokens: int
     new_tokens: int
+    follow_up_tokens: int = 0
+
+    @property
+    def places(self) -> int:
+        """For what follows the prompt; the last token of all is chosen and never read."""
+        turn = self.new_tokens - 1
+        return turn + (1 + self.follow_up_tokens + turn if self.follow_up_tokens else 0)
 
 
 class KVCache:
     """Keys and values of every layer.
 
-    `prompt`: [Q, 2, H_kv, S (+ N - 1 with one beam), D] of each layer, where the second dimension is key, value.
-    `generated`: with several beams [N - 1, Q x beams, 2, H_kv, D] of each layer; the beams never move in it, instead
-    `ancestors` int64 [Q x beams, N - 1] says in which row each earlier step of a beam lies.
+    `prompt`: [Q, 2, H_kv, S (+ places with one beam), D] of each layer, where the second dimension is key, value.
+    `generated`: with several beams [places, Q x beams, 2, H_kv, D] of each layer; the beams never move in it, instead
+    `ancestors` int64 [Q x beams, places] says in which row each earlier step of a beam lies.
     """
 
     def __init__(self, size: CacheSize, shape: BackboneShape, dtype: torch.dtype, device: torch.device):
         self.size = size
-        rows, steps = size.requests * size.beams, size.new_tokens - 1
+        rows, steps = size.requests * size.beams, size.places
         heads, dim = shape.kv_heads, shape.head_dim
         length = size.prompt_tokens + (steps if size.beams == 1 else 0)
 
@@ -43,7 +51,7 @@ class KVCache:
         self.prompt = self._held[0].unbind()
         self.generated = self._held[1].unbind() if size.beams > 1 else ()
         self.ancestors = torch.zeros(rows, steps, dtype=torch.int64, device=device)
-        # Where step n puts its keys and values: [N - 1, Q x beams, 2, H_kv, D] of each layer.
+        # Where what follows the prompt puts its keys and values: [places, Q x beams, 2, H_kv, D] of each layer.
         self.entries = self.generated or tuple(
             entry[:, :, :, size.prompt_tokens :].permute(3, 0, 1, 2, 4) for entry in self.prompt
         )

@@ -65,7 +65,7 @@ class Decoder:
         self._lengths = torch.empty(rows, dtype=torch.int64, device=device)
         self._padding: torch.Tensor | None = None
         if padded:
-            capacity = size.prompt_tokens + size.new_tokens - 1
+            capacity = size.prompt_tokens + size.places
             self._padding = torch.ones(size.requests, 1, 1, capacity, dtype=torch.bool, device=device)
         self._capture = capture
         self._replay: Step | None = None
@@ -73,6 +73,7 @@ class Decoder:
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
         self._logits = torch.empty(0, device=device)
         self._shrink = low_rank.SHRINKS[kernels]
+        self._expand = low_rank.EXPANDS[kernels]
         self._from_product = low_rank.FROM_PRODUCT[kernels]
         self._qkv = qkv_epilogue.FORMS[kernels]
         self._swiglu = swiglu_epilogue.FORMS[kernels]
@@ -84,33 +85,57 @@ class Decoder:
     def start(self, batch: Batch) -> None:
         """Takes a batch of this decoder's size: its adapters and its padding, copied to where the steps find them."""
         self.batch = batch
-        self.steps = 0
-        self._at.zero_()
+        self._begin(0)
         torch.sum(batch.attention_mask.repeat_interleave(batch.beams, dim=0), dim=1, out=self._lengths)
         if self._padding is not None:
             self._padding[:, 0, 0, : batch.attention_mask.shape[1]] = batch.attention_mask
         if self.adapters is not None:
             self.adapters.take(batch.slots)
 
+    def _begin(self, place: int) -> None:
+        """The next step is the first of a turn, and puts its keys and values at `place` after the prompt."""
+        self.steps, self._first_place = 0, place
+        self._at.fill_(place)
+
     def prefill(self) -> torch.Tensor:
         """Reads the prompts; logits [Q, V] of what follows them."""
-        weights, batch = self.weights, self.batch
-        requests, length = batch.input_ids.shape
-        cos, sin = self._rotation(batch.attention_mask)
-        allowed = self._allowed(length)
-        residual = weights.embed(batch.input_ids).view(requests * length, -1)
+        return self._read(self.batch.input_ids, 0, self.batch.attention_mask)
+
+    def prefill_follow_up(self, generated: torch.Tensor) -> torch.Tensor:
+        """Reads the second turn, after `generated` int64 [Q, N] of the first; logits [Q, V] of what follows it.
+
+        Goes on from the first turn's cache, unless scales are generated from the last prompt token: they are others
+        now, and with them all keys and values, so that the whole conversation is read.
+        """
+        batch, size = self.batch, self.cache.size
+        assert batch.follow_up is not None
+        whole = batch.conversation(generated)
+        past = size.prompt_tokens + size.new_tokens - 1
+        if any(layer.generator is not None for layer in self.layers):
+            past = 0
+        self._begin(size.new_tokens + batch.follow_up.shape[1])
+        return self._read(whole.input_ids[:, past:], past, whole.attention_mask)
+
+    def _read(self, ids: torch.Tensor, past: int, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Reads ids [Q, C] after `past` tokens in the cache, attention_mask [Q, past + C] being for all of them."""
+        weights = self.weights
+        requests, length = ids.shape
+        end = past + length
+        cos, sin = self._rotation(attention_mask, past)
+        allowed = self._allowed(past, end)
+        residual = weights.embed(ids).view(requests * length, -1)
         normed = residual_rmsnorm.norm(residual, weights.layers[0].input_norm, weights.eps)
-        last = (batch.attention_mask * torch.arange(length, device=residual.device)).argmax(dim=1)
+        last = (attention_mask[:, past:] * torch.arange(length, device=residual.device)).argmax(dim=1)
         every = torch.arange(requests, device=residual.device)
         group = weights.shape.heads // weights.shape.kv_heads
         for i, bound in enumerate(self.layers):
             if bound.generator is not None:
                 stream = normed if bound.generator.stacked.normalised else residual
                 self._generate_scales(bound.generator, stream.view(requests, length, -1)[every, last])
-            entry = self.cache.prompt[i][:, :, :, :length]
+            seen = self.cache.prompt[i][:, :, :, :end]
             qkv, h = self._product(normed, i, "qkv", prefill=True)
-            q = self._finish_qkv(i, qkv, h, cos, sin, entry.permute(0, 3, 1, 2, 4), None)
-            keys, values = entry.unbind(1)
+            q = self._finish_qkv(i, qkv, h, cos, sin, seen[:, :, :, past:].permute(0, 3, 1, 2, 4), None)
+            keys, values = seen.unbind(1)
             if group > 1:
                 keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
             q = q.unflatten(0, (requests, length)).transpose(1, 2)
@@ -147,7 +172,7 @@ class Decoder:
 
     def _growing_view(self) -> View:
         """The cache up to this step, as far as the host knows it."""
-        weights, cache, n = self.weights, self.cache, self.steps
+        weights, cache, n = self.weights, self.cache, self._first_place + self.steps
         prompt_tokens, one_beam = cache.size.prompt_tokens, cache.size.beams == 1
         if self._padding is None:
             cos, sin = (t[prompt_tokens + n : prompt_tokens + n + 1] for t in (weights.cos, weights.sin))
@@ -169,7 +194,7 @@ class Decoder:
         """The whole cache, and on the device how much of it is there."""
         weights, cache, at = self.weights, self.cache, self._at
         positions, filled, where = self._lengths + at, at + 1, None
-        length, places = cache.size.prompt_tokens, cache.size.new_tokens - 1
+        length, places = cache.size.prompt_tokens, cache.size.places
         mask = self._mask(self._padding, filled, length, places)
         if cache.size.beams > 1:
             cache.ancestors.index_copy_(1, at, self._rows.unsqueeze(1))
@@ -199,11 +224,16 @@ class Decoder:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The fused product `name` of layer i, and h as the fused operations take it, None without a low-rank pair."""
         projection, bound = self.weights.layers[i].projections[name], self.layers[i].projections[name]
-        if bound.a is None or bound.weight is None:
+        if bound.a is None or bound.weight is None or bound.expansion is None:
             return product(x, projection.weight, projection.bias), None
         if prefill or not takes_tail(x):
             own = self.adapters.own if self.adapters else None
-            return product(x, projection.weight, projection.bias), self._shrink(x, bound.a, own)
+            y, h = product(x, projection.weight, projection.bias), self._shrink(x, bound.a, own)
+            if not prefill:
+                return y, h
+            # With many rows of a request its adapter is worth a product of tiles: the epilogues take it row by row.
+            self._expand(y, h, bound.expansion)
+            return y, None
         y, ranks = product_with_tail(x, bound.weight, bound.bias, projection.columns)
         adapters, each, _ = bound.a.shape
         return y, self._from_product(ranks[:, : adapters * each], adapters)
@@ -235,18 +265,18 @@ class Decoder:
         for columns, place in generator.places:
             place.copy_(vectors[:, columns])
 
-    def _rotation(self, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin [Q x S, D] of the prompts' tokens; padding takes the place of the first token."""
-        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0).flatten()
+    def _rotation(self, attention_mask: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin [Q x C, D] of the tokens after `past`; padding takes the place of the first token."""
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, past:].flatten()
         return self.weights.cos[positions], self.weights.sin[positions]
 
-    def _allowed(self, length: int) -> torch.Tensor | None:
-        """bool [Q, 1, S, S] where padding needs it, else None for the plain causal mask.
+    def _allowed(self, past: int, end: int) -> torch.Tensor | None:
+        """bool [Q or 1, 1, C, end] of C = end - past tokens, or None for the plain causal mask.
 
         Padding sees itself, so that no row is empty: its values would be NaN, which no weight of 0 makes harmless.
         """
-        if self._padding is None:
+        if self._padding is None and not past:
             return None
-        causal = torch.ones(length, length, dtype=torch.bool, device=self._padding.device).tril()
-        itself = torch.eye(length, dtype=torch.bool, device=self._padding.device)
-        return (causal & self._padding[..., :length]) | itself
+        places = torch.arange(end, device=self._at.device)
+        causal, itself = places[past:, None] >= places, places[past:, None] == places
+        return causal[None, None] if self._padding is None else (causal & self._padding[..., :end]) | itself

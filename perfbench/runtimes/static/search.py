@@ -13,16 +13,21 @@ NOT_FORCED = -1e4
 
 
 def greedy(
-    decoder: Decoder, clock: StepClock | None, forced: torch.Tensor | None, with_logits: bool
+    decoder: Decoder,
+    logits: torch.Tensor,
+    clock: StepClock | None,
+    forced: torch.Tensor | None,
+    with_logits: bool,
 ) -> Generation:
-    """The best token of each step, or `forced` int64 [Q, N] instead.
+    """From the `logits` [Q, V] of a prefill on: the best token of each step, or `forced` int64 [Q, N] instead.
 
     A request that has ended goes on to N unseen: to stop early the host would have to wait for the device.
     """
     tokens: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
     for step in range(decoder.batch.new_tokens):
-        logits = decoder.step(tokens[-1]) if step else decoder.prefill()
+        if step:
+            logits = decoder.step(tokens[-1])
         tokens.append(logits.argmax(dim=-1) if forced is None else forced[:, step])
         if with_logits:
             kept.append(logits.to(torch.float32, copy=True))  # the next step may write over them
