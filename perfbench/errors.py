@@ -34,6 +34,14 @@ class TraceError(PerfbenchError):
     """A profile or trace is not there, torn, too large, or can't be made or shown."""
 
 
+class PolicyError(PerfbenchError):
+    """A gate's policy file is malformed, or names a figure that can't be gated as it asks."""
+
+
+class ComparisonError(PerfbenchError):
+    """Two runs, or two revisions, can't be compared."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The tail of an error message on an unknown `name`: its nearest neighbour, or all that is known."""
     known = sorted(known)

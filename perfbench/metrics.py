@@ -53,6 +53,9 @@ METRICS: dict[str, Metric] = {
     "aten_ops_per_decode_step": Metric("operations", "lower", "ATen operations called in one decode step"),
     "kernel_launches_per_decode_step": Metric("launches", "lower", "device kernels launched in one step"),
     "flops_per_decode_step": Metric("FLOPs", "lower", "floating-point operations of one decode step"),
+    "compiled_registers": Metric("registers", "lower", "registers of one thread of a compiled kernel (ptxas)"),
+    "compiled_spill_bytes": Metric("bytes", "lower", "registers' worth that one thread keeps in memory instead"),
+    "compiled_shared_bytes": Metric("bytes", "lower", "shared memory of one program of a compiled kernel"),
     "bytes_per_decode_step": Metric("bytes", "lower", "weights, adapters and cache the last step must read"),
     "least_flops_per_decode_step": Metric("FLOPs", "lower", "products that the last step can't do without"),
     "least_ms_per_decode_step": Metric(

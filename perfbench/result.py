@@ -329,8 +329,10 @@ def _check_manifest(manifest: Any, file: Path) -> None:
             raise refuse(f"comparisons[{index}]", "every field of a comparison", f"none called {missing}")
         if missing := _missing(comparison["workload"], ("requests",)):
             raise refuse(f"comparisons[{index}].workload", "the number of requests", f"none called {missing}")
+        if not isinstance(comparison["case_ids"], list):
+            raise refuse(f"comparisons[{index}].case_ids", "a list", repr(comparison["case_ids"]))
         for case_id in comparison["case_ids"]:
-            if case_id not in manifest["cases"]:
+            if not isinstance(case_id, str) or case_id not in manifest["cases"]:
                 raise refuse(f"comparisons[{index}].case_ids", "ids of cases of this run", repr(case_id))
 
 

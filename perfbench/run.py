@@ -75,7 +75,7 @@ def execute(scenario: Scenario, comparisons: Sequence[Comparison], out: Path, *,
     jobs = list(_jobs(comparisons, scenario.isolation))
     arms = sum(len(_cases_of(job)) for job in jobs)
     try:
-        with RunProgress(arms * (1 + scenario.repetitions)) as progress:
+        with RunProgress(arms * (1 + scenario.rounds)) as progress:
             for job in jobs:
                 Supervisor(directory, scenario, progress).run(job)
     except PerfbenchError:
@@ -145,19 +145,24 @@ class Supervisor:
 
     def run(self, job: Job) -> None:
         """Until every case of the job is measured or has failed for good."""
-        self.progress.already(sum(len(rounds) for rounds in self._done(job).values()))
-        while alive := [case for case in _cases_of(job) if self._cases[case.id]["status"] not in FINAL]:
-            if all(len(rounds) >= self.scenario.repetitions for rounds in self._done(job).values()):
-                break
-            left = (replace(one, cases=tuple(case for case in one.cases if case in alive)) for one in job)
-            ended = self._child(tuple(one for one in left if one.cases))
-            if ended is None:
-                break
-            self._fail(alive, *ended)
+        self.progress.already(sum(len(done) for done in self._done(job).values()))
+        for first in range(0, self.scenario.rounds, self.scenario.repetitions):
+            self._measure(job, range(first, first + self.scenario.repetitions))
         for case in _cases_of(job):
             if self._cases[case.id]["status"] == "pending" and self._cases[case.id]["check"]:
                 self._cases[case.id]["status"] = "ok"
         self.directory.write_manifest()
+
+    def _measure(self, job: Job, rounds: range) -> None:
+        """The `rounds` of one fresh process; of several, where a case killed one."""
+        while alive := [case for case in _cases_of(job) if self._cases[case.id]["status"] not in FINAL]:
+            if all(done >= set(rounds) for done in self._done(job).values()):
+                return
+            left = (replace(one, cases=tuple(case for case in one.cases if case in alive)) for one in job)
+            ended = self._child(tuple(one for one in left if one.cases), rounds)
+            if ended is None:
+                return
+            self._fail(alive, *ended)
 
     def _done(self, job: Job) -> dict[str, set[int]]:
         """Case id -> the rounds of which there is a sample, for the cases that can still be measured.
@@ -176,7 +181,7 @@ class Supervisor:
                 rounds[bare] &= rounds[arm]
         return rounds
 
-    def _child(self, job: Job) -> tuple[str, str] | None:
+    def _child(self, job: Job, rounds: range) -> tuple[str, str] | None:
         """One child process. None when it came to its end, else (status, reason) of the case in flight."""
         process_number = self.directory.manifest["processes"]
         self.directory.manifest["processes"] += 1
@@ -192,7 +197,7 @@ class Supervisor:
         try:
             # A child that is dead already breaks the pipe: how it ended is told below.
             with suppress(BrokenPipeError), child.stdin:
-                child.stdin.write(json.dumps(self._job_json(job)).encode())
+                child.stdin.write(json.dumps(self._job_json(job, rounds)).encode())
             for line in child.stdout:
                 if not line.endswith(b"\n"):
                     break  # the child died while writing
@@ -214,7 +219,7 @@ class Supervisor:
             return error["kind"], error["message"]
         return "crashed", cause(code)
 
-    def _job_json(self, job: Job) -> dict[str, Any]:
+    def _job_json(self, job: Job, rounds: range) -> dict[str, Any]:
         prepared = {
             case.id: "ok" if self._cases[case.id]["status"] == "pending" else self._cases[case.id]["status"]
             for case in _cases_of(job)
@@ -225,7 +230,8 @@ class Supervisor:
             "prepared": prepared,
             "done": {case_id: sorted(rounds) for case_id, rounds in self._done(job).items()},
             "warmup": self.scenario.warmup,
-            "repetitions": self.scenario.repetitions,
+            "rounds": list(rounds),
+            "last_round": self.scenario.rounds - 1,
             "seed": self.scenario.seed,
             "threads": threads(),
         }

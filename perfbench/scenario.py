@@ -78,11 +78,17 @@ class Scenario:
     workload: tuple[WorkloadAxes, ...]
     warmup: int
     repetitions: int
+    processes: int
     seed: int
     isolation: str
     paper: str | None
     notes: tuple[str, ...]
     source: Source = field(compare=False, repr=False)
+
+    @property
+    def rounds(self) -> int:
+        """Turns of each arm in the whole run: its repetitions in every process."""
+        return self.repetitions * self.processes
 
     def to_json(self) -> dict[str, Any]:
         """The resolved scenario as plain JSON data, without where its values were written."""
@@ -271,6 +277,7 @@ def _build(source: Source, path: Path, device_kind: str, notes: tuple[str, ...])
         workload=tuple(_axes(source, place, path) for place in _workload_places(source)),
         warmup=values.get("warmup", 3),
         repetitions=values.get("repetitions", 100),
+        processes=values.get("processes", 1),
         seed=values.get("seed", 0),
         isolation=values.get("isolation", "shared"),
         paper=values.get("paper"),

@@ -215,6 +215,11 @@ _FIELDS: Schema = {
     "workload": _workload(WORKLOAD_REQUIRED),
     "warmup": {**_integer(1), "description": "untimed repetitions of each arm first", "default": 3},
     "repetitions": {**_integer(1), "description": "timed repetitions of each arm", "default": 100},
+    "processes": {
+        **_integer(1),
+        "description": "fresh processes, one after the other, each with all repetitions",
+        "default": 1,
+    },
     "seed": {
         "type": "integer",
         "minimum": 0,

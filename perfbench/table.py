@@ -262,10 +262,14 @@ def hardware(manifest: Mapping[str, Any], comparison: Mapping[str, Any], group: 
     if not counted:
         return f"On {here}; nothing was timed."
     planned, few = manifest["scenario"].get("repetitions"), str(counted[0])
+    processes = manifest["scenario"].get("processes", 1)
+    if planned is not None:
+        planned *= processes
     rounds = few if len(counted) == 1 else f"{few} to {counted[-1]}"
     # Void samples, or a run that was stopped: said, because the medians rest on fewer rounds than planned.
+    within = f" in {processes} processes" if processes > 1 else ""
     of = f" of {planned} planned" if planned is not None and counted != [planned] else ""
-    return f"On {here}; medians of {rounds}{of} rounds."
+    return f"On {here}; medians of {rounds}{of} rounds{within}."
 
 
 def conclusion(group: Sequence[Row]) -> Iterator[str]:

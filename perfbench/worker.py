@@ -26,17 +26,17 @@ OUT_OF_MEMORY = "out_of_memory"
 
 def main() -> int:
     """Runs the job on standard input; exit code 0 when it came to its end, 1 after an `error` event."""
-    return run_job(_run)
+    return serve(lambda emit: _run(json.load(sys.stdin), emit))
 
 
-def run_job(run: Callable[[dict[str, Any], Emit], None]) -> int:
-    """Calls `run` with the job on standard input and what writes its events; the same exit codes as `main`."""
+def serve(work: Callable[[Emit], None]) -> int:
+    """Does `work` as a child process: its events, and how it ended, go to what was standard output, and whatever the
+    libraries print to standard error. 0 after a `done` event, 1 after an `error` event."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan keeps a GPU busy
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own chatter, before torch is imported
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    job = json.load(sys.stdin)
     state: dict[str, Any] = {"case": None}
 
     def emit(event: str, **fields: Any) -> None:
@@ -47,7 +47,7 @@ def run_job(run: Callable[[dict[str, Any], Emit], None]) -> int:
     from perfbench.errors import PerfbenchError
 
     try:
-        run(job, emit)
+        work(emit)
     except PerfbenchError as error:
         emit("error", kind="bad_input", case=state["case"], message=str(error))
     except Exception as error:
@@ -66,25 +66,32 @@ def _write(events: TextIO, event: dict[str, Any]) -> None:
 
 
 def _run(job: dict[str, Any], emit: Emit) -> None:
+    from perfbench import cases, measured_roof
+
+    comparisons = [cases.from_json(comparison) for comparison in job["comparisons"]]
+    session = open_session(job, comparisons[0], emit)
+    backbone = session.backbone
+    roof = measured_roof.device_roof(backbone.device, session.dtype)
+    emit("backbone", parameters=backbone.parameters, bytes=backbone.bytes, roof=vars(roof))
+    passed = [case for comparison in comparisons for case in comparison.cases if session.prepare(case)]
+    session.time(passed)
+
+
+def open_session(job: dict[str, Any], first: Any, emit: Emit) -> Session:
+    """The backbone and the batch of a comparison, loaded, with the job's `threads` and `seed`."""
     import torch
     import transformers
 
     from perfbench import backbone as backbones
-    from perfbench import cases, measured_roof, workload
+    from perfbench import workload
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(job["threads"])
-    comparisons = [cases.from_json(comparison) for comparison in job["comparisons"]]
-    first = comparisons[0]
     emit("phase", case=None, text=f"loading {first.backbone}")
     backbone = backbones.load(first.backbone, first.dtype, first.device, job["seed"])
-    roof = measured_roof.device_roof(backbone.device, first.dtype)
-    emit("backbone", parameters=backbone.parameters, bytes=backbone.bytes, roof=vars(roof))
     batch = workload.make(first.workload, backbone, job["seed"])
-    session = Session(job, first, backbone, batch, emit)
-    passed = [case for comparison in comparisons for case in comparison.cases if session.prepare(case)]
-    session.time(passed)
+    return Session(job, first, backbone, batch, emit)
 
 
 class Session:
@@ -161,10 +168,18 @@ class Session:
 
     def time(self, cases: list[Any]) -> None:
         """Warm-up, then the rounds that are still missing; in each, every arm once, in an order drawn for it."""
-        from perfbench import measure
-
-        missing = {case.id: set(range(self.job["repetitions"])) - set(self.job["done"][case.id]) for case in cases}
+        missing = {case.id: set(self.job["rounds"]) - set(self.job["done"][case.id]) for case in cases}
         cases = [case for case in cases if missing[case.id]]
+        built = self.warm_up(cases)
+        for number in self.job["rounds"]:
+            turn = [case for case in cases if number in missing[case.id]]
+            random.Random(f"{self.job['seed']}/{number}").shuffle(turn)
+            for case in turn:
+                self.emit("phase", case=case.id, text=f"round {number + 1} of {self.job['last_round'] + 1}")
+                self.emit("sample", case=case.id, round=number, **self.repetition(built[case.id]))
+
+    def warm_up(self, cases: list[Any]) -> dict[str, Any]:
+        """{case id: its arm, built, warm and resident}."""
         # All are built before any warms up: an arm that makes room for its adapters moves the weights of all.
         built = {}
         for case in cases:
@@ -173,18 +188,17 @@ class Session:
         for case in cases:
             self.emit("phase", case=case.id, text="warming up")
             for _ in range(self.job["warmup"]):
-                measure.repetition(built[case.id].arm, built[case.id].batch, self.backbone.device, self.nvml)
+                self.repetition(built[case.id])
         # What is here now stays: without it, the collection before each repetition takes longer than a short one.
         gc.collect()
         gc.freeze()
-        for number in range(self.job["repetitions"]):
-            turn = [case for case in cases if number in missing[case.id]]
-            random.Random(f"{self.job['seed']}/{number}").shuffle(turn)
-            for case in turn:
-                self.emit("phase", case=case.id, text=f"round {number + 1} of {self.job['repetitions']}")
-                arm, batch = built[case.id].arm, built[case.id].batch
-                sample = measure.repetition(arm, batch, self.backbone.device, self.nvml)
-                self.emit("sample", case=case.id, round=number, **sample)
+        return built
+
+    def repetition(self, built: Any) -> dict[str, Any]:
+        """One timed repetition of a built arm: `measure.repetition`'s sample."""
+        from perfbench import measure
+
+        return measure.repetition(built.arm, built.batch, self.backbone.device, self.nvml)
 
     def _build(self, case: Any) -> Any:
         from perfbench import arms

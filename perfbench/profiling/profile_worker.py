@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from perfbench.worker import Emit, run_job
+from perfbench.worker import Emit, serve
 
 # How often each arm is profiled; the arms take turns, and the last round's traces are kept.
 ROUNDS = 5
@@ -27,7 +27,7 @@ WARMUP = 3
 
 def main() -> int:
     """Runs the job on standard input; exit code 0 when it came to its end, 1 after an `error` event."""
-    return run_job(_run)
+    return serve(lambda emit: _run(json.load(sys.stdin), emit))
 
 
 @dataclass(frozen=True)

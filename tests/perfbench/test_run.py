@@ -256,6 +256,35 @@ def test_a_run_of_something_else_is_not_resumed(scenario: Path, full: tuple[Path
     assert (full[0] / result.MANIFEST).read_bytes() == before
 
 
+def test_every_process_takes_all_repetitions(scenario: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = perfbench("run", scenario, "--out", out, "--processes", "3")
+    assert process.returncode == 0, process.stderr
+    assert "3 repetitions each in each of 3 processes" in process.stderr
+    turns = Counter((sample["case"], sample["process"], sample["round"]) for sample in samples_of(out))
+    cases = manifest_of(out)["cases"]
+    assert turns == {(case, number // 3, number): 1 for case in cases for number in range(9)}
+    assert manifest_of(out)["processes"] == 3
+    assert "medians of 9 rounds in 3 processes" in process.stdout
+    assert all(case["summary"]["total_ms"]["rounds"] == 9 for case in cases.values())
+
+
+def test_a_killed_run_of_several_processes_is_resumed(scenario: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with running(scenario, out, LONG, "--processes", "2") as (process, worker):
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        psutil.wait_procs([worker], timeout=20)
+    again = ("--set", f"repetitions={LONG}", "--resume")
+    assert perfbench("run", scenario, "--out", out, *again).returncode == 2, "a run of one process is another run"
+    resumed = perfbench("run", scenario, "--out", out, "--processes", "2", *again)
+    assert resumed.returncode == 0, resumed.stderr
+    samples = samples_of(out)
+    turns = Counter((sample["case"], sample["round"]) for sample in samples)
+    assert turns == {(case, number): 1 for case in manifest_of(out)["cases"] for number in range(2 * LONG)}
+    assert {sample["process"] for sample in samples if sample["round"] >= LONG} == {2}
+
+
 def test_a_killed_worker_costs_only_the_case_in_flight(scenario: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with running(scenario, out, LONG) as (process, worker):

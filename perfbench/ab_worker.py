@@ -1,0 +1,100 @@
+"""One arm of `perfbench ab`: a process of one revision, which times a block of repetitions whenever it is told to.
+
+It reads a job (one line of JSON) and then turns on standard input, and writes events to what was its standard output,
+as `perfbench.worker` does. The parent may be of another revision: PROTOCOL says whether both speak alike, and all that
+is measured, the measuring included, is this revision's own code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from perfbench.errors import PerfbenchError
+from perfbench.worker import Emit, open_session, serve
+
+PROTOCOL = 1
+
+
+def main() -> int:
+    """Serves turns until standard input ends; exit code 0, or 1 after an `error` event."""
+    return serve(_serve)
+
+
+def _serve(emit: Emit) -> None:
+    """A job that asks to `prepare` is checked and counted and gets no turns; any other is warmed up and gets some."""
+    job = json.loads(sys.stdin.readline())
+    if job["protocol"] != PROTOCOL:
+        raise PerfbenchError(f"this revision speaks protocol {PROTOCOL} of `perfbench ab`, not {job['protocol']}")
+    comparisons, settings = _plan(job)
+    session = open_session(settings, comparisons[0], emit)
+    cases = [case for comparison in comparisons for case in comparison.cases]
+    if job["only"] is not None:
+        cases = [case for case in cases if case.id in job["only"]]
+    passed = [case for case in cases if session.prepare(case)]
+    built = {} if job["prepare"] else session.warm_up(passed)
+    emit(
+        "ready",
+        cases=[case.id for case in cases],
+        requests=comparisons[0].workload.requests,
+        device=comparisons[0].device,
+        code=loaded_code(),
+        root=str(_root()),
+    )
+    for line in sys.stdin:
+        turn = json.loads(line)
+        emit("phase", case=turn["case"], text="timing")
+        samples = [session.repetition(built[turn["case"]]) for _ in range(turn["repetitions"])]
+        emit("block", case=turn["case"], samples=samples)
+
+
+def _plan(job: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+    """The comparisons of the scenario, which must fit in one process, and the settings of the session."""
+    from perfbench import cases, scenario
+    from perfbench.device import device_kind
+
+    document = scenario.load(Path(job["scenario"]), job["set"])
+    resolved = scenario.resolve(document, *device_kind(document.device))
+    scenario.check_against_backbone(resolved)
+    comparisons = cases.expand(resolved)
+    if job["case"]:
+        comparisons = cases.select(comparisons, job["case"])
+    shared = {(one.backbone, one.dtype, one.device, one.workload) for one in comparisons}
+    if len(shared) > 1:
+        raise PerfbenchError(
+            f"{job['scenario']}: expected one backbone, dtype and workload, got {len(shared)} combinations of them; "
+            "choose with --case or --set"
+        )
+    ids = [case.id for comparison in comparisons for case in comparison.cases]
+    return comparisons, {
+        "threads": job["threads"],
+        "seed": resolved.seed,
+        "warmup": resolved.warmup,
+        "prepared": {} if job["prepare"] else dict.fromkeys(ids, "ok"),
+    }
+
+
+def loaded_code() -> dict[str, str]:
+    """{path under the root: git's hash of the file} of every module of perfbench that this process has loaded."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name.split(".")[0] == "perfbench" and file:
+            path = Path(file).resolve()
+            content = path.read_bytes()
+            header = b"blob %d\0" % len(content)
+            found[os.path.relpath(path, _root())] = hashlib.sha1(header + content).hexdigest()
+    return found
+
+
+def _root() -> Path:
+    return Path(__file__).resolve().parents[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""`perfbench ab`: two revisions measured side by side, from the refs to a report. Free of torch.
+
+Exact figures of every case come first, from one process of each revision; only where they hold are pairs timed, of
+the cases that the policy's primary figures look at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from perfbench import environment
+from perfbench.errors import ComparisonError
+from perfbench.gate.figures import COMPILED, TIMED
+from perfbench.gate.judgement import judge_exact, judge_figure, judge_presence, timed_finding
+from perfbench.gate.pairs import (
+    ARMS,
+    ArmCrashed,
+    ArmProcess,
+    Pair,
+    Ready,
+    measure_pair,
+    pair_slowdown,
+    pair_value,
+)
+from perfbench.gate.policy import Policy
+from perfbench.gate.rank_bounds import signed_rank_bound
+from perfbench.gate.report import Finding, Measured, Report, judge
+from perfbench.gate.revisions import Revision, is_dirty, repository_of, revisions
+from perfbench.gate.session import check_size, run_session
+
+PAIRS, REPORT, WORKER_LOG = "pairs.jsonl", "report.json", "worker.log"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command line asks for. scenario, settings, case: as `perfbench run` takes them; pairs: in the first
+    batch; blocks: of each case in a pair; repetitions: in a block; record: only measure the pairs, judge nothing."""
+
+    baseline: str
+    candidate: str
+    scenario: Path
+    settings: tuple[str, ...]
+    case: str | None
+    policy: Policy
+    pairs: int
+    blocks: int
+    repetitions: int
+    seed: int
+    out: Path
+    record: bool
+
+
+def cache_folder() -> Path:
+    """Where environments of other dependencies are kept between sessions."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "perfbench" / "environments"
+
+
+def compare_revisions(plan: Plan) -> Report:
+    """The report of one session; `plan.out` gets every pair as it is measured.
+
+    Raises ComparisonError on a ref that there is not, that does not build, or that can't take part.
+    """
+    repository = repository_of(Path.cwd())
+    if not plan.scenario.is_file():
+        raise ComparisonError(f"{plan.scenario}: no such file; give a scenario")
+    if not plan.record:
+        check_size(plan.pairs)
+    _make_out(plan.out)
+    with revisions(
+        repository, {"baseline": plan.baseline, "candidate": plan.candidate}, cache_folder()
+    ) as pair_of_revisions:
+        session = _Session(plan, pair_of_revisions)
+        if plan.candidate == "HEAD" and is_dirty(repository):
+            session.notes.append("the checkout has changes that are not committed; the candidate is HEAD, without them")
+        return session.report()
+
+
+def _make_out(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise ComparisonError(f"{out}: expected a new or empty folder, it has files in it; give another --out")
+    except OSError as error:
+        raise ComparisonError(f"{out}: can't be written ({error.strerror}); give another --out") from None
+
+
+class _Session:
+    """One session over two revisions that are checked out."""
+
+    def __init__(self, plan: Plan, arms: Mapping[str, Revision]):
+        self.plan, self.arms = plan, arms
+        self.notes: list[str] = []
+        self.began = datetime.now(UTC).isoformat(timespec="seconds")
+        self.pairs: list[Pair] = []
+        self.ready: dict[str, Ready] = {}
+        for revision in arms.values():
+            if not (revision.folder / "perfbench" / "ab_worker.py").is_file():
+                raise ComparisonError(
+                    f"{revision.label}: older than `perfbench ab`, it has no perfbench/ab_worker.py; choose a later ref"
+                )
+
+    def report(self) -> Report:
+        """Exact figures, then pairs; a crash of the candidate is its failure, one of the baseline ours."""
+        findings: list[Finding] = []
+        try:
+            findings = self._exact()
+            if any(one.status == "fail" for one in findings):
+                self.notes.append("no pair was timed: the exact figures fail already")
+                return self._judged(findings)
+            return self._timed(findings)
+        except ArmCrashed as crash:
+            if crash.case is None:
+                last = _last_line(self.plan.out / WORKER_LOG)
+                label = self.arms["candidate" if crash.arm == "candidate" else "baseline"].label
+                raise ComparisonError(f"{label}: can't be measured: {last or crash.why}") from None
+            if crash.arm == "candidate":
+                crashed = Finding("case", crash.case, "", "fail", note=f"crashed ({crash.why}) in the candidate")
+                return self._judged([*findings, crashed])
+            return Report("fault", f"the {crash}", *self._labels(), tuple(findings), tuple(self.notes))
+
+    def _labels(self) -> tuple[str, str]:
+        return self.arms["baseline"].label, self.arms["candidate"].label
+
+    def _judged(self, findings: Sequence[Finding]) -> Report:
+        return judge(*self._labels(), findings, self.notes, self._measured())
+
+    def _job(self, *, prepare: bool, only: Sequence[str] | None = None) -> dict[str, Any]:
+        return {
+            "scenario": str(self.plan.scenario.resolve()),
+            "set": list(self.plan.settings),
+            "case": self.plan.case,
+            "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            "prepare": prepare,
+            "only": None if only is None else list(only),
+        }
+
+    def _exact(self) -> list[Finding]:
+        """Which cases both measure, and their exact figures; alone on the machine, one revision after the other."""
+        found: dict[str, dict[str, Any]] = {}
+        for arm, revision in self.arms.items():
+            _say(f"{arm} {revision.label}: checking and counting")
+            with (
+                (self.plan.out / WORKER_LOG).open("ab") as log,
+                ArmProcess(arm, revision, self._job(prepare=True), log) as process,
+            ):
+                self.ready[arm] = process.ready()
+            found[arm] = {case: {"id": case, **entry} for case, entry in self.ready[arm].prepared.items()}
+        if self.ready["baseline"].code == self.ready["candidate"].code:
+            self.notes.append("both revisions load the same code: what differs is noise")
+        before, after = found["baseline"], found["candidate"]
+        findings = []
+        for case in dict.fromkeys([*before, *after]):
+            findings.append(judge_presence(self.plan.policy, case, before.get(case), after.get(case)))
+            if findings[-1].status == "pass":
+                findings += judge_exact(self.plan.policy, case, before[case], after[case])
+        return findings + self._compiled()
+
+    def _compiled(self) -> list[Finding]:
+        """Registers, spills and shared memory that the revisions' kernels were compiled to, where both say."""
+        before, after = (_resources(self.arms[arm].folder) for arm in ("baseline", "candidate"))
+        if before is None or after is None:
+            return []
+        if before["triton"] != after["triton"]:
+            self.notes.append(f"compiled kernels are not compared: triton {before['triton']} -> {after['triton']}")
+            return []
+        findings = []
+        for kernel, targets in before["kernels"].items():
+            for target, resources in targets.items():
+                new = after["kernels"].get(kernel, {}).get(target, {})
+                findings += [
+                    judge_figure(self.plan.policy, f"{kernel} on {target}", figure, resources[key], new.get(key))
+                    for figure, key in COMPILED.items()
+                    if key in resources
+                ]
+        return findings
+
+    def _timed(self, findings: list[Finding]) -> Report:
+        policy = self.plan.policy
+        common = [one.case for one in findings if one.kind == "case" and one.status == "pass"]
+        gated = [case for case in common if policy.skipped(case) is None]
+        groups = [[case for case in gated if fnmatchcase(case, primary.cases)] for primary in policy.primary]
+        # What no primary figure looks at is not timed: a pair is to take seconds.
+        cases = [case for case in gated if any(case in group for group in groups)]
+        for primary, group in zip(policy.primary, groups, strict=True):
+            if not group:
+                raise ComparisonError(f"{primary.figure}: no case of both revisions matches {primary.cases!r}")
+        labels = [
+            group[0] if len(group) == 1 else f"{len(group)} cases ({primary.cases})"
+            for primary, group in zip(policy.primary, groups, strict=True)
+        ]
+
+        def draw(batch: str, count: int) -> list[dict[str, list[float]]]:
+            return [
+                {
+                    arm: [
+                        pair_slowdown(pair, primary.figure, group, arm)
+                        for primary, group in zip(policy.primary, groups, strict=True)
+                    ]
+                    for arm in ("candidate", "control")
+                }
+                for pair in self._measure(batch, count, cases)
+            ]
+
+        if self.plan.record:
+            draw("recorded", self.plan.pairs)
+            self.notes.append(f"recorded {self.plan.pairs} pairs in {self.plan.out / PAIRS}; they were not judged")
+            return self._judged(findings)
+        outcome = run_session(draw, policy, labels, self.plan.pairs)
+        self.notes += outcome.story
+        for finding, primary, group in zip(outcome.findings, policy.primary, groups, strict=True):
+            values = [pair_value(self.pairs, primary.figure, group, arm) for arm in ("baseline", "candidate")]
+            findings.append(replace(finding, baseline=values[0], candidate=values[1]))
+        findings += self._each_timed(cases, {(one.case, one.figure) for one in findings})
+        if outcome.void:
+            reason = f"{outcome.void}; this run is void, run again on a quieter machine"
+            return Report("fault", reason, *self._labels(), tuple(findings), tuple(self.notes))
+        return self._judged(findings)
+
+    def _measure(self, batch: str, count: int, cases: Sequence[str]) -> list[Pair]:
+        """`count` new pairs, each written down as soon as it is there."""
+        pairs = []
+        for number in range(count):
+            _say(f"{batch} batch: pair {number + 1} of {count}")
+            pair = measure_pair(
+                self.arms,
+                self._job(prepare=False, only=cases),
+                cases,
+                self.ready["candidate"].requests,
+                blocks=self.plan.blocks,
+                repetitions=self.plan.repetitions,
+                seed=f"{self.plan.seed}/{batch}/{number}",
+                log=self.plan.out / WORKER_LOG,
+            )
+            pairs.append({"batch": batch, **pair})
+            with (self.plan.out / PAIRS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(pairs[-1]) + "\n")
+        self.pairs += pairs
+        return pairs
+
+    def _each_timed(self, cases: Sequence[str], told: set[tuple[str, str]]) -> list[Finding]:
+        """Every timed figure of every case over all pairs, shown: the primary ones carry the verdict."""
+        findings = []
+        for case in cases:
+            for figure in TIMED:
+                if (case, figure) in told or not self._all_have(case, figure):
+                    continue
+                logs = [pair_slowdown(pair, figure, [case], "candidate") for pair in self.pairs]
+                values = tuple(pair_value(self.pairs, figure, [case], arm) for arm in ("baseline", "candidate"))
+                bound = signed_rank_bound(logs, self.plan.policy.confidence)
+                findings.append(timed_finding(case, figure, (values[0], values[1]), bound))
+        return findings
+
+    def _all_have(self, case: str, figure: str) -> bool:
+        blocks = [block for pair in self.pairs for block in pair["blocks"] if block["case"] == case]
+        return all(block[arm] and figure in block[arm] for block in blocks for arm in ARMS)
+
+    def _measured(self) -> Measured | None:
+        """The candidate's blocks as other tools want them; None before any pair."""
+        if not self.pairs:
+            return None
+        found = environment.collect(self.ready["candidate"].device, None)
+        found["checkout"] = {"commit": self.arms["candidate"].commit, "dirty": False}
+        total_ms: dict[str, list[float]] = {}
+        for pair in self.pairs:
+            for block in pair["blocks"]:
+                if block["candidate"]:
+                    total_ms.setdefault(block["case"], []).append(block["candidate"]["total_ms"])
+        return Measured(found, self.began, total_ms)
+
+
+def _resources(folder: Path) -> dict[str, Any] | None:
+    """kernels/resources.json of a revision; None where it has none. Raises ComparisonError on a malformed one."""
+    file = folder / "kernels" / "resources.json"
+    if not file.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(file.read_bytes())
+        if not isinstance(found["kernels"], dict) or "triton" not in found:
+            raise ValueError("no kernels, or no version of triton")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ComparisonError(f"{file}: expected compiled kernels, got {error}") from None
+    return found
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1] if lines else ""
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

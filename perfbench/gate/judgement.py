@@ -1,0 +1,138 @@
+"""The rules that turn two values, or a bound, into a finding. The same for stored runs and for revisions side by side.
+
+Free of torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from perfbench.gate.figures import EXACT, case_figures, change
+from perfbench.gate.policy import Policy, Primary
+from perfbench.gate.rank_bounds import Bound
+from perfbench.gate.report import Finding
+from perfbench.metrics import METRICS
+
+
+def judge_presence(
+    policy: Policy, case_id: str, baseline: Mapping[str, Any] | None, candidate: Mapping[str, Any] | None
+) -> Finding:
+    """Whether one case, an entry of run.json, was measured on both sides. Only a case that is new, that the baseline
+    failed and that is measured now, or that the policy skips, may lack a side; a crash is called a crash, never
+    "slower"."""
+    skipped = policy.skipped(case_id)
+
+    def found(status: str, note: str) -> Finding:
+        if status == "fail" and skipped is not None:
+            status, note = "shown", f"{note}; not gated: {skipped}"
+        return Finding("case", case_id, "", status, note=note)
+
+    if candidate is None:
+        return found("fail", "missing in the candidate")
+    why = f"{_words(candidate['status'])}{_because(candidate)} in the candidate"
+    if baseline is None:
+        return found("shown", "new: not in the baseline") if _measured(candidate) else found("fail", f"new, {why}")
+    if not _measured(candidate):
+        return found("fail", why)
+    if not _measured(baseline):
+        return found("shown", f"measured now; {_words(baseline['status'])} in the baseline")
+    return found("pass", "measured on both sides")
+
+
+def _measured(case: Mapping[str, Any]) -> bool:
+    return case["status"] == "ok"
+
+
+def _words(status: str) -> str:
+    return {"pending": "not measured", "ok": "measured"}.get(status, status.replace("_", " "))
+
+
+def _because(case: Mapping[str, Any]) -> str:
+    return f" ({' '.join(str(case['reason']).split())})" if case["reason"] else ""
+
+
+def judge_exact(
+    policy: Policy, case_id: str, baseline: Mapping[str, Any], candidate: Mapping[str, Any]
+) -> list[Finding]:
+    """Every exact figure that either side has, of one case that both have measured."""
+    before, after = case_figures(baseline, EXACT), case_figures(candidate, EXACT)
+    return [
+        judge_figure(policy, case_id, figure, before[figure], after[figure])
+        for figure in EXACT
+        if not (before[figure] is None and after[figure] is None)
+    ]
+
+
+def judge_figure(
+    policy: Policy, case_id: str, figure: str, before: float | None, after: float | None
+) -> Finding:
+    """One exact figure: worse than its tolerance fails, and so does any change of one with no better or worse."""
+    relative = relative_change(before, after)
+
+    def found(status: str, note: str = "") -> Finding:
+        return Finding("exact", case_id, figure, status, before, after, relative, note=note)
+
+    if (reason := policy.skipped(case_id)) is not None:
+        return found("shown", f"not gated: {reason}")
+    if after is None:
+        return found("fail", f"was {before:,}, and the candidate has no such figure")
+    if before is None:
+        return found("shown", "new: the baseline has no such figure")
+    tolerance, reason = policy.tolerance(figure, case_id)
+    better = METRICS[figure].better
+    rise = math.copysign(math.inf, after) if relative is None else relative
+    worsening = {"lower": rise, "higher": -rise, None: abs(rise)}[better]
+    allowed = f" (tolerance {tolerance:.2%}{f': {reason}' if reason else ''})" if tolerance else ""
+    if worsening > tolerance:
+        return found("fail", f"{before:,} -> {after:,}{allowed}")
+    if worsening > 0:
+        return found("pass", f"{before:,} -> {after:,}, within its tolerance{allowed}")
+    return found("pass", "" if relative == 0 else f"better: {before:,} -> {after:,}; renew the baseline")
+
+
+def relative_change(before: float | None, after: float | None) -> float | None:
+    """`after` / `before` - 1; None where one is not known, or `before` alone is 0."""
+    if before is None or after is None:
+        return None
+    if before == after:
+        return 0.0
+    return after / before - 1 if before else None
+
+
+Values = tuple[float | None, float | None]
+
+
+def judge_bound(policy: Policy, primary: Primary, case: str, values: Values, bound: Bound) -> Finding:
+    """One primary figure: `bound` of the log slow-down, which fails only where the whole of it lies past the least
+    effect, passes only where all of it lies short of that, and is inconclusive otherwise."""
+    effect = math.log1p(primary.least_effect)
+    found = timed_finding(case, primary.figure, values, bound)
+    worse = f"the bound [{_percent(bound.low)}, {_percent(bound.high)}] of the slow-down"
+    limit = f"the least effect that matters, {primary.least_effect:.0%}"
+    if bound.low is None or bound.high is None:
+        return _with(found, "inconclusive", f"{bound.units} are too few for a bound")
+    if bound.low > effect:
+        return _with(found, "fail", f"slower by {_percent(bound.centre)}: {worse} lies past {limit}")
+    if bound.high < math.log1p(-policy.implausible_gain):
+        gain = f"{policy.implausible_gain:.0%}"
+        return _with(found, "fail", f"implausible gain: {worse} lies past {gain}; show that the work is still done")
+    if bound.high < effect:
+        return _with(found, "pass", f"{worse} lies short of {limit}")
+    return _with(found, "inconclusive", f"{worse} has {limit} inside it")
+
+
+def timed_finding(case: str, figure: str, values: Values, bound: Bound) -> Finding:
+    """A timed figure with its bound, shown: the change of the figure itself, for a `bound` of the log slow-down."""
+    ends = [None if end is None else change(figure, end) for end in (bound.low, bound.high)]
+    low, high = (ends[0], ends[1]) if None in ends else sorted(ends)  # type: ignore[type-var]
+    return Finding("timed", case, figure, "shown", *values, change(figure, bound.centre), low, high)
+
+
+def _with(finding: Finding, status: str, note: str) -> Finding:
+    return Finding(**{**vars(finding), "status": status, "note": note})
+
+
+def _percent(log_slowdown: float | None) -> str:
+    return "-" if log_slowdown is None else f"{math.expm1(log_slowdown):+.1%}"

@@ -1,0 +1,215 @@
+"""Pairs of fresh processes that alternate short blocks, and what one such pair says. Free of torch.
+
+A pair is three processes that are alive together: baseline, candidate, and a second one of the baseline, the control,
+whose difference from the first is what noise alone makes. The candidate is held against both, since both are the
+baseline: the spread of its log ratio shrinks by an eighth. The unit of every bound is the pair.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from perfbench.errors import ComparisonError
+from perfbench.gate.figures import medians, sample_figures, slowdown
+from perfbench.gate.revisions import Revision, prove_own_code
+
+# What perfbench/ab_worker.py of both revisions has to speak.
+PROTOCOL = 1
+ARMS = ("baseline", "candidate", "control")
+REVISION_OF = {"baseline": "baseline", "candidate": "candidate", "control": "baseline"}
+
+# Arm -> what it is held against.
+AGAINST = {"candidate": ("baseline", "control"), "control": ("baseline",)}
+
+# One pair as a line of pairs.jsonl: `seconds` it took, and `blocks`, each with its `case`, the `order` of the arms and
+# {figure: median over the block's repetitions} of every arm.
+Pair = dict[str, Any]
+
+
+class ArmCrashed(Exception):
+    """A process of an arm ended while it was measuring; `arm`, the `case` in flight, and why."""
+
+    def __init__(self, arm: str, case: str | None, why: str):
+        super().__init__(f"{arm}: {case or 'before any case'}: {why}")
+        self.arm, self.case, self.why = arm, case, why
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The ids of the `cases`, {id: what preparing it found} (empty where that was not asked), the `requests` of the
+    batch, the kind of `device`, and {path: hash} of the `code` that is loaded."""
+
+    cases: list[str]
+    prepared: dict[str, dict[str, Any]]
+    requests: int
+    device: str
+    code: dict[str, str]
+
+
+class ArmProcess:
+    """One process of a revision that times blocks; use it as a context, which ends it."""
+
+    def __init__(self, arm: str, revision: Revision, job: Mapping[str, Any], log: BinaryIO):
+        self.arm, self.revision = arm, revision
+        self.case: str | None = None
+        # -P and the worktree in front: neither the current folder nor an installed perfbench can come first.
+        environment = os.environ | {"PYTHONPATH": str(revision.folder)}
+        self._process = subprocess.Popen(
+            [str(revision.python), "-P", "-m", "perfbench.ab_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+        )
+        self._send({"protocol": PROTOCOL, **job})
+
+    def __enter__(self) -> ArmProcess:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream:
+                with suppress(BrokenPipeError):
+                    stream.close()
+
+    def ready(self) -> Ready:
+        """What the revision will measure, once all its arms are warm and its code is proved its own.
+
+        Raises ComparisonError where the revision can't take part, ArmCrashed where the process ended.
+        """
+        prepared: dict[str, dict[str, Any]] = {}
+        while True:
+            event = self._event()
+            if event["event"] == "case":
+                prepared[event["case"]] = {key: event[key] for key in event if key not in ("event", "case")}
+            elif event["event"] == "ready":
+                prove_own_code(self.revision, event["root"], event["code"])
+                return Ready(event["cases"], prepared, event["requests"], event["device"], event["code"])
+
+    def block(self, case: str, repetitions: int) -> list[dict[str, Any]]:
+        """The samples of so many repetitions of `case`, now. Raises ArmCrashed."""
+        self._send({"case": case, "repetitions": repetitions})
+        while (event := self._event())["event"] != "block":
+            pass
+        samples: list[dict[str, Any]] = event["samples"]
+        return samples
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # how it ended is told by the next event
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def _event(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            code = self._process.wait()
+            raise ArmCrashed(self.arm, self.case, f"the process ended with exit code {code}; see worker.log")
+        event: dict[str, Any] = json.loads(line)
+        if event["event"] == "error":
+            if event["kind"] == "bad_input":
+                raise ComparisonError(f"{self.revision.label}: {event['message']}")
+            raise ArmCrashed(self.arm, event["case"], event["message"])
+        if event["event"] == "phase":
+            self.case = event["case"]
+        return event
+
+
+def balanced_orders(blocks: int, draw: random.Random) -> list[tuple[str, ...]]:
+    """`blocks` orders of the arms, in each six of which every arm stands at every place equally often."""
+    orders: list[tuple[str, ...]] = []
+    while len(orders) < blocks:
+        every = list(itertools.permutations(ARMS))
+        draw.shuffle(every)
+        orders += every
+    return orders[:blocks]
+
+
+def measure_pair(
+    revisions: Mapping[str, Revision],
+    job: Mapping[str, Any],
+    cases: Sequence[str],
+    requests: int,
+    *,
+    blocks: int,
+    repetitions: int,
+    seed: str,
+    log: Path,
+) -> Pair:
+    """One pair: fresh processes, then `blocks` of each case, the arms in balanced order within each.
+
+    Raises ComparisonError and ArmCrashed as ArmProcess does.
+    """
+    began, draw = time.monotonic(), random.Random(seed)
+    measured: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        file = stack.enter_context(log.open("ab"))
+        arms = {
+            arm: stack.enter_context(ArmProcess(arm, revisions[REVISION_OF[arm]], job, file))
+            for arm in draw.sample(ARMS, len(ARMS))
+        }
+        for process in arms.values():
+            process.ready()
+        orders = {case: balanced_orders(blocks, draw) for case in cases}
+        for number in range(blocks):
+            for case in draw.sample(list(cases), len(cases)):
+                order = orders[case][number]
+                block: dict[str, Any] = {"case": case, "order": list(order)}
+                for arm in order:
+                    samples = arms[arm].block(case, repetitions)
+                    valid = [sample_figures(one, requests) for one in samples if one["void"] is None]
+                    block[arm] = medians(valid) if valid else None
+                measured.append(block)
+    return {"seconds": time.monotonic() - began, "seed": seed, "blocks": measured}
+
+
+def pair_slowdown(pair: Pair, figure: str, cases: Sequence[str], arm: str) -> float:
+    """The log slow-down of `arm` ("candidate" or "control") in one pair: for each case the median over its blocks,
+    then the mean over the cases, which is the geometric mean of their ratios.
+
+    Raises ComparisonError where a case has no block that all of the arms measured.
+    """
+    others, means = AGAINST[arm], []
+    for case in cases:
+        ratios = [
+            statistics.fmean(slowdown(figure, block[other][figure], block[arm][figure]) for other in others)
+            for block in pair["blocks"]
+            if block["case"] == case and all(_has(block, one, figure) for one in (arm, *others))
+        ]
+        if not ratios:
+            raise ComparisonError(f"{case}: {figure}: no valid block in a pair; look at worker.log")
+        means.append(statistics.median(ratios))
+    return statistics.fmean(means)
+
+
+def pair_value(pairs: Sequence[Pair], figure: str, cases: Sequence[str], arm: str) -> float:
+    """The figure itself, for showing: the median over all blocks of each case, then the geometric mean over cases."""
+    values = {
+        case: [
+            block[arm][figure]
+            for pair in pairs
+            for block in pair["blocks"]
+            if block["case"] == case and _has(block, arm, figure)
+        ]
+        for case in cases
+    }
+    return statistics.geometric_mean(statistics.median(of_case) for of_case in values.values())
+
+
+def _has(block: Mapping[str, Any], arm: str, figure: str) -> bool:
+    return block[arm] is not None and figure in block[arm]

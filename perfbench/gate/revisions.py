@@ -1,0 +1,159 @@
+"""Two revisions of a checkout side by side: a worktree and an environment for each, and the proof that a process runs
+the code of its own. Free of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from perfbench.errors import ComparisonError
+
+_PIP_TIMEOUT_S = 3600
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A commit in a worktree of its own: what the user called it, its full hash, the worktree, and the Python that
+    has its dependencies."""
+
+    ref: str
+    commit: str
+    folder: Path
+    python: Path
+
+    @property
+    def label(self) -> str:
+        """Such as `main (0123456789ab)`."""
+        return f"{self.ref} ({self.commit[:12]})"
+
+
+def repository_of(folder: Path) -> Path:
+    """The root of the git checkout that `folder` is in. Raises ComparisonError where it is in none."""
+    try:
+        root = Path(_git(folder, "rev-parse", "--show-toplevel"))
+    except ComparisonError:
+        raise ComparisonError(f"{folder}: not in a git checkout; run `perfbench ab` inside that of perfbench") from None
+    if not (root / "perfbench" / "cli.py").is_file():
+        raise ComparisonError(f"{root}: no perfbench/cli.py in it; run `perfbench ab` in a checkout of perfbench")
+    return root
+
+
+def is_dirty(repository: Path) -> bool:
+    """Whether the checkout has changes that no commit has."""
+    return bool(_git(repository, "status", "--porcelain"))
+
+
+@contextmanager
+def revisions(repository: Path, refs: Mapping[str, str], cache: Path) -> Iterator[dict[str, Revision]]:
+    """{arm: Revision} for {arm: ref}, the worktrees removed again at the end; environments stay in `cache`.
+
+    Raises ComparisonError, before anything is made, on a ref that there is not, and on one that can't be built.
+    """
+    commits = {arm: _commit(repository, ref) for arm, ref in refs.items()}
+    with TemporaryDirectory(prefix="perfbench-ab-") as scratch:
+        folders = {arm: Path(scratch).resolve() / arm for arm in refs}
+        try:
+            for arm, folder in folders.items():
+                _git(repository, "worktree", "add", "--quiet", "--detach", str(folder), commits[arm])
+            yield {
+                arm: Revision(ref, commits[arm], folders[arm], _python(repository, folders[arm], ref, cache))
+                for arm, ref in refs.items()
+            }
+        finally:
+            for folder in folders.values():
+                if folder.exists():
+                    _git(repository, "worktree", "remove", "--force", str(folder))
+
+
+def _commit(repository: Path, ref: str) -> str:
+    try:
+        return _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
+    except ComparisonError:
+        raise ComparisonError(
+            f"{ref}: no such commit in {repository}; give a branch, tag or hash that `git log` knows "
+            "(a shallow clone of CI has few: fetch-depth: 0)"
+        ) from None
+
+
+def _python(repository: Path, folder: Path, ref: str, cache: Path) -> Path:
+    """This Python where `folder` asks for the packages of the checkout, else that of an environment made for it."""
+    wanted = _dependencies(folder, ref)
+    if wanted == _dependencies(repository, "the checkout"):
+        return Path(sys.executable)
+    digest = hashlib.sha256(json.dumps([wanted, sys.version]).encode()).hexdigest()[:16]
+    environment = cache / digest
+    python = environment / "bin" / "python"
+    if not (environment / "complete").exists():
+        _build(environment, wanted, ref)
+        (environment / "complete").touch()
+    return python
+
+
+def _dependencies(folder: Path, ref: str) -> tuple[list[str], str]:
+    """(what pyproject.toml asks for, the constraints) of a revision."""
+    try:
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        constraints = folder / "constraints.txt"
+        lines = constraints.read_text(encoding="utf-8") if constraints.exists() else ""
+        return sorted(project.get("dependencies", [])), lines
+    except (OSError, ValueError, KeyError) as error:
+        raise ComparisonError(f"{ref}: can't be built: pyproject.toml: {error}; choose a ref that has one") from None
+
+
+def _build(environment: Path, wanted: tuple[list[str], str], ref: str) -> None:
+    dependencies, constraints = wanted
+    environment.parent.mkdir(parents=True, exist_ok=True)
+    file = environment.with_suffix(".constraints.txt")
+    file.write_text(constraints, encoding="utf-8")
+    python = environment / "bin" / "python"
+    commands = [[sys.executable, "-m", "venv", "--clear", str(environment)]]
+    if dependencies:
+        install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(file)]
+        commands.append([*install, *dependencies])
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S)
+        if done.returncode:
+            last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+            raise ComparisonError(f"{ref}: can't be built: {last}; mend its dependencies, or the network")
+
+
+def prove_own_code(revision: Revision, root: str, code: Mapping[str, str]) -> None:
+    """Raises ComparisonError unless every module that a process has loaded is the file of this very commit.
+
+    `root`: the folder above the process's perfbench; `code`: {path under it: git's hash of what is there}.
+    """
+    if Path(root) != revision.folder:
+        raise ComparisonError(f"{revision.label}: expected code of {revision.folder}, got code of {root}")
+    listing = _git(revision.folder, "ls-tree", "-r", "-z", revision.commit)
+    entries = [line.partition("\t") for line in listing.split("\0") if line]
+    blobs = {path: entry.split()[2] for entry, _, path in entries}
+    wrong = sorted(path for path, blob in code.items() if blobs.get(path) != blob)
+    if wrong or "perfbench/worker.py" not in code:
+        what = f"{wrong[0]} is not that of the commit" if wrong else "perfbench/worker.py is not loaded"
+        raise ComparisonError(f"{revision.label}: this process does not run its commit's code: {what}")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git prints, stripped. Raises ComparisonError with git's last line where it fails."""
+    # Inside a git hook these variables would point git at another repository.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, env=environment, check=False
+        )
+    except OSError as error:
+        raise ComparisonError(f"git can't be run ({error.strerror}); install it") from None
+    if done.returncode:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise ComparisonError(f"git {arguments[0]} {folder}: {last}")
+    return done.stdout.strip()

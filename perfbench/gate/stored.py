@@ -1,0 +1,312 @@
+"""Two stored runs, compared: are they of one machine, which cases do both have, and what moved. Free of torch."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from perfbench.errors import ComparisonError
+from perfbench.gate.figures import SHOWN, TIMED, case_figures, medians, sample_figures, slowdown
+from perfbench.gate.judgement import judge_bound, judge_exact, judge_presence, relative_change, timed_finding
+from perfbench.gate.policy import Policy, Primary
+from perfbench.gate.rank_bounds import Bound, rank_sum_bound
+from perfbench.gate.report import Finding, Measured, Report, judge
+from perfbench.result import MANIFEST, RunDirectory
+
+# Case -> one {figure: median over repetitions} for each process that measured it, in order.
+Processes = dict[str, list[dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One run: its manifest and, unless only exact figures are asked for, what each process measured.
+
+    total_ms: case -> every valid repetition; sm_clock_mhz: the GPU's clock, the median over all samples, or None.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+    processes: Processes
+    total_ms: Mapping[str, Sequence[float]]
+    sm_clock_mhz: float | None
+
+    @property
+    def cases(self) -> Mapping[str, Mapping[str, Any]]:
+        """Case id -> its entry of run.json."""
+        found: Mapping[str, Mapping[str, Any]] = self.manifest["cases"]
+        return found
+
+    @property
+    def label(self) -> str:
+        """The path, and the commit where the run knows it."""
+        checkout = _dict(self.manifest["environment"].get("checkout"))
+        commit = str(checkout.get("commit") or "")[:12]
+        return f"{self.path}" + (f" ({commit}{', changed' if checkout.get('dirty') else ''})" if commit else "")
+
+
+def load(path: Path, *, exact_only: bool) -> Side:
+    """The finished run at `path`, its folder or the run.json in it.
+
+    Raises RunDirectoryError where it can't be read, ComparisonError where it is still being written, or its samples
+    are fewer than run.json was made from.
+    """
+    folder = path.parent if path.name == MANIFEST else path
+    run = RunDirectory.open(folder)
+    if run.manifest["finished_at"] is None:
+        raise ComparisonError(
+            f"{folder}: this run is not finished; wait for it, or go on with "
+            f"`perfbench run SCENARIO --out {folder} --resume`"
+        )
+    samples = {} if exact_only else _valid_samples(run)
+    clocks = [one.sm_clock_mhz for own in samples.values() for one in own if one.sm_clock_mhz is not None]
+    return Side(
+        folder,
+        run.manifest,
+        {case: _by_process(own) for case, own in samples.items()},
+        {case: [one.figures["total_ms"] for one in own] for case, own in samples.items()},
+        statistics.median(clocks) if clocks else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One valid repetition, its TIMED figures worked out."""
+
+    process: int
+    figures: dict[str, float]
+    sm_clock_mhz: float | None
+
+
+def _by_process(own: Sequence[_Sample]) -> list[dict[str, float]]:
+    """The medians of each process, of one case's samples."""
+    groups: dict[int, list[dict[str, float]]] = defaultdict(list)
+    for one in own:
+        groups[one.process].append(one.figures)
+    return [medians(groups[process]) for process in sorted(groups)]
+
+
+def _valid_samples(run: RunDirectory) -> dict[str, list[_Sample]]:
+    """Case -> its valid repetitions. Raises ComparisonError where a sample is malformed, or a case has other samples
+    than its summary counted."""
+    requests = {
+        case_id: comparison["workload"]["requests"]
+        for comparison in run.manifest["comparisons"]
+        for case_id in comparison["case_ids"]
+    }
+    found: dict[str, list[_Sample]] = {case: [] for case in run.manifest["cases"]}
+    for number, sample in enumerate(run.samples(), start=1):
+        try:
+            if sample["void"] is None and sample["case"] in requests:
+                clock = None if sample["sm_clock_mhz"] is None else float(sample["sm_clock_mhz"])
+                figures = sample_figures(sample, requests[sample["case"]])
+                found[sample["case"]].append(_Sample(int(sample["process"]), figures, clock))
+        except (TypeError, ValueError, OverflowError) as error:  # StatisticsError is a ValueError
+            raise ComparisonError(f"{run.samples_path}: sample {number}: {error}; run again") from None
+    for case_id, case in run.manifest["cases"].items():
+        counted, there = _rounds(run, case_id, case), len(found[case_id])
+        if case["summary"] and there != counted:
+            raise ComparisonError(
+                f"{run.samples_path}: {case_id}: expected the {counted} valid samples that {MANIFEST} was made from, "
+                f"got {there}; restore the whole file, or compare with --exact-only"
+            )
+    return found
+
+
+def _rounds(run: RunDirectory, case_id: str, case: Mapping[str, Any]) -> int:
+    """The valid samples that the summary of a case counted; 0 where it has none."""
+    if not case["summary"]:
+        return 0
+    try:
+        return int(case["summary"]["total_ms"]["rounds"])
+    except (KeyError, TypeError, ValueError):
+        where = f"{run.manifest_path}: cases.{case_id}.summary"
+        raise ComparisonError(f"{where}: expected total_ms.rounds, got none; run again") from None
+
+
+def compare(
+    policy: Policy, baseline: Side, candidate: Side, *, exact_only: bool = False, other_machine: bool = False
+) -> Report:
+    """What `policy` says about `candidate`. `other_machine`: compare although hardware, driver or clocks differ.
+
+    Raises ComparisonError where they differ and may not, and where the runs have no case in common.
+    """
+    notes = _machine_notes(baseline, candidate, refuse=not (exact_only or other_machine))
+    if baseline.path.resolve() == candidate.path.resolve():
+        notes.append("baseline and candidate are one run")
+    if not set(baseline.cases) & set(candidate.cases):
+        theirs, ours = (next(iter(side.cases), "none at all") for side in (baseline, candidate))
+        raise ComparisonError(
+            f"{baseline.path} and {candidate.path}: no case in common (such as {theirs} and {ours}); "
+            "compare two runs of one scenario"
+        )
+    findings: list[Finding] = []
+    common = []
+    for case_id in dict.fromkeys([*baseline.cases, *candidate.cases]):
+        before, after = baseline.cases.get(case_id), candidate.cases.get(case_id)
+        presence = judge_presence(policy, case_id, before, after)
+        findings.append(presence)
+        if presence.status == "pass" and before and after:
+            common.append(case_id)
+            findings += judge_exact(policy, case_id, before, after)
+            findings += _shown(case_id, before, after)
+    if exact_only:
+        notes.append("timed figures were not compared (--exact-only)")
+    else:
+        findings += _primaries(policy, baseline, candidate, common)
+        told = {(finding.case, finding.figure) for finding in findings}
+        each = _each_timed(policy, baseline, candidate, common)
+        findings += [finding for finding in each if (finding.case, finding.figure) not in told]
+    manifest = candidate.manifest
+    measured = Measured(manifest["environment"], manifest["started_at"], candidate.total_ms)
+    return judge(baseline.label, candidate.label, findings, notes, measured)
+
+
+def _shown(case_id: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Finding]:
+    old, new = case_figures(before, SHOWN), case_figures(after, SHOWN)
+    return [
+        Finding("exact", case_id, name, "shown", old[name], new[name], relative_change(old[name], new[name]))
+        for name in SHOWN
+        if old[name] is not None or new[name] is not None
+    ]
+
+
+def _primaries(policy: Policy, baseline: Side, candidate: Side, common: Sequence[str]) -> list[Finding]:
+    return [finding for primary in policy.primary for finding in _primary(policy, primary, baseline, candidate, common)]
+
+
+def _primary(
+    policy: Policy, primary: Primary, baseline: Side, candidate: Side, common: Sequence[str]
+) -> list[Finding]:
+    cases = [case for case in common if fnmatchcase(case, primary.cases) and policy.skipped(case) is None]
+    if not cases:
+        note = f"no case in common matches {primary.cases!r}, so this figure can't be gated"
+        return [Finding("case", primary.cases, primary.figure, "fail", note=note)]
+    label = cases[0] if len(cases) == 1 else f"{len(cases)} cases ({primary.cases})"
+    ours, theirs = (_over_cases(side.processes, cases, primary.figure) for side in (baseline, candidate))
+    if not ours or not theirs:
+        side = "baseline" if not ours else "candidate"
+        return [Finding("case", label, primary.figure, "fail", note=f"not measured in the {side}")]
+    values, bound = _bound(policy, primary.figure, ours, theirs)
+    few = min(len(ours), len(theirs))
+    if few < policy.min_processes:
+        note = f"not gated: {few} process{'es' if few > 1 else ''} a side, {policy.min_processes} needed"
+        found = timed_finding(label, primary.figure, values, bound)
+        return [Finding(**{**vars(found), "note": f"{note} (perfbench run --processes {policy.min_processes})"})]
+    return [judge_bound(policy, primary, label, values, bound)]
+
+
+def _over_cases(processes: Processes, cases: Sequence[str], figure: str) -> list[float]:
+    """For the n-th process of every case, the geometric mean of `figure` over the cases; [] where one lacks it."""
+    measured = [[one[figure] for one in processes[case] if figure in one] for case in cases]
+    return [statistics.geometric_mean(values) for values in zip(*measured, strict=False)]
+
+
+def _each_timed(policy: Policy, baseline: Side, candidate: Side, common: Sequence[str]) -> list[Finding]:
+    """Every timed figure of every case, shown: the primary ones carry the verdict."""
+    findings = []
+    for case in common:
+        for figure in TIMED:
+            ours, theirs = (_over_cases(side.processes, [case], figure) for side in (baseline, candidate))
+            if ours and theirs:
+                findings.append(timed_finding(case, figure, *_bound(policy, figure, ours, theirs)))
+    return findings
+
+
+def _bound(
+    policy: Policy, figure: str, ours: Sequence[float], theirs: Sequence[float]
+) -> tuple[tuple[float, float], Bound]:
+    """The medians over processes, and the bound of the log slow-down between the two groups of processes."""
+    before, after = ([slowdown(figure, 1.0, value) for value in values] for values in (ours, theirs))
+    return (statistics.median(ours), statistics.median(theirs)), rank_sum_bound(before, after, policy.confidence)
+
+
+# What a timed figure rests on -> where it stands in the environment. Versions of software are told, not refused:
+# what an upgrade costs is a thing that people gate.
+_MACHINE = (
+    ("device", ("device_kind",)),
+    ("CPU", ("cpu", "model")),
+    ("usable cores", ("cpu", "usable_cores")),
+    ("threads", ("cpu", "threads")),
+    ("CPU features", ("cpu", "isa")),
+    ("memory", ("cpu", "memory_bytes")),
+    ("highest CPU clock", ("cpu", "max_clock_mhz")),
+    ("frequency governor", ("cpu", "governor")),
+    ("limits", ("limits",)),
+)
+_GPU = ("name", "memory_bytes", "driver", "max_sm_clock_mhz", "power_limit_watts")
+# Memory that a virtual machine reports differs by some pages from boot to boot, and a clock by its steps.
+_SLACK = 0.02
+
+
+def machine_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What of hardware, driver and clocks differs between two environments of run.json, in words."""
+    found = []
+    for name, place in _MACHINE:
+        ours, theirs = _at(one, place), _at(other, place)
+        if ours != theirs and not (name == "memory" and _nearly(ours, theirs)):
+            found.append(f"{name} {_word(ours)} and {_word(theirs)}")
+    ours, theirs = _gpus(one), _gpus(other)
+    if len(ours) != len(theirs):
+        found.append(f"{len(ours)} and {len(theirs)} GPUs")
+    for number, (old, new) in enumerate(zip(ours, theirs, strict=False)):
+        found += [f"GPU {number} {key} {old[key]} and {new[key]}" for key in _GPU if old[key] != new[key]]
+    return found
+
+
+def _gpus(environment: Mapping[str, Any]) -> list[dict[str, Any]]:
+    gpus = environment.get("gpus")
+    return [{key: _at(gpu, (key,)) for key in _GPU} for gpu in gpus] if isinstance(gpus, list) else []
+
+
+def _machine_notes(baseline: Side, candidate: Side, *, refuse: bool) -> list[str]:
+    """Notes on what differs beside the code. Raises ComparisonError where `refuse` and the machines differ."""
+    ours, theirs = baseline.manifest["environment"], candidate.manifest["environment"]
+    differences = machine_differences(ours, theirs)
+    clocks = baseline.sm_clock_mhz, candidate.sm_clock_mhz
+    if clocks[0] != clocks[1] and not _nearly(*clocks):
+        differences.append(f"GPU clock while measuring {_word(clocks[0])} and {_word(clocks[1])} MHz")
+    if differences and refuse:
+        raise ComparisonError(
+            f"{baseline.path} and {candidate.path}: the machines differ: {'; '.join(differences)}; "
+            "measure both on one machine, or say --other-machine or --exact-only"
+        )
+    notes = [f"the machines differ: {'; '.join(differences)}"] if differences else []
+    old, new = (_dict(environment.get("versions")) for environment in (ours, theirs))
+    packages = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in packages]
+    if ours.get("python") != theirs.get("python"):
+        changed.append(f"{ours.get('python')} -> {theirs.get('python')}")
+    if changed:
+        notes.append(f"software differs: {', '.join(changed)}")
+    settings = [
+        f"{name} {baseline.manifest['scenario'].get(name)} -> {candidate.manifest['scenario'].get(name)}"
+        for name in ("warmup", "repetitions", "isolation", "seed")
+        if baseline.manifest["scenario"].get(name) != candidate.manifest["scenario"].get(name)
+    ]
+    return [*notes, f"the scenario differs: {', '.join(settings)}"] if settings else notes
+
+
+def _at(environment: Mapping[str, Any], place: tuple[str, ...]) -> Any:
+    value: Any = environment
+    for key in place:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    """`value` where it is a mapping; what a foreign file has there instead says nothing."""
+    return value if isinstance(value, dict) else {}
+
+
+def _word(value: Any) -> str:
+    return "unknown" if value is None else str(value)
+
+
+def _nearly(one: Any, other: Any) -> bool:
+    return isinstance(one, int | float) and isinstance(other, int | float) and math.isclose(one, other, rel_tol=_SLACK)

@@ -1,0 +1,357 @@
+"""`perfbench ab` from the refs to the exit code: on stand-in revisions that answer at once, and on the real code."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import ROOT
+
+from perfbench.cli import main
+from perfbench.errors import ComparisonError, PerfbenchError
+from perfbench.gate import revisions as revisions_module
+from perfbench.gate.pairs import ARMS, balanced_orders, measure_pair, pair_slowdown
+from perfbench.gate.revisions import Revision, prove_own_code, repository_of, revisions
+
+# Speaks the protocol of perfbench/ab_worker.py, and is as slow as its own revision's perfbench/speed.py says.
+WORKER = '''
+import hashlib, json, os, sys
+from pathlib import Path
+import perfbench.worker
+from perfbench.speed import MS, OPERATIONS, STATUS, CRASH, CASES, ELSEWHERE
+
+def emit(event, **fields):
+    print(json.dumps({"event": event, **fields}), flush=True)
+
+root = Path(__file__).resolve().parents[1]
+job = json.loads(sys.stdin.readline())
+if STATUS == "refused":
+    emit("error", kind="bad_input", case=None, message="adapters: no such folder")
+    sys.exit(1)
+if job["prepare"]:
+    for case in CASES:
+        exact = {"aten_ops_per_decode_step": OPERATIONS}
+        emit("case", case=case, status=STATUS, reason=None, check=None, memory={}, adapters={}, exact=exact)
+code = {}
+for name, module in list(sys.modules.items()):
+    if name.split(".")[0] == "perfbench" and getattr(module, "__file__", None):
+        content = Path(module.__file__).read_bytes()
+        blob = hashlib.sha1(b"blob %d\\0" % len(content) + content).hexdigest()
+        code[os.path.relpath(module.__file__, root)] = blob
+emit("ready", cases=CASES, requests=2, device="cpu", code=code, root=ELSEWHERE or str(root))
+for number, line in enumerate(sys.stdin):
+    turn = json.loads(line)
+    emit("phase", case=turn["case"], text="timing")
+    if CRASH and number == 3:
+        os.kill(os.getpid(), 11)
+    ms = MS + 0.01 * (number % 7)
+    sample = {"total_ms": 2 * ms, "ttft_ms": ms, "itl_ms": [ms], "decode_tokens_per_s": 2e3 / ms,
+              "tokens_per_s": 2e3 / ms, "energy_mj": None, "void": None}
+    emit("block", case=turn["case"], samples=[sample] * turn["repetitions"])
+'''
+SPEED = "MS, OPERATIONS, STATUS, CRASH, CASES, ELSEWHERE = {}\n"
+SAME = '100.0, 7, "ok", False, ["c/none", "c/lora"], ""'
+PYPROJECT = '[project]\nname = "perfbench"\nversion = "0"\ndependencies = []\n'
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    done = subprocess.run(["git", "-C", str(folder), *identity, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def commit(repository: Path, tag: str, **files: str) -> None:
+    for name, text in files.items():
+        (repository / "perfbench" / f"{name}.py").write_text(text)
+    git(repository, "add", "-A")
+    git(repository, "commit", "--quiet", "--allow-empty", "-m", tag)
+    git(repository, "tag", tag)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stand-in revisions, one tag each."""
+    folder = tmp_path_factory.mktemp("repository")
+    git(folder, "init", "--quiet", "--initial-branch=main")
+    (folder / "perfbench").mkdir()
+    (folder / "scenario.yaml").write_text("{}\n")
+    (folder / "pyproject.toml").write_text(PYPROJECT)
+    commit(folder, "before-ab", __init__="", cli="", worker="", speed="")
+    commit(folder, "base", ab_worker=WORKER, speed=SPEED.format(SAME))
+    for tag, new in {
+        "slower": SAME.replace("100.0", "110.0"),
+        "far-faster": SAME.replace("100.0", "40.0"),
+        "one-more": SAME.replace("7", "8"),
+        "crashing": SAME.replace("False", "True"),
+        "failing": SAME.replace('"ok"', '"check_failed"'),
+        "refusing": SAME.replace('"ok"', '"refused"'),
+        "without-lora": SAME.replace(', "c/lora"', ""),
+        "elsewhere": SAME.replace('""', '"/somewhere/else"'),
+    }.items():
+        commit(folder, tag, speed=SPEED.format(new))
+    commit(folder, "not-starting", ab_worker="import no_such_module\n", speed=SPEED.format(SAME))
+    commit(folder, "rewriting", ab_worker="import perfbench.speed\n" + WORKER.replace(
+        'content = Path(module.__file__).read_bytes()', 'content = b"another file"'
+    ))
+    commit(folder, "again", ab_worker=WORKER)
+    (folder / "pyproject.toml").write_text("[project\n")
+    commit(folder, "broken-toml")
+    (folder / "pyproject.toml").write_text(PYPROJECT.replace("[]", '["no-such-thing @ file:///no/such/thing.whl"]'))
+    commit(folder, "not-building")
+    git(folder, "checkout", "--quiet", "again")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def ab(candidate: str, out: Path, *more: str, baseline: str = "base") -> int:
+    arguments = ["ab", "--baseline", baseline, f"--candidate={candidate}", "scenario.yaml", "--out", str(out)]
+    return main([*arguments, "--pairs", "8", "--blocks", "2", *more])
+
+
+@pytest.mark.parametrize(
+    ("candidate", "code", "words"),
+    [
+        ("again", 0, "PASS: 2 exact figures hold; decode_tokens_per_s no worse"),
+        ("slower", 1, "FAIL: 2 cases (*): decode_tokens_per_s: slower by +10.0%"),
+        ("far-faster", 1, "FAIL: 2 cases (*): decode_tokens_per_s: implausible gain"),
+        ("one-more", 1, "FAIL: c/none: aten_ops_per_decode_step: 7 -> 8"),
+        ("crashing", 1, "crashed (the process ended with exit code -11; see worker.log) in the candidate"),
+        ("failing", 1, "FAIL: c/none: check failed in the candidate"),
+        ("without-lora", 1, "FAIL: c/lora: missing in the candidate"),
+        ("refusing", 2, "adapters: no such folder"),
+        ("elsewhere", 2, "got code of /somewhere/else"),
+        ("rewriting", 2, "is not that of the commit"),
+        ("not-starting", 2, "No module named 'no_such_module'"),
+        ("before-ab", 2, "older than `perfbench ab`"),
+        ("broken-toml", 2, "broken-toml: can't be built: pyproject.toml"),
+        ("not-building", 2, "not-building: can't be built: "),
+        ("no-such-ref", 2, "no-such-ref: no such commit"),
+        ("--upload-pack=x", 2, "no such commit"),
+    ],
+)
+def test_what_becomes_of_a_candidate(
+    tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture[str], candidate: str, code: int, words: str
+) -> None:
+    assert ab(candidate, tmp_path / "out") == code
+    said = capsys.readouterr()
+    assert words in said.out.splitlines()[0], said
+    assert "Traceback" not in said.err
+    assert git(repository, "worktree", "list").count("\n") == 0, "the worktrees are removed"
+
+
+def test_a_baseline_that_crashes_is_our_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ab("again", tmp_path / "out", baseline="crashing") == 4
+    assert capsys.readouterr().out.startswith("HARNESS FAULT: the ")
+
+
+def test_an_exact_failure_needs_no_pair(tmp_path: Path) -> None:
+    assert ab("one-more", tmp_path / "out") == 1
+    assert not (tmp_path / "out" / "pairs.jsonl").exists()
+
+
+def test_every_pair_is_kept_and_every_format_written(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    writes = (f"--write=json={tmp_path / 'r.json'}", f"--write=pytest-benchmark={tmp_path / 'p'}")
+    assert ab("slower", out, *writes) == 1
+    pairs = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    assert [pair["batch"] for pair in pairs] == ["first"] * 8 + ["fresh"] * 8
+    assert {len(pair["blocks"]) for pair in pairs} == {4}
+    assert pair_slowdown(pairs[0], "decode_tokens_per_s", ["c/lora"], "candidate") == pytest.approx(0.0953, abs=1e-3)
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert any("fresh batch: 8 pairs" in note for note in report["notes"])
+    shown = [one for one in report["findings"] if one["status"] == "shown" and one["figure"] == "ttft_ms"]
+    assert [one["case"] for one in shown] == ["c/none", "c/lora"]
+    assert all(one["change"] == pytest.approx(0.1, abs=0.01) for one in shown)
+    assert len(json.loads((tmp_path / "p").read_text())["benchmarks"]) == 2
+
+
+def test_only_the_cases_of_primary_figures_are_timed(tmp_path: Path) -> None:
+    rules = tmp_path / "policy.yaml"
+    rules.write_text("timed: {primary: [{figure: ttft_ms, cases: '*/lora'}]}")
+    assert ab("slower", tmp_path / "out", "--policy", str(rules), "--record", "--pairs", "1") == 0
+    (pair,) = map(json.loads, (tmp_path / "out" / "pairs.jsonl").read_text().splitlines())
+    assert {block["case"] for block in pair["blocks"]} == {"c/lora"}
+    rules.write_text("timed: {primary: [{figure: ttft_ms, cases: '*/no-such'}]}")
+    assert ab("slower", tmp_path / "out2", "--policy", str(rules)) == 2
+
+
+def test_the_same_code_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ab("base", tmp_path / "out") == 0
+    assert "both revisions load the same code" in capsys.readouterr().out
+
+
+def test_recorded_pairs_are_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ab("slower", tmp_path / "out", "--record", "--pairs", "2") == 0
+    assert (tmp_path / "out" / "pairs.jsonl").read_text().count("\n") == 2
+    assert "they were not judged" in capsys.readouterr().out
+
+
+def test_changes_that_are_not_committed_are_told(
+    tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (repository / "note.txt").write_text("x")
+    try:
+        assert ab("HEAD", tmp_path / "out", "--record", "--pairs", "1") == 0
+    finally:
+        (repository / "note.txt").unlink()
+    assert "not committed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--pairs", "7"], "7 pairs: expected at least 8"),
+        (["--policy", "none.yaml"], "none.yaml: no such file"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert ab("again", tmp_path / "out", *arguments) == 2
+    assert words in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_used_out_and_a_missing_scenario_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x").write_text("mine")
+    assert ab("again", tmp_path) == 2
+    assert "has files in it" in capsys.readouterr().out
+    assert main(["ab", "--baseline", "base", "no.yaml", "--out", str(tmp_path / "out")]) == 2
+    assert "no.yaml: no such file" in capsys.readouterr().out
+
+
+def test_it_runs_in_a_checkout_only(tmp_path: Path) -> None:
+    with pytest.raises(ComparisonError, match="not in a git checkout"):
+        repository_of(tmp_path)
+    git(tmp_path, "init", "--quiet")
+    with pytest.raises(ComparisonError, match=r"no perfbench/cli\.py"):
+        repository_of(tmp_path)
+
+
+def test_other_dependencies_get_an_environment_that_is_kept(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A revision that asks for other packages: an empty list of them builds without a network."""
+    git(repository, "checkout", "--quiet", "not-building")
+    try:
+        cache = tmp_path / "environments"
+        with revisions(repository, {"baseline": "again", "candidate": "base"}, cache) as found:
+            pythons = {one.python for one in found.values()}
+            (python,) = pythons
+            assert python != Path(sys.executable)
+            done = subprocess.run([python, "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True)
+            assert done.stdout.startswith(str(cache))
+        monkeypatch.setattr(revisions_module, "_build", lambda *_: pytest.fail("built again"))
+        with revisions(repository, {"candidate": "base"}, cache) as found:
+            assert found["candidate"].python == python
+    finally:
+        git(repository, "checkout", "--quiet", "again")
+
+
+def test_the_proof_finds_a_changed_file(repository: Path) -> None:
+    here = Revision("again", git(repository, "rev-parse", "again"), repository.resolve(), Path(sys.executable))
+    blob = git(repository, "rev-parse", "again:perfbench/worker.py")
+    prove_own_code(here, str(repository.resolve()), {"perfbench/worker.py": blob})
+    for code in ({}, {"perfbench/worker.py": "0" * 40}, {"perfbench/worker.py": blob, "perfbench/new.py": blob}):
+        with pytest.raises(ComparisonError, match="does not run its commit's code"):
+            prove_own_code(here, str(repository.resolve()), code)
+    with pytest.raises(ComparisonError, match="got code of"):
+        prove_own_code(here, "/elsewhere", {"perfbench/worker.py": blob})
+
+
+def test_every_arm_stands_at_every_place_equally_often() -> None:
+    orders = balanced_orders(12, random.Random(0))
+    for place in range(3):
+        assert {arm: sum(order[place] == arm for order in orders) for arm in ARMS} == dict.fromkeys(ARMS, 4)
+    assert balanced_orders(6, random.Random(0)) != balanced_orders(6, random.Random(1))
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The code under test as a repository of its own: `base`, and `one-more` with one operation more in a step."""
+    folder = tmp_path_factory.mktemp("real")
+    git(folder, "init", "--quiet", "--initial-branch=main")
+    for name in ("methods", "kernels", "scenarios", "perfbench"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder / name)
+    commit(folder, "base")
+    decoder = folder / "perfbench" / "runtimes" / "static" / "decoder.py"
+    head = re.compile(r'    def step\(self, tokens.*?\n        """.*?"""\n', re.DOTALL)
+    source, planted = head.subn(lambda found: f"{found[0]}        tokens = tokens + 0\n", decoder.read_text())
+    assert planted == 1
+    decoder.write_text(source)
+    commit(folder, "one-more")
+    return folder
+
+
+STATIC = "llama-tiny-fp32-cpu/static/p6-n3-b1-q2-t2-r2-distinct/lora-eager"
+TINY = """\
+backbone: llama-tiny
+dtype: fp32
+device: cpu
+runtime: [transformers, static]
+methods: [lora]
+workload: {prompt_tokens: 6, new_tokens: 3, requests: 2, tenants: 2}
+warmup: 1
+"""
+
+
+def test_an_operation_planted_in_the_decode_step_is_caught(
+    real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real code: a process of each revision, checked and counted; the runtime with the operation fails alone."""
+    monkeypatch.chdir(real)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    arguments = ["ab", "--baseline", "base", "--candidate", "one-more", str(tmp_path / "tiny.yaml")]
+    written = tmp_path / "report.json"
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--write", f"json={written}"]) == 1, capsys.readouterr()
+    failed = [one for one in json.loads(written.read_text())["findings"] if one["status"] == "fail"]
+    assert {(one["case"].split("/")[1], one["figure"]) for one in failed} == {("static", "aten_ops_per_decode_step")}
+    assert {one["candidate"] - one["baseline"] for one in failed} == {1}
+    assert len(failed) == 2
+
+
+def test_a_real_pair_is_timed(real: Path, tmp_path: Path) -> None:
+    """Three fresh processes of the real code, their code proved their own, each timed in every block."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    job = {"scenario": str(tmp_path / "tiny.yaml"), "set": [], "case": "*/static/*", "threads": 1}
+    with revisions(real, {"baseline": "base", "candidate": "one-more"}, tmp_path) as arms:
+        pair = measure_pair(
+            arms,
+            {**job, "prepare": False, "only": [STATIC]},
+            [STATIC],
+            2,
+            blocks=3,
+            repetitions=2,
+            seed="0",
+            log=tmp_path / "log",
+        )
+    assert len(pair["blocks"]) == 3
+    assert len({tuple(block["order"]) for block in pair["blocks"]}) == 3
+    assert all(block[arm]["decode_tokens_per_s"] > 0 for block in pair["blocks"] for arm in ARMS)
+
+
+def test_a_scenario_of_several_workloads_is_refused(tmp_path: Path) -> None:
+    from perfbench.ab_worker import _plan
+
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("requests: 2", "requests: [2, 3]"))
+    job = {"scenario": str(tmp_path / "tiny.yaml"), "set": [], "case": None, "threads": 1, "prepare": True}
+    with pytest.raises(PerfbenchError, match="expected one backbone, dtype and workload, got 2 combinations"):
+        _plan(job)
+    comparisons, settings = _plan(job | {"case": "*-q3-*"})
+    assert [one.workload.requests for one in comparisons] == [3, 3]
+    assert settings["prepared"] == {}
