@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perfbench import table
+from perfbench import rows, words
 from perfbench.change_points import Change, changes
 from perfbench.errors import PerfbenchError, RunDirectoryError, nearest
 from perfbench.metrics import METRICS
@@ -184,9 +184,9 @@ def _figures(directory: RunDirectory) -> Iterator[tuple[Any, ...]]:
     for sample in directory.samples():
         if sample["void"] is None:
             samples.setdefault(sample["case"], []).append(sample)
-    for row in table.rows(manifest):
+    for row in rows.rows(manifest):
         case = manifest["cases"][row["case"]]
-        machine = table.machine(manifest["environment"], str(row["device"]))
+        machine = words.machine(manifest["environment"], str(row["device"]))
         options = json.dumps(case["options"], sort_keys=True)
         for figure in METRICS:
             name = _RATIOS.get(figure, figure)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from perfbench.columns import arm_name
 from perfbench.report.chart import Chart
 from perfbench.report.steadiness import drift, inter_token_times
+from perfbench.rows import Row
 from perfbench.stats import median_bounds
-from perfbench.table import Row, arm_name
 
 MIB = 2**20
 Samples = list[dict[str, Any]]

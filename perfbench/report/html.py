@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from perfbench import table
+from perfbench import columns, rows, words
 from perfbench.report.chart import Chart
 from perfbench.report.comparison_charts import arms_of, charts_of, comparison_notes
 from perfbench.report.page import page
@@ -30,18 +30,18 @@ def render(runs: Sequence[Run]) -> str:
     comparisons, verdicts = [], []
     summed_up = sum(len(run.manifest["comparisons"]) for run in runs) > VERDICTS
     for run in runs:
-        for comparison, group in table.groups(run.manifest):
+        for comparison, group in rows.groups(run.manifest):
             arms = arms_of(group, run.manifest["cases"], run.samples)
             points.append(Point(run, comparison, arms))
             found = charts_of(comparison, [arm for arm in arms if arm.samples], drift_points)
-            shown = table.title(comparison, run.manifest["comparisons"])
+            shown = words.title(comparison, run.manifest["comparisons"])
             shown = f"{run.label}: {shown}" if len(runs) > 1 else shown
-            sentences = list(table.conclusion(group))
+            sentences = list(words.conclusion(group))
             comparisons.append({
                 "title": shown,
                 "tables": list(_tables(run.manifest, group)),
                 "lines": [
-                    table.hardware(run.manifest, comparison, group),
+                    words.hardware(run.manifest, comparison, group),
                     *(sentences if summed_up else ()),
                     *_reasons(group),
                     *comparison_notes(arms),
@@ -69,7 +69,7 @@ def render(runs: Sequence[Run]) -> str:
         comparisons_title="The comparison" if len(comparisons) == 1 else "The comparisons",
         open_first=OPEN_FIRST,
         environments=[_environment(runs)],
-        legend=max((table.legend(run.manifest) for run in runs), key=len),
+        legend=max((words.legend(run.manifest) for run in runs), key=len),
         charts=charts,
         colors=_colors(points),
     )
@@ -103,7 +103,7 @@ def _overall(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         contests += len(measured) > 1
         for row in measured:
             kept.setdefault(row["arm"], []).append(row["kept_decode_tokens_per_s"])
-            best[row["arm"]] += len(measured) > 1 and table.is_best(row, measured)
+            best[row["arm"]] += len(measured) > 1 and words.is_best(row, measured)
     sentences = [
         f"{arm} kept {min(kept[arm]):.1%} to {max(kept[arm]):.1%} of the bare backbone's decode speed; it kept most, "
         f"or tied with what did, in {best[arm]} of {contests} comparisons of several methods."
@@ -115,25 +115,25 @@ def _overall(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"title": f"{len(verdicts)} comparisons", "sentences": [*sentences, *wrong]}
 
 
-def _tables(manifest: Mapping[str, Any], group: Sequence[table.Row]) -> Iterator[dict[str, Any]]:
+def _tables(manifest: Mapping[str, Any], group: Sequence[rows.Row]) -> Iterator[dict[str, Any]]:
     """The terminal's table of one comparison, and the paper's figures where its setting matches."""
-    columns = [*table.columns_of(group), table.Column("check", lambda row: row["check"], text=True)]
-    yield _table("", columns, group)
-    paper, beside = table.paper_of(manifest), [row for row in group if row["paper"]]
+    shown = [*columns.columns_of(group), columns.Column("check", lambda row: row["check"], text=True)]
+    yield _table("", shown, group)
+    paper, beside = rows.paper_of(manifest), [row for row in group if row["paper"]]
     if paper and beside:
-        theirs = [columns[0], *table.paper_columns(paper, table.peak_column(group))]
-        yield _table(table.paper_title(paper), theirs, beside)
+        theirs = [shown[0], *columns.paper_columns(paper, columns.peak_column(group))]
+        yield _table(words.paper_title(paper), theirs, beside)
 
 
-def _table(caption: str, columns: Sequence[table.Column], group: Sequence[table.Row]) -> dict[str, Any]:
+def _table(caption: str, columns: Sequence[columns.Column], group: Sequence[rows.Row]) -> dict[str, Any]:
     rows = [[column.cell(row) for column in columns] for row in group]
     return {"caption": caption, "columns": columns, "rows": rows}
 
 
-def _reasons(group: Sequence[table.Row]) -> Iterator[str]:
+def _reasons(group: Sequence[rows.Row]) -> Iterator[str]:
     for row in group:
         if row["reason"]:
-            yield f"{table.arm_name(row, group)}: {table.verdict(row)}"
+            yield f"{columns.arm_name(row, group)}: {rows.verdict(row)}"
 
 
 def _colors(points: Sequence[Point]) -> dict[str, int]:

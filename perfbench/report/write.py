@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from perfbench import table
+from perfbench import columns, rows, table
 from perfbench.errors import PerfbenchError, nearest
 from perfbench.report import html
 from perfbench.report.read import Run
@@ -49,14 +49,14 @@ def case_rows(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
             "commit": checkout.get("commit"),
             "scenario": manifest["scenario"].get("name"),
         }
-        for row in table.rows(manifest):
+        for row in rows.rows(manifest):
             yield head | row
 
 
 def sample_rows(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     """One flat row for each valid repetition; `itl_ms` is the list of its times between tokens."""
     for run in runs:
-        for row in table.rows(run.manifest):
+        for row in rows.rows(run.manifest):
             identity = {key: row[key] for key in ("comparison", "case", "arm", "method", "kernels")}
             for sample in run.samples[row["case"]]:
                 yield {"run": run.label} | identity | {field: sample[field] for field in _SAMPLE_FIELDS}
@@ -66,21 +66,21 @@ def _markdown(runs: Sequence[Run]) -> str:
     """The tables of the runs for a pull request, with what is odd and whether the time between tokens was steady."""
     lines = []
     for run in runs:
-        lines += [f"### {table.plain(run.label)}", ""] if len(runs) > 1 else []
-        lines += [f"> {table.plain(notice)}\n" for notice in run.notices]
+        lines += [f"### {columns.plain(run.label)}", ""] if len(runs) > 1 else []
+        lines += [f"> {columns.plain(notice)}\n" for notice in run.notices]
         lines += [table.render(run.manifest, "markdown") or "", *_steadiness(run), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _steadiness(run: Run) -> Iterator[str]:
     """Which cases' time between tokens shifted during the run, in one line."""
-    timed = [(row["case"], run.samples[row["case"]]) for row in table.rows(run.manifest) if row["rounds"]]
+    timed = [(row["case"], run.samples[row["case"]]) for row in rows.rows(run.manifest) if row["rounds"]]
     chart = drift(timed, points=1)
     if chart is None:
         return
     shifted = [f"{row[0]} {row[1]}" for row in chart.rows if row[3] is not None and row[1].startswith("shifts")]
     of = f"{len(shifted)} of {len(chart.rows)} cases"
-    yield table.plain(f"Time between tokens over the repetitions: the level of {of} shifts. {'; '.join(shifted)}")
+    yield columns.plain(f"Time between tokens over the repetitions: the level of {of} shifts. {'; '.join(shifted)}")
 
 
 def _csv(rows: list[dict[str, Any]]) -> bytes:

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from perfbench.errors import PerfbenchError, ScenarioError
 from perfbench.result import SCHEMA_VERSION, pending_case
+from perfbench.rows import rows
 from perfbench.stats import median_interval, summary
-from perfbench.table import FORMATS, WIDTH, render, rows
+from perfbench.table import FORMATS, WIDTH, render
 
 MIB = 2**20
 
