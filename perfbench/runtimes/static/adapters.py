@@ -111,7 +111,7 @@ class Adapters:
 
     def tensors(self) -> list[torch.Tensor]:
         """All that it holds, the tails of the weights among it."""
-        held = [self._rest, *self._generated, *(to for to, _ in self._shrinks)]
+        held = [self._rest, *self._generated, *(to for to, _ in (*self._shrinks, *self._copies))]
         return held if self.own is None else [*held, self.own]
 
     def _bind(
@@ -150,13 +150,18 @@ class Adapters:
         bound.a = tail.view(adapters, ranks, d_in)
         self._shrinks.append((tail.view(adapters, -1), resident.flatten(1)))
         weights = [mine.low_rank[module].b for module in paired]
+        alike = None
+        if self._kernels == "eager" and len(paired) == len(columns) > 1 and len({w.shape for w in weights}) == 1:
+            # Plain torch makes one product of them, which wants the adapters without gaps.
+            together = neighbours(weights)
+            alike = torch.empty_like(together, memory_format=torch.contiguous_format)
+            self._copies.append((alike, together))
+            alike = alike.unflatten(1, (len(paired), -1))
+            weights = list(alike.unbind(1))
         parts, rank = [], 0
         for module, weight in zip(paired, weights, strict=True):
             parts.append((rank, columns[module], weight))
             rank += weight.shape[1]
-        alike = None
-        if len(paired) == len(columns) > 1 and len({weight.shape for weight in weights}) == 1:
-            alike = neighbours(weights).unflatten(1, (len(paired), -1))
         bound.expansion = Expansion(tuple(parts), alike, self.own)
 
     def _bind_generator(

@@ -234,9 +234,9 @@ class Decoder:
             # With many rows of a request its adapter is worth a product of tiles: the epilogues take it row by row.
             self._expand(y, h, bound.expansion)
             return y, None
-        y, ranks = product_with_tail(x, bound.weight, bound.bias, projection.columns)
         adapters, each, _ = bound.a.shape
-        return y, self._from_product(ranks[:, : adapters * each], adapters)
+        y, ranks = product_with_tail(x, bound.weight, bound.bias, projection.columns, adapters * each)
+        return y, self._from_product(ranks, adapters)
 
     def _finish_qkv(
         self, i: int, qkv: torch.Tensor, h: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
