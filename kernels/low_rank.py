@@ -61,7 +61,7 @@ def expand(y: torch.Tensor, h: torch.Tensor, expansion: Expansion) -> None:
         return
     grouped = y.view(groups, rows, -1)
     for rank, column, weight in expansion.parts:
-        own = h[:, :, rank : rank + weight.shape[1]]
+        own = h if len(expansion.parts) == 1 else h[:, :, rank : rank + weight.shape[1]]
         if weight.shape[2] == y.shape[1] and y.is_contiguous():
             grouped.baddbmm_(own, weight)
         else:  # in place on some of the columns torch would take the groups one by one

@@ -91,6 +91,13 @@ def make_batch(beams: int, *, ragged: bool) -> Batch:
     return Batch(ids * mask, mask, (2, 0, -1, 3), beams, new_tokens=7)
 
 
+@pytest.fixture(params=[False, True], ids=["ranks-alone", "ranks-out-of-the-product"])
+def tail(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is what a GPU does."""
+    monkeypatch.setattr("perfbench.runtimes.static.decoder.takes_tail", lambda x: request.param)
+
+
+@pytest.mark.usefixtures("tail")
 @pytest.mark.parametrize(("capture", "ragged"), [(run_again, False), (taped, True)], ids=["even", "ragged-taped"])
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("method", SERVED)
@@ -154,8 +161,9 @@ def test_an_interrupted_call_leaves_nothing_behind(base: backbone.Backbone) -> N
     assert torch.equal(captured.generate(batch).tokens, expected)
 
 
+@pytest.mark.usefixtures("tail")
 @pytest.mark.parametrize("beams", [1, 2])
-@pytest.mark.parametrize("method", ["none", "lora", "para"])
+@pytest.mark.parametrize("method", ["lora", "para"])
 def test_triton_s_kernels_take_the_step_of_fixed_size(method: str, beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="triton is not there for this platform")
     config = backbone_config.NAMED_CONFIGS["llama-tiny"] | {"num_hidden_layers": 1}

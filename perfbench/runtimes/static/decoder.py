@@ -235,8 +235,8 @@ class Decoder:
             self._expand(y, h, bound.expansion)
             return y, None
         adapters, each, _ = bound.a.shape
-        y, ranks = product_with_tail(x, bound.weight, bound.bias, projection.columns, adapters * each)
-        return y, self._from_product(ranks, adapters)
+        y, ranks = product_with_tail(x, bound.weight, bound.bias, projection.columns)
+        return y, self._from_product(ranks[:, : adapters * each], adapters)
 
     def _finish_qkv(
         self, i: int, qkv: torch.Tensor, h: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
