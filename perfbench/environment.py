@@ -6,6 +6,7 @@ No host name, user name or folder is recorded, so that a run.json can be publish
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -57,6 +58,8 @@ ISA_FLAGS = (
 )
 
 GIT_TIMEOUT_S = 5.0
+# GPU name -> kernel -> launch settings, as committed; kernels/settings.py reads it.
+KERNEL_SETTINGS = Path(__file__).parent / "kernels" / "settings.json"
 
 
 def collect(device_kind: str, threads: int | None) -> dict[str, Any]:
@@ -70,6 +73,7 @@ def collect(device_kind: str, threads: int | None) -> dict[str, Any]:
         "cpu": cpu(threads),
         "gpus": gpus(),
         "nvml_missing": Nvml.why_not(),
+        "kernel_settings": kernel_settings(),
         "limits": limits(),
         "load_average": list(os.getloadavg()),
         "os": operating_system(),
@@ -119,6 +123,16 @@ def gpus() -> list[dict[str, Any]]:
         }
         for gpu in Nvml.devices()
     ]
+
+
+def kernel_settings(table: Path = KERNEL_SETTINGS) -> str:
+    """Where the launch settings of the Triton kernels come from on the first GPU, in words."""
+    name = next((gpu.name() for gpu in Nvml.devices()), None)
+    if name is None:
+        return "defaults (no GPU)"
+    if name in json.loads(table.read_text(encoding="utf-8")):
+        return f"tuned for {name}"
+    return f"defaults; `python -m perfbench.kernels.tune --write` tunes for {name}"
 
 
 def governor() -> str | None:
