@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ ISA_FLAGS = (
 )
 
 GIT_TIMEOUT_S = 5.0
-# GPU name -> kernel -> launch settings, as committed; kernels/settings.py reads it.
+# GPU name -> kernel -> launch settings; kernels/settings.py reads it too.
 KERNEL_SETTINGS = Path(__file__).parent / "kernels" / "settings.json"
 
 
@@ -125,14 +126,15 @@ def gpus() -> list[dict[str, Any]]:
     ]
 
 
-def kernel_settings(table: Path = KERNEL_SETTINGS) -> str:
-    """Where the launch settings of the Triton kernels come from on the first GPU, in words."""
-    name = next((gpu.name() for gpu in Nvml.devices()), None)
-    if name is None:
-        return "defaults (no GPU)"
-    if name in json.loads(table.read_text(encoding="utf-8")):
-        return f"tuned for {name}"
-    return f"defaults; `python -m perfbench.kernels.tune --write` tunes for {name}"
+def kernel_settings(names: Iterable[str] | None = None, table: Path = KERNEL_SETTINGS) -> dict[str, str]:
+    """GPU name -> "tuned" where the committed table has launch settings of the Triton kernels for it, else "defaults".
+
+    `names`: by default those of this machine's GPUs; without one it is empty.
+    """
+    if names is None:
+        names = [name for gpu in Nvml.devices() if (name := gpu.name()) is not None]
+    tuned = json.loads(table.read_text(encoding="utf-8"))
+    return {name: "tuned" if name in tuned else "defaults" for name in names}
 
 
 def governor() -> str | None:

@@ -48,7 +48,7 @@ def _scenario(name: str, device: str, folder: Path, seconds: float | None) -> It
         return
     directory = _measure(resolved, comparisons, folder, seconds)
     for case in directory.manifest["cases"].values():
-        yield _finding(case, _of_process(directory, case["id"]))
+        yield _finding(case)
 
 
 def _measure(
@@ -84,15 +84,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _of_process(directory: RunDirectory, case_id: str) -> dict[str, Any]:
-    """The comparison that the case belongs to."""
-    found: dict[str, Any] = next(
-        entry for entry in directory.manifest["comparisons"] if case_id in entry["case_ids"]
-    )
-    return found
-
-
-def _finding(case: dict[str, Any], comparison: dict[str, Any]) -> Finding:
+def _finding(case: dict[str, Any]) -> Finding:
     """A measured case with its speed; out of memory or time is no fault of the code, anything else is."""
     what = case["id"]
     if case["status"] == "out_of_memory":
@@ -101,9 +93,8 @@ def _finding(case: dict[str, Any], comparison: dict[str, Any]) -> Finding:
         return Finding(what, SKIPPED, "the time was over before its last round; go on with --resume")
     if case["status"] != "ok":
         return Finding(what, FAIL, f"{case['status']}: {case['reason']}")
-    speed, step = (case["summary"][name]["median"] for name in ("decode_tokens_per_s", "itl_ms"))
-    figures: dict[str, Any] = {"decode_tokens_per_s": speed, "itl_ms": step, "ttft_ms": case["summary"]["ttft_ms"]["median"]}
-    text = f"{speed:,.0f} tokens/s, {step:.2f} ms a step"
+    figures = {name: case["summary"][name]["median"] for name in ("decode_tokens_per_s", "itl_ms", "ttft_ms")}
+    text = f"{figures['decode_tokens_per_s']:,.0f} tokens/s, {figures['itl_ms']:.2f} ms a step"
     if case["kept"]:
         kept, bound = case["kept"]["decode_tokens_per_s"], case["exact"]["kept_bound"]
         figures |= {"kept": kept, "kept_bound": bound}

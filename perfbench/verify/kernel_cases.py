@@ -8,10 +8,7 @@ next one's adapter: a case that does not see that proves nothing.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -26,107 +23,7 @@ from perfbench.kernels import (
     vector_generator,
 )
 from perfbench.verify import reference
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FORMS = ("eager", "triton")
-FAULT_FACTOR = 10
-
-# Relative, in the 2-norm of a row. A result rounded to 8 (11) bits is off by up to 2^-9 (2^-12) of each value; the
-# interpreter cuts off the bits that a GPU rounds: 1 ulp. In the fused operations several roundings follow each other.
-ONE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
-FUSED = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a case is run: in this form, in this type, on this device ("cpu": Triton's forms in the interpreter)."""
-
-    form: str
-    dtype: torch.dtype
-    device: str
-
-    def normal(self, seed: int) -> Callable[..., torch.Tensor]:
-        """Makes normal values of given sizes on the CPU, in this type; the same on every device."""
-        generator = torch.Generator().manual_seed(seed)
-        return lambda *size: torch.randn(size, generator=generator).to(self.dtype)
-
-    def put(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of `tensor` on the device."""
-        return tensor.to(self.device, copy=True)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A case with its numbers. run(shift): what the kernel gives, on the CPU, when every request is given the adapter
-    `shift` places on; expected: fp64 of the same sizes; shifts: whether there is another adapter to be given."""
-
-    run: Callable[[int], torch.Tensor]
-    expected: torch.Tensor
-    tolerances: dict[torch.dtype, float]
-    shifts: bool = True
-
-
-@dataclass(frozen=True)
-class KernelCase:
-    """One line of the table. `forms`: those that can take it."""
-
-    kernel: str
-    id: str
-    build: Callable[[Setting], Problem]
-    forms: tuple[str, ...] = FORMS
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """worst: largest relative error of a row; shifted: the smallest of a row with the next adapter, None where there
-    is no other. fault: None, or what is wrong in a line."""
-
-    worst: float
-    tolerance: float
-    shifted: float | None
-    fault: str | None
-
-
-def judge(case: KernelCase, setting: Setting) -> Judgement:
-    """Runs a case twice as it is and once with every adapter shifted by one."""
-    problem = case.build(setting)
-    tolerance = problem.tolerances[setting.dtype]
-    with nan_filled():
-        found, again = problem.run(0), problem.run(0)
-        wrong = problem.run(1) if problem.shifts else None
-    worst = float(_differences(found, problem.expected).max())
-    shifted = None if wrong is None else float(_differences(wrong, problem.expected).min())
-    fault = None
-    if not worst <= tolerance:
-        fault = f"differs from fp64 by {worst:.1e}, more than {tolerance:.1e}"
-    elif not torch.equal(found, again):
-        fault = "two runs differ in their bits"
-    elif shifted is not None and not shifted > FAULT_FACTOR * tolerance:
-        fault = f"with the next adapter it differs by {shifted:.1e} only, less than {FAULT_FACTOR} x {tolerance:.1e}"
-    return Judgement(worst, tolerance, shifted, fault)
-
-
-def _differences(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    if found.shape != expected.shape:
-        raise ValueError(f"expected sizes {list(expected.shape)}, got {list(found.shape)}")
-    return (found.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
-
-
-@contextmanager
-def nan_filled() -> Iterator[None]:
-    """Within it, torch.empty gives NaN: what a kernel forgets to write is seen."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that an operation has no deterministic form is not asked here
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[assignment]
-
+from perfbench.verify.kernel_check import FORMS, FUSED, ONE, KernelCase, Problem, Setting
 
 # How the requests get their adapters: one each (or one for all) in the order of the stack; or each names its own, its
 # ranks coming as planes of a shrink, or as columns of the base product, with every adapter's.
@@ -246,8 +143,8 @@ def _vector_generator(
     expected = reference.vectors(h, w_down, w_up, bias, batch.of_rows)[served]
 
     def run(shift: int) -> torch.Tensor:
-        stacks = (batch.stack(weight, shift) for weight in (w_down, w_up, bias))
-        found = vector_generator.FORMS[setting.form](setting.put(h), *stacks, batch.own(shift)).cpu()
+        down, up, last = (batch.stack(weight, shift) for weight in (w_down, w_up, bias))
+        found = vector_generator.FORMS[setting.form](setting.put(h), down, up, last, batch.own(shift)).cpu()
         _zeros_unless(shift, found[~served])
         return found[served]
 
@@ -404,8 +301,8 @@ def _attention(beams: int, padded: bool, kv_heads: int, length: int, on_device: 
             whose = prompt.roll(shift, 0)
         else:
             sources = where.roll(shift, 0)
-        own = (None if tensor is None else setting.put(tensor) for tensor in (generated, sources))
-        return decode_attention.FORMS[setting.form](setting.put(q), setting.put(whose), *own, mask, filled).cpu()
+        own, at = (None if tensor is None else setting.put(tensor) for tensor in (generated, sources))
+        return decode_attention.FORMS[setting.form](setting.put(q), setting.put(whose), own, at, mask, filled).cpu()
 
     return Problem(run, expected, FUSED)
 
@@ -424,12 +321,13 @@ def _cases() -> Iterator[KernelCase]:
         yield KernelCase("low_rank.expand", f"groups{groups}-rows{rows}", partial(_alike, groups, rows), ("eager",))
     for scaled in ((1, 1, 1), (3, 2, 53), (2, 7, 1030)):
         yield KernelCase("row_scale", "groups{}-rows{}-{}".format(*scaled), partial(_row_scale, *scaled))
-    for way, *shape in (
+    for way, groups, prompts, hidden, rank, columns in (
         (IN_ORDER, 1, 1, 17, 1, 5), (IN_ORDER, 3, 3, 70, 12, 53), (IN_ORDER, 1, 4, 33, 5, 520),
         (PLANES, 1, 4, 33, 5, 40), (PLANES, 1, 4, 21, 128, 19),
     ):  # fmt: skip
-        name = "{}-groups{}-prompts{}-{}-rank{}-{}".format(way, *shape)
-        yield KernelCase("vector_generator", name, partial(_vector_generator, way, *shape), _forms(way))
+        name = f"{way}-groups{groups}-prompts{prompts}-{hidden}-rank{rank}-{columns}"
+        build = partial(_vector_generator, way, groups, prompts, hidden, rank, columns)
+        yield KernelCase("vector_generator", name, build, _forms(way))
     for way, groups, rows, kv_heads, ranks in (
         (IN_ORDER, 1, 3, 1, (2, 3)), (IN_ORDER, 3, 3, 2, (2, 3)), (IN_ORDER, 2, 2, 1, (1, 33)),
         (PLANES, 1, 4, 1, (3, 2)), (PRODUCT, 1, 4, 2, (2, 3)),
@@ -438,7 +336,7 @@ def _cases() -> Iterator[KernelCase]:
         yield KernelCase("qkv_epilogue", name, partial(_qkv, way, groups, rows, kv_heads, ranks), _forms(way))
     for way, groups, rows, inner, ranks, activation in (
         (IN_ORDER, 1, 6, 37, (2, 3), "silu"), (IN_ORDER, 3, 6, 37, (2, 3), "gelu"),
-        (IN_ORDER, 3, 3, 19, (2, 3), "gelu_pytorch_tanh"), (IN_ORDER, 2, 2, 1030, (1, 128), "silu"),
+        (IN_ORDER, 3, 3, 1030, (2, 3), "gelu_pytorch_tanh"), (IN_ORDER, 2, 2, 130, (1, 128), "silu"),
         (PLANES, 1, 8, 37, (2, 3), "silu"), (PRODUCT, 1, 8, 37, (3, 2), "silu"),
     ):  # fmt: skip
         name = f"{way}-groups{groups}-rows{rows}-{inner}-ranks{ranks[0]}+{ranks[1]}-{activation}"

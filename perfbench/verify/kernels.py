@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator
 
 from perfbench.kernels.settings import DEFAULTS
-from perfbench.verify.kernel_cases import CASES, DTYPES, FORMS, KernelCase, Setting, judge
+from perfbench.verify.kernel_cases import CASES
+from perfbench.verify.kernel_check import DTYPES, FORMS, KernelCase, Setting, judge
 from perfbench.verify.report import FAIL, PASS, SKIPPED, Finding
 
 
@@ -27,7 +28,8 @@ def findings(device: str) -> Iterator[Finding]:
 
 def of_kernel(kernel: str, form: str, device: str, cases: list[KernelCase]) -> Finding:
     """What the cases of one kernel in one form gave; a case that can't be run fails it."""
-    worst, faults = {}, []
+    worst: dict[str, float] = {}
+    faults: list[str] = []
     for name, dtype in DTYPES.items():
         for case in cases:
             try:

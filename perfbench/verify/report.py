@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,10 +45,7 @@ def verdict(found: dict[str, Any]) -> str:
     skipped = [f"{section}: {finding['what']}" for section, finding in findings if finding["status"] == SKIPPED]
     passed = len(findings) - len(failed) - len(skipped)
     where = f"on {found['device']['name']}, {passed} passed"
-    if not passed and not failed:
-        text = f"NOTHING VERIFIED {where}"
-    else:
-        text = f"{'FAILED' if failed else 'PASSED'} {where}"
+    text = f"{'FAILED' if failed else 'PASSED' if passed else 'NOTHING VERIFIED'} {where}"
     if failed:
         text += f"; failed: {', '.join(failed)}"
     return text + (f"; {len(skipped)} skipped: {_shortened(skipped)}" if skipped else "; nothing skipped")
@@ -95,7 +91,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
         for name, content in ((JSON, text), (MARKDOWN, markdown(found))):
             temporary = folder / f".{name}.tmp"
             temporary.write_text(content, encoding="utf-8")
-            os.replace(temporary, folder / name)
+            temporary.replace(folder / name)
     except OSError as error:
         raise RunDirectoryError(f"{folder}: can't be written ({error.strerror}); give another --out") from None
 
@@ -124,7 +120,9 @@ def _where(found: dict[str, Any]) -> str:
     seconds = sum(section["seconds"] for section in found["sections"].values())
     versions = found["environment"]["versions"]
     software = ", ".join(f"{name} {versions[name]}" for name in ("perfbench", "torch", "triton"))
-    return f"{seconds:.0f} s of {found['budget_s']:.0f}; {software}; kernel settings: {found['kernel_settings']}"
+    limit = "" if found["full"] else f" of at most {found['budget_s']:.0f}"
+    tuned = ", ".join(f"{source} ({gpu})" for gpu, source in found["environment"]["kernel_settings"].items())
+    return f"{seconds:.0f} s{limit}; {software}; kernel settings: {tuned or 'defaults (no GPU)'}"
 
 
 def _shortened(names: list[str]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,17 +57,18 @@ def replay(device: str) -> Iterator[Finding]:
     base = backbone.load(SHAPE, "fp32", device, SEED)
     for kernels in kernel_sets(device):
         for beams in (1, 3):
-            yield _over_methods(
-                f"step of one size, no graph, {kernels}, beams {beams}", base,
-                lambda bank, k=kernels, b=beams: _compare_replay(base, bank, k, b, lambda step: step),
-            )  # fmt: skip
+            fixed = partial(_compare_replay, base, kernels, beams, _run_again)
+            yield _over_methods(f"step of one size, no graph, {kernels}, beams {beams}", base, fixed)
             what = f"CUDA graph, {kernels}, beams {beams}"
             if device == "cuda":
-                yield _over_methods(
-                    what, base, lambda bank, k=kernels, b=beams: _compare_replay(base, bank, k, b, None)
-                )
+                yield _over_methods(what, base, partial(_compare_replay, base, kernels, beams, None))
             else:
                 yield Finding(what, SKIPPED, "no CUDA graph on a CPU; tests replay the step from a tape")
+
+
+def _run_again(step: Step) -> Step:
+    """A capture that captures nothing."""
+    return step
 
 
 def against_generate(device: str) -> Iterator[Finding]:
@@ -74,12 +76,14 @@ def against_generate(device: str) -> Iterator[Finding]:
     base = backbone.load(SHAPE, "fp32", device, SEED)
     for kernels in kernel_sets(device):
         for beams in (1, 3):
-            yield _over_methods(
-                f"static {kernels}, {'greedy' if beams == 1 else f'beam {beams}'}", base,
-                lambda bank, k=kernels, b=beams: difference(
-                    StaticArm(base, bank, k), PlanArm(base, bank, "eager"), make_batch(base, b)
-                ),
-            )  # fmt: skip
+            what = f"static {kernels}, {'greedy' if beams == 1 else f'beam {beams}'}"
+            yield _over_methods(what, base, partial(_compare_loops, base, kernels, beams))
+
+
+def _compare_loops(
+    base: backbone.Backbone, kernels: str, beams: int, bank: Bank | None
+) -> tuple[float, str | None]:
+    return difference(StaticArm(base, bank, kernels), PlanArm(base, bank, "eager"), make_batch(base, beams))
 
 
 def isolation(device: str) -> Iterator[Finding]:
@@ -94,32 +98,29 @@ def isolation(device: str) -> Iterator[Finding]:
 def _isolated(
     base: backbone.Backbone, what: str, make: Callable[..., Any], kernels: str, beams: int
 ) -> Finding:
-    worst, faults = 0.0, []
-    for method in SERVED:
-        arm = make(base, make_bank(base, method), kernels)
-        has_adapters = method != "none"
-        found = check.check(
-            arm, make_batch(base, beams), RESIDENT, base.dtype, SEED, has_adapters=has_adapters
-        )
-        arm.close()
-        worst = max(worst, found.relative_difference)
-        if found.status != "ok":
-            faults.append(f"{method}: {found.reason}")
-    return _finding(what, worst, faults)
+    def compare(bank: Bank | None) -> tuple[float, str | None]:
+        arm = make(base, bank, kernels)
+        try:
+            found = check.check(
+                arm, make_batch(base, beams), RESIDENT, base.dtype, SEED, has_adapters=bank is not None
+            )
+        finally:
+            arm.close()
+        return found.relative_difference, found.reason
+
+    return _over_methods(what, base, compare)
 
 
 def _over_methods(
     what: str, base: backbone.Backbone, compare: Callable[[Bank | None], tuple[float, str | None]]
 ) -> Finding:
-    """`compare` gives (largest relative difference, fault) of the arms of one method."""
+    """`compare` gives (largest relative difference, fault) of the arms of one method; if it raises, that is a fault."""
     worst, faults = 0.0, []
     for method in SERVED:
         try:
             difference, fault = compare(make_bank(base, method))
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError) as error:  # a capture that failed, a launch that was refused
-            difference, fault = 0.0, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        except Exception as error:  # a capture that failed, a launch that was refused
+            difference, fault = 0.0, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         worst = max(worst, difference)
         if fault is None and not difference <= TOLERANCE:
             fault = f"logits differ by {difference:.1e}, more than {TOLERANCE:.0e}"
@@ -157,7 +158,7 @@ def difference(arm: Any, reference: Any, batch: Batch) -> tuple[float, str | Non
 
 
 def _compare_replay(
-    base: backbone.Backbone, bank: Bank | None, kernels: str, beams: int, capture: Callable[[Step], Step] | None
+    base: backbone.Backbone, kernels: str, beams: int, capture: Callable[[Step], Step] | None, bank: Bank | None
 ) -> tuple[float, str | None]:
     """Over batches of other prompts and tenants, one after the other, on one captured step.
 
