@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 # perfbench/<name>.py that touch the device; those of TOP stand above; every other file there is core.
 RUNTIME = {"arms", "backbone", "workload", "measure", "measured_roof", "memory", "counts", "check", "worker"}
 TOP = {"__main__", "cli", "inputs", "params", "roof_table", "run"}
+# perfbench/verify/<name>.py that stand above too; the others there are run in its child process.
+VERIFY_TOP = {"command", "grid", "worker"}
 # methods/<name>.py that a scenario is checked with, so they load no torch.
 REGISTRY = {"__init__", "registry", "shape"}
 
@@ -82,6 +84,10 @@ def room_of(module: str) -> str:
         return "kernels"
     if parts[1] == "methods":
         return "registry" if parts[2] in REGISTRY else "methods"
+    if parts[1] == "verify" and parts[2] in {"", "report"}:
+        return "core"
+    if parts[1] == "verify":
+        return "top" if parts[2] in VERIFY_TOP else "runtime"
     if parts[1] == "runtimes" or parts[1] in RUNTIME:
         return "runtime"
     if parts[1] in TOP:
@@ -121,7 +127,8 @@ def _may_import(path: str, room: str, package: str, imported: Import) -> bool:
 def sources() -> list[Path]:
     """Every Python file of the rooms; perfbench/kernels and perfbench/methods are links to the top."""
     runtimes = ROOT / "perfbench" / "runtimes"
-    folders = [ROOT / "kernels", ROOT / "methods", ROOT / "perfbench", runtimes, runtimes / "static"]
+    verify = ROOT / "perfbench" / "verify"
+    folders = [ROOT / "kernels", ROOT / "methods", ROOT / "perfbench", runtimes, runtimes / "static", verify]
     return [path for folder in folders for path in sorted(folder.glob("*.py"))]
 
 
