@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="prove that what is fast is right", description=_verify.__doc__)
     verify.add_argument("--out", type=Path, metavar="DIR", help="the folder (default: runs/verify-<time>)")
     verify.add_argument("--full", action="store_true", help="the whole grid of speeds, without a limit of time")
+    verify.add_argument("--minutes", type=_positive, metavar="N", help="end after N minutes (default: 8, on a CPU 2)")
     verify.add_argument("--resume", action="store_true", help="go on with what is in --out")
     verify.set_defaults(command=_verify)
 
@@ -204,7 +205,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     kind, name = device_kind("auto")
     name = name if kind == "cuda" else "the CPU"
     try:
-        found = command.verify(kind, name, out, full=arguments.full, resume=arguments.resume, notes=notes)
+        found = command.verify(
+            kind, name, out, full=arguments.full, minutes=arguments.minutes, resume=arguments.resume, notes=notes
+        )
     except KeyboardInterrupt:
         full = " --full" if arguments.full else ""
         notes.print(f"interrupted; go on with: perfbench verify{full} --out {out} --resume")

@@ -39,6 +39,8 @@ ABOUT = {
     "peers": "a layer's gate and up product with adapters, in the ways of the field; compiling takes a while",
     "grid": "speeds",
 }
+# What a child did not come to.
+THE_REST = "the rest"
 # Speeds, not checks: they may end with the time.
 SPEEDS = ("peers",)
 
@@ -49,25 +51,35 @@ def default_out() -> Path:
 
 
 def verify(
-    device: str, device_name: str, out: Path, *, full: bool, resume: bool, notes: Console
+    device: str, device_name: str, out: Path, *, full: bool, minutes: int | None, resume: bool, notes: Console
 ) -> dict[str, Any]:
     """Everything that can be verified on `device` (cpu | cuda), into `out`; what the JSON says.
 
-    full: the whole grid, without a limit of time. RunDirectoryError where `out` can't be used; PerfbenchError.
+    full: the whole grid; minutes: after which no more is measured, by default BUDGET_S, and none with full.
+    RunDirectoryError where `out` can't be used; PerfbenchError.
     """
     if device == "cuda" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise PerfbenchError("TRITON_INTERPRET: set, so kernels would not run on the GPU; unset it")
     found = _open(device, device_name, out, full=full, resume=resume)
-    end = None if full else time.monotonic() + found["budget_s"]
-    limit = "without a limit" if full else f"at most {found['budget_s'] / 60:.0f} minutes"
+    budget_s = None if full and minutes is None else 60.0 * minutes if minutes else BUDGET_S[device]
+    found["budget_s"] = budget_s
+    end = None if budget_s is None else time.monotonic() + budget_s
+    limit = "without a limit" if budget_s is None else f"at most {budget_s / 60:.0f} minutes"
     notes.print(f"{device_name}: {', '.join([*SECTIONS, 'grid'])}; {limit} -> {out}")
     for section in SECTIONS:
-        if found["sections"].get(section, {}).get("status") in (None, FAIL) or section in SPEEDS:
+        if not _is_done(found["sections"].get(section)):
             _take(found, section, _child(section, device, _seconds_for(section, end)), out, notes)
     left = None if end is None else end - time.monotonic()
     names = grid.FULL if full else grid.QUICK
     _take(found, "grid", grid.findings(names, device, out, left), out, notes)
     return found
+
+
+def _is_done(section: dict[str, Any] | None) -> bool:
+    """Whether a resumed run can leave a section as it is: whole, and nothing failed."""
+    return section is not None and section["status"] != FAIL and THE_REST not in (
+        finding["what"] for finding in section["findings"]
+    )
 
 
 def _seconds_for(section: str, end: float | None) -> float:
@@ -86,7 +98,7 @@ def _open(device: str, device_name: str, out: Path, *, full: bool, resume: bool)
         "perfbench_version": __version__,
         "device": where,
         "full": full,
-        "budget_s": BUDGET_S[device],
+        "budget_s": None,
         "environment": environment.collect(device, threads()),
         "sections": {},
     }
@@ -151,10 +163,10 @@ def _child(section: str, device: str, seconds: float) -> Iterator[Finding]:
             child.wait()
             child.stdout.close()
         if late.is_set() and section in SPEEDS:
-            yield Finding("the rest", SKIPPED, f"not done in its {seconds:.0f} s; go on with --resume, or --full")
+            yield Finding(THE_REST, SKIPPED, f"not done in its {seconds:.0f} s; go on with --resume")
         elif late.is_set():
-            yield Finding("the rest", FAIL, f"not done after {seconds:.0f} s")
+            yield Finding(THE_REST, FAIL, f"not done after {seconds:.0f} s")
         elif code != 0:
             log.seek(0)
             said = log.read().decode(errors="replace").strip().splitlines() or ["no word"]
-            yield Finding("the rest", FAIL, f"the child process ended with {code}: {said[-1]}")
+            yield Finding(THE_REST, FAIL, f"the child process ended with {code}: {said[-1]}")

@@ -48,14 +48,19 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Stage:
-    """x [rows, D_in]; weight [2 I, D_in]; of T resident tenants a [T, 2 R, D_in] and b [T, 2, R, I]; own int64 [rows]:
-    whose adapter each row has, unsorted."""
+    """x [rows, D_in]; weight [2 I, D_in] with a tail of rows x 2 R below it, which ours fills; of T resident tenants
+    a [T, 2 R, D_in] and b [T, 2, R, I]; own int64 [rows]: whose adapter each row has, unsorted."""
 
     x: torch.Tensor
-    weight: torch.Tensor
+    with_tail: torch.Tensor
     a: torch.Tensor
     b: torch.Tensor
     own: torch.Tensor
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base alone: a view, so that every way reads the same memory."""
+        return self.with_tail[: MODULES * self.b.shape[3]]
 
     @property
     def kernels(self) -> str:
@@ -85,7 +90,7 @@ def make_stage(sizes: Sizes, rows: int, device: str) -> Stage:
     tenants, hidden, inner = rows + 1, sizes.hidden, sizes.intermediate
     own = torch.randperm(tenants, generator=torch.Generator().manual_seed(SEED))[:rows].to(device)
     return Stage(
-        normal(rows, hidden), normal(MODULES * inner, hidden, divided_by=hidden**0.5),
+        normal(rows, hidden), normal(MODULES * (inner + rows * RANK), hidden, divided_by=hidden**0.5),
         normal(tenants, MODULES * RANK, hidden, divided_by=hidden**0.5),
         normal(tenants, MODULES, RANK, inner, divided_by=RANK**0.5), own,
     )  # fmt: skip
@@ -118,10 +123,10 @@ def _ours(stage: Stage) -> Callable[[], torch.Tensor]:
     own = torch.arange(rows, device=x.device) if kernels == "triton" else None
     expansion = low_rank.Expansion(_parts(b), b, own)
     if takes_tail(x):
-        with_tail = torch.cat([stage.weight, a.flatten(0, 1)])
+        stage.with_tail[columns:] = a.flatten(0, 1)
 
         def in_product() -> torch.Tensor:
-            y, ranks = product_with_tail(x, with_tail, None, columns)
+            y, ranks = product_with_tail(x, stage.with_tail, None, columns)
             return consume(y, low_rank.FROM_PRODUCT[kernels](ranks, rows), expansion, None, "silu")
 
         return in_product

@@ -44,8 +44,8 @@ def verdict(found: dict[str, Any]) -> str:
     failed = [f"{section}: {finding['what']}" for section, finding in findings if finding["status"] == FAIL]
     skipped = [f"{section}: {finding['what']}" for section, finding in findings if finding["status"] == SKIPPED]
     passed = len(findings) - len(failed) - len(skipped)
-    where = f"on {found['device']['name']}, {passed} passed"
-    text = f"{'FAILED' if failed else 'PASSED' if passed else 'NOTHING VERIFIED'} {where}"
+    outcome = "FAILED" if failed else "PASSED" if passed else "NOTHING VERIFIED"
+    text = f"{outcome} on {found['device']['name']}: {passed} passed"
     if failed:
         text += f"; failed: {', '.join(failed)}"
     return text + (f"; {len(skipped)} skipped: {_shortened(skipped)}" if skipped else "; nothing skipped")
@@ -120,7 +120,7 @@ def _where(found: dict[str, Any]) -> str:
     seconds = sum(section["seconds"] for section in found["sections"].values())
     versions = found["environment"]["versions"]
     software = ", ".join(f"{name} {versions[name]}" for name in ("perfbench", "torch", "triton"))
-    limit = "" if found["full"] else f" of at most {found['budget_s']:.0f}"
+    limit = "" if found["budget_s"] is None else f" of at most {found['budget_s']:.0f}"
     tuned = ", ".join(f"{source} ({gpu})" for gpu, source in found["environment"]["kernel_settings"].items())
     return f"{seconds:.0f} s{limit}; {software}; kernel settings: {tuned or 'defaults (no GPU)'}"
 

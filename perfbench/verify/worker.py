@@ -8,8 +8,10 @@ interpreter has to be chosen before triton is imported.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -17,7 +19,7 @@ from importlib import import_module
 
 from perfbench.verify.report import Finding
 
-# Section -> (module of perfbench.verify, its function: device kind -> findings). What shares a child, by module.
+# Section -> (module of perfbench.verify, its function: device kind -> findings).
 SECTIONS = {
     "kernels": ("kernels", "findings"),
     "replay": ("runtimes", "replay"),
@@ -30,6 +32,8 @@ SECTIONS = {
 def main() -> int:
     """Runs one section on a device kind, both given as arguments."""
     section, device = sys.argv[1:]
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan keeps a GPU busy
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the libraries print goes to standard error
     for finding in findings(section, device):

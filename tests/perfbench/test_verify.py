@@ -36,6 +36,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "FORMS", ("eager",))
     monkeypatch.setattr(kernels, "CASES", tuple(case for case in CASES if case.kernel in FAST))
     monkeypatch.setattr(grid, "QUICK", ())
+    monkeypatch.setattr(grid, "FULL", ())
     monkeypatch.setattr("perfbench.device.device_kind", lambda wanted: ("cpu", "of a test"))
 
 
@@ -62,7 +63,7 @@ def shifts_slots(form: Callable[..., None]) -> Callable[..., None]:
 def test_kernels_that_are_right_pass(here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("PASSED on the CPU, 2 passed; nothing skipped")
+    assert said.startswith("PASSED on the CPU: 2 passed; nothing skipped")
     assert [finding["what"] for finding in read(tmp_path / "out")["sections"]["kernels"]["findings"]] == [
         "row_scale, eager", "residual_rmsnorm, eager",
     ]  # fmt: skip
@@ -79,7 +80,7 @@ def test_a_wrong_kernel_fails_it(
     monkeypatch.setitem(module.FORMS, "eager", plant(module.FORMS["eager"]))
     assert main(["verify", "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert said.startswith("FAILED on the CPU, 1 passed; failed: kernels:")
+    assert said.startswith("FAILED on the CPU: 1 passed; failed: kernels:")
     (failed,) = (one for one in read(tmp_path)["sections"]["kernels"]["findings"] if one["status"] == FAIL)
     assert failed["what"] == f"{name}, eager"
     assert "differs from fp64" in failed["finding"]
@@ -110,7 +111,7 @@ def test_what_is_skipped_is_named_and_nothing_done_is_no_success() -> None:
     assert report.verdict(found).startswith("NOTHING VERIFIED")
     found = report_of({"replay": [*findings, vars(Finding("a step", PASS, "equal"))]})
     assert report.exit_code(found) == 0
-    assert report.verdict(found) == "PASSED on a card, 1 passed; 1 skipped: replay: CUDA graph, eager"
+    assert report.verdict(found) == "PASSED on a card: 1 passed; 1 skipped: replay: CUDA graph, eager"
 
 
 def report_of(sections: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def test_the_json_and_the_markdown_agree(tmp_path: Path) -> None:
     assert [row[2] for row in rows] == [FAIL, PASS, SKIPPED, PASS]
     assert "<script>" not in text
     assert "defaults (a card)" in text
-    assert text.startswith("**FAILED on a card, 2 passed; failed: kernels: a \\| b; 1 skipped: kernels: d**")
+    assert text.startswith("**FAILED on a card: 2 passed; failed: kernels: a \\| b; 1 skipped: kernels: d**")
 
 
 def test_a_second_run_goes_on_where_the_first_one_failed(
@@ -169,6 +170,23 @@ def test_a_second_run_goes_on_where_the_first_one_failed(
         assert said.count("\n") == 1
     (tmp_path / "out" / report.JSON).write_text("{")
     assert main(["verify", "--out", out, "--resume"]) == 2
+
+
+def test_what_was_cut_short_is_done_again() -> None:
+    whole = {"status": PASS, "findings": [vars(Finding("a", PASS, ""))]}
+    cut = {"status": PASS, "findings": [*whole["findings"], vars(Finding(command.THE_REST, SKIPPED, ""))]}
+    assert [command._is_done(one) for one in (None, whole, cut, {**whole, "status": FAIL})] == [
+        False, True, False, False,
+    ]  # fmt: skip
+
+
+def test_how_long_it_may_take(here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = (([], 120), (["--minutes", "3"], 180), (["--full"], None), (["--full", "--minutes", "9"], 540))
+    for arguments, seconds in asked:
+        out = tmp_path / "".join(arguments)
+        assert main(["verify", "--out", str(out / "x"), *arguments]) == 0
+        assert read(out / "x")["budget_s"] == seconds
+        assert ("of at most" in capsys.readouterr().out) == (seconds is not None)
 
 
 def test_the_interpreter_is_refused_on_a_gpu(
@@ -360,7 +378,7 @@ def measured() -> dict[str, Any]:
 
 def test_a_measured_case_has_its_speed_and_what_it_kept(measured: dict[str, Any]) -> None:
     case = next(case for case in measured.values() if case["method"] == "lora" and "/static/" in case["id"])
-    found = grid._finding(case)
+    found = grid.of_case("a_scenario", case)
     assert found.status == PASS
     assert f"{case['summary']['decode_tokens_per_s']['median']:,.0f} tokens/s" in found.finding
     assert f"kept {case['kept']['decode_tokens_per_s']['ratio'] * 100:.1f}%" in found.finding
@@ -378,7 +396,7 @@ def test_a_measured_case_has_its_speed_and_what_it_kept(measured: dict[str, Any]
 )
 def test_a_case_without_a_speed_says_why(status: str, expected: str, measured: dict[str, Any]) -> None:
     case = {**next(iter(measured.values())), "status": status, "reason": "of a test", "summary": None}
-    assert grid._finding(case).status == expected
+    assert grid.of_case("a_scenario", case).status == expected
 
 
 def test_the_speeds_end_with_the_time_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,11 +404,11 @@ def test_the_speeds_end_with_the_time_and_go_on(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir()), "too little time to begin"
     monkeypatch.setattr(grid, "LEAST_S", 0.0)
     cut = list(grid.findings(("verify_7b",), "cpu", tmp_path, 0.3))
-    assert {finding.status for finding in cut[1:]} == {SKIPPED}
+    assert {finding.status for finding in cut} == {SKIPPED}
     assert len(cut) == 1 + 5
     whole = list(grid.findings(("verify_7b",), "cpu", tmp_path, None))
-    assert [finding.status for finding in whole] == [PASS] * 6
-    assert "a small shape stands in" in whole[0].what
+    assert [finding.status for finding in whole] == [SKIPPED] + [PASS] * 5
+    assert "a small shape stands in" in whole[0].finding
 
 
 def test_the_limit_of_time_is_lifted_afterwards() -> None:
