@@ -6,7 +6,6 @@ import importlib
 import math
 from collections.abc import Iterator
 
-from perfbench.kernels.settings import DEFAULTS
 from perfbench.verify.kernel_cases import CASES
 from perfbench.verify.kernel_check import DTYPES, FORMS, KernelCase, Setting, judge
 from perfbench.verify.report import FAIL, PASS, SKIPPED, Finding
@@ -49,11 +48,6 @@ def of_kernel(kernel: str, form: str, device: str, cases: list[KernelCase]) -> F
         text = f"{faults[0]}{more}"
     figures = {"cases": len(cases), "worst_relative_error": worst, "faults": faults}
     return Finding(f"{kernel}, {form}", FAIL if faults else PASS, text, figures)
-
-
-def untested() -> set[str]:
-    """Kernels with launch settings of which no case is in the table."""
-    return set(DEFAULTS) - {case.kernel for case in CASES}
 
 
 def _no_triton() -> str | None:

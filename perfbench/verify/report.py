@@ -107,6 +107,8 @@ def read(folder: Path) -> dict[str, Any]:
         raise RunDirectoryError(f"{file}: can't be read ({error}); give another --out") from None
     if not isinstance(found, dict) or found.get("schema_version") != SCHEMA_VERSION:
         raise RunDirectoryError(f"{file}: expected schema_version {SCHEMA_VERSION}; give another --out")
+    if missing := {"device", "full", "environment", "sections"} - set(found):
+        raise RunDirectoryError(f"{file}: lacks {', '.join(sorted(missing))}; give another --out")
     return found
 
 

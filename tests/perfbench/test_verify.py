@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -168,8 +171,11 @@ def test_a_second_run_goes_on_where_the_first_one_failed(
         said = capsys.readouterr().err
         assert why in said
         assert said.count("\n") == 1
-    (tmp_path / "out" / report.JSON).write_text("{")
-    assert main(["verify", "--out", out, "--resume"]) == 2
+    bad = (("{", "can't be read"), ("[]", "expected schema_version"), ('{"schema_version": 1}', "lacks device"))
+    for torn, why in bad:
+        (tmp_path / "out" / report.JSON).write_text(torn)
+        assert main(["verify", "--out", out, "--resume"]) == 2
+        assert why in capsys.readouterr().err
 
 
 def test_what_was_cut_short_is_done_again() -> None:
@@ -313,6 +319,32 @@ def test_the_two_launches_in_sixteen_bits_with_a_row_without_adapter(dtype: torc
     )
     assert torch.equal(y[1], untouched)
     assert float(((y.double() - expected).norm(dim=1) / expected.norm(dim=1)).max()) < 1e-2
+
+
+AHEAD_OF_TIME = """
+from perfbench.kernels import resources as r
+from perfbench.verify import punica_triton as p
+def integers(*names): return dict.fromkeys(names, "i32")
+shrink = {"x": r.BF16, "a": r.BF16, "own": "*i64", "planes": r.FP32} | integers("R", "D_IN", "A_STRIDE", "PLANE")
+expand = {"y": r.BF16, "planes": r.FP32, "b": r.BF16, "own": "*i64"} | integers(
+    "R", "D_OUT", "ROW", "PLANE", "MODULES", "ADAPTER_STRIDE", "MODULE_STRIDE")
+for kernel, types, tried, fixed in (
+    (p._shrink, shrink, p.SHRINK_CANDIDATES, {"BLOCK_R": 32}),
+    (p._expand, expand, p.EXPAND_CANDIDATES, {"BLOCK_R": 16, "SPLITS": 4}),
+):
+    for one in (tried[0], tried[-1]):
+        r.KERNELS["it"] = kernel, types, fixed | {key: one[key] for key in one if key != "num_warps"}
+        print(r.measure("it", 86, one)["spill_bytes"])
+"""
+
+
+def test_the_baseline_s_kernels_do_not_spill() -> None:
+    """A sample of its candidates, compiled for the smallest of the GPUs: the baseline gets the care that ours get."""
+    pytest.importorskip("triton", reason="triton is not there for this platform")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0"] * 4
 
 
 def test_peers_take_turns_and_the_ones_that_are_wrong_are_not_timed(
