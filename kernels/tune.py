@@ -148,7 +148,7 @@ class Problems:
 
     def _row_scale(self) -> Callable[[], object]:
         y, minus_one = self._random(self.rows, 1, self.sizes.inner), self._random(self.rows, self.sizes.inner)
-        return lambda: row_scale.FORMS["triton"](y, minus_one * 0)
+        return lambda: row_scale.FORMS["triton"](y, minus_one)
 
     def _generator(self) -> Callable[[], object]:
         sizes, rows = self.sizes, self.rows
@@ -168,6 +168,19 @@ def best(times: Times) -> int:
     return min(candidates, key=lambda i: math.prod(taken[i] / min(taken) for taken in times.values()))
 
 
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """`call` as a CUDA graph: what is timed is the kernel and not the host that launches it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def measure(kernel: str, gpu: str, time_ms: Callable[[Callable[[], object]], float]) -> Times:
     """Milliseconds of every candidate of `kernel` at every number of rows on the CUDA device of this name."""
     times: Times = {}
@@ -176,7 +189,7 @@ def measure(kernel: str, gpu: str, time_ms: Callable[[Callable[[], object]], flo
         times[rows] = []
         for candidate in CANDIDATES[kernel]:
             with settings.instead(kernel, gpu, candidate):
-                times[rows].append(time_ms(call))
+                times[rows].append(time_ms(captured(call)))
     return times
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,24 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert said.err.startswith("tune: expected a CUDA device")
     assert said.err.count("\n") == 1
     assert settings.TABLE.read_text() == before
+
+
+def test_every_candidate_is_timed_at_every_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On small sizes in the interpreter, without the graph that a GPU would replay."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here: the command itself times it")
+    problems, kernel = tune.Problems, "row_scale"
+    monkeypatch.setattr(tune, "Problems", lambda rows, *_: problems(rows, SMALL, "cpu", torch.float32))
+    monkeypatch.setattr(tune, "captured", lambda call: call)
+    monkeypatch.setattr(tune, "ROWS", (1, 2))
+    seen = []
+
+    def time_ms(call: Callable[[], object]) -> float:
+        call()
+        seen.append(settings.setting(kernel, torch.device("cpu")))
+        return float(len(seen))
+
+    times = tune.measure(kernel, "", time_ms)
+    count = len(tune.CANDIDATES[kernel])
+    assert seen == [*tune.CANDIDATES[kernel]] * 2
+    assert times == {1: [float(i + 1) for i in range(count)], 2: [float(i + 1) for i in range(count, 2 * count)]}
