@@ -29,7 +29,7 @@ from perfbench.kernels import (
     swiglu_epilogue_triton,
     vector_generator_triton,
 )
-from perfbench.kernels.settings import DEFAULTS
+from perfbench.kernels.settings import DEFAULTS, Setting
 
 TABLE = Path(__file__).with_name("resources.json")
 
@@ -150,13 +150,16 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
 }
 
 
-def measure(name: str, capability: int) -> dict[str, int]:
-    """registers, spill_bytes and shared_bytes of one kernel on one architecture."""
+def measure(name: str, capability: int, setting: Setting | None = None) -> dict[str, int]:
+    """registers, spill_bytes and shared_bytes of one kernel on one architecture, launched with `setting` in place of
+    the defaults."""
     kernel, signature, constants = KERNELS[name]
+    setting = {"num_warps": _warps(name)} | (setting or {})
+    constants = {key: setting.get(key, value) for key, value in constants.items()}
     types = signature | dict.fromkeys(constants, "constexpr")
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=values)
-    target, options = GPUTarget("cuda", capability, 32), {"num_warps": _warps(name)}
+    target, options = GPUTarget("cuda", capability, 32), {"num_warps": setting["num_warps"]}
     compiled = triton.compile(source, target=target, options=options)
     usage = _ptxas(compiled.asm["ptx"], capability)
     return usage | {"shared_bytes": int(compiled.metadata.shared)}
@@ -164,8 +167,12 @@ def measure(name: str, capability: int) -> dict[str, int]:
 
 def _warps(name: str) -> int:
     """As the launchers ask for it; the join of the parts of an attention is not tuned."""
-    operation = name.split(",")[0].removesuffix(".parts")
-    return DEFAULTS[operation]["num_warps"] if operation in DEFAULTS else 4
+    return DEFAULTS.get(operation(name), {"num_warps": 4})["num_warps"]
+
+
+def operation(name: str) -> str:
+    """The key of DEFAULTS that a name of KERNELS is launched by, if it has one."""
+    return name.split(",")[0].removesuffix(".parts")
 
 
 def _ptxas(ptx: str, capability: int) -> dict[str, int]:

@@ -2,20 +2,26 @@
 
     python -m perfbench.kernels.tune             # on a GPU: times the candidates, prints what is best
     python -m perfbench.kernels.tune --write     # and adds it to kernels/settings.json
+
+Every run.json says under `environment.kernel_settings` which of the two it was.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
 
+Setting = dict[str, int]
+
 TABLE = Path(__file__).with_name("settings.json")
 
 # Chosen by hand so that nothing spills on sm_80 to sm_100 (resources.json); powers of two.
-DEFAULTS: dict[str, dict[str, int]] = {
+DEFAULTS: dict[str, Setting] = {
     # SPLIT_K: columns of x that one program reads; a decode step has too few rows to fill a GPU with less splitting.
     "low_rank.shrink": {"SPLIT_K": 1024, "BLOCK_K": 64, "num_warps": 4},
     "low_rank.expand": {"BLOCK_N": 64, "num_warps": 4},
@@ -30,24 +36,34 @@ DEFAULTS: dict[str, dict[str, int]] = {
 
 
 @cache
-def table() -> dict[str, dict[str, dict[str, int]]]:
+def table() -> dict[str, dict[str, Setting]]:
     """GPU name -> kernel -> settings, as committed."""
-    found: dict[str, dict[str, dict[str, int]]] = json.loads(TABLE.read_text())
+    found: dict[str, dict[str, Setting]] = json.loads(TABLE.read_text())
     return found
 
 
-def setting(kernel: str, device: torch.device) -> dict[str, int]:
+def setting(kernel: str, device: torch.device) -> Setting:
     """The settings of `kernel` on `device`: the table's for this GPU, else the defaults."""
     return _setting(kernel, torch.cuda.get_device_name(device) if device.type == "cuda" else "")
 
 
 @cache
-def _setting(kernel: str, gpu: str) -> dict[str, int]:
+def _setting(kernel: str, gpu: str) -> Setting:
     return DEFAULTS[kernel] | table().get(gpu, {}).get(kernel, {})
 
 
-def source(gpu: str | None) -> str:
-    """Where the settings of a GPU of this name come from, in words."""
-    if gpu is None:
-        return "defaults (no GPU)"
-    return "tuned for this GPU" if gpu in table() else f"defaults; `python -m perfbench.kernels.tune` tunes for {gpu}"
+@contextmanager
+def instead(kernel: str, gpu: str, chosen: Setting) -> Iterator[None]:
+    """Within it, `kernel` is launched on GPUs of this name ("": on none, in the interpreter) with `chosen`."""
+    known = table()
+    before = known.get(gpu)
+    known[gpu] = (before or {}) | {kernel: chosen}
+    _setting.cache_clear()
+    try:
+        yield
+    finally:
+        if before is None:
+            del known[gpu]
+        else:
+            known[gpu] = before
+        _setting.cache_clear()

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perfbench.backbone_config import NAMED_CONFIGS, parameter_count
-from perfbench.environment import governor, limits
+from perfbench.environment import governor, kernel_settings, limits
 from perfbench.nvml import Nvml
 
 GIB = 2**30
@@ -179,6 +179,17 @@ def triton() -> Check:
     return Check("kernels: triton", "ok", "triton can be imported; its kernels run on a CUDA device")
 
 
+def tuned_kernels(settings: dict[str, str] | None = None) -> Check:
+    """Whether the launch settings of the Triton kernels were tuned for the GPUs here."""
+    settings = kernel_settings() if settings is None else settings
+    untuned = [name for name, source in settings.items() if source != "tuned"]
+    if untuned:
+        finding = f"kernels/settings.json lacks {', '.join(untuned)}: its kernels run with the defaults"
+        return Check("kernel settings", "warn", finding, "python -m perfbench.kernels.tune --write")
+    finding = f"tuned for {', '.join(settings)}" if settings else "the defaults; no GPU to tune them for"
+    return Check("kernel settings", "ok", finding)
+
+
 def kernels_name(package: Path = Path(__file__).parent) -> Check:
     """Whether our folder `kernels` is reachable as perfbench.kernels and shadows no installed package."""
     if not (package / "kernels").is_dir():
@@ -277,6 +288,7 @@ MACHINE_CHECKS: tuple[Callable[[], Check], ...] = (
     cuda,
     nvml,
     triton,
+    tuned_kernels,
     kernels_name,
     memory,
     disk,

@@ -6,9 +6,11 @@ No host name, user name or folder is recorded, so that a run.json can be publish
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,8 @@ ISA_FLAGS = (
 )
 
 GIT_TIMEOUT_S = 5.0
+# GPU name -> kernel -> launch settings; kernels/settings.py reads it too.
+KERNEL_SETTINGS = Path(__file__).parent / "kernels" / "settings.json"
 
 
 def collect(device_kind: str, threads: int | None) -> dict[str, Any]:
@@ -70,6 +74,7 @@ def collect(device_kind: str, threads: int | None) -> dict[str, Any]:
         "cpu": cpu(threads),
         "gpus": gpus(),
         "nvml_missing": Nvml.why_not(),
+        "kernel_settings": kernel_settings(),
         "limits": limits(),
         "load_average": list(os.getloadavg()),
         "os": operating_system(),
@@ -119,6 +124,17 @@ def gpus() -> list[dict[str, Any]]:
         }
         for gpu in Nvml.devices()
     ]
+
+
+def kernel_settings(names: Iterable[str] | None = None, table: Path = KERNEL_SETTINGS) -> dict[str, str]:
+    """GPU name -> "tuned" where the committed table has launch settings of the Triton kernels for it, else "defaults".
+
+    `names`: by default those of this machine's GPUs; without one it is empty.
+    """
+    if names is None:
+        names = [name for gpu in Nvml.devices() if (name := gpu.name()) is not None]
+    tuned = json.loads(table.read_text(encoding="utf-8"))
+    return {name: "tuned" if name in tuned else "defaults" for name in names}
 
 
 def governor() -> str | None:

@@ -18,6 +18,7 @@ RUNTIME = {"arms", "backbone", "workload", "measure", "measured_roof", "memory",
 RUNTIME |= {"ab_worker"}
 RUNTIME |= {f"profiling.{name}" for name in ("memory_timeline", "probes", "profile_worker", "ranges")}
 TOP = {"__main__", "cli", "inputs", "params", "profiling.profile", "roof_table", "run"}
+TOP |= {f"verify.{name}" for name in ("command", "grid", "worker")}
 # methods/<name>.py that a scenario is checked with, so they load no torch.
 REGISTRY = {"__init__", "registry", "shape"}
 
@@ -85,11 +86,13 @@ def room_of(module: str) -> str:
         return "kernels"
     if parts[1] == "methods":
         return "registry" if parts[2] in REGISTRY else "methods"
+    if parts[1] == "verify" and parts[2] in {"", "__init__", "report"}:
+        return "core"
     names = {parts[1], ".".join(parts[1:3])}
-    if parts[1] == "runtimes" or names & RUNTIME:
-        return "runtime"
     if names & TOP:
         return "top"
+    if parts[1] in {"runtimes", "verify"} or names & RUNTIME:
+        return "runtime"
     return "errors" if parts[1] == "errors" else "core"
 
 

@@ -240,3 +240,12 @@ def test_the_verdict():
     assert doctor.verdict([ok]) == "This machine can run perfbench."
     assert doctor.verdict([ok, warn]) == "This machine can run perfbench; read what is said of warn."
     assert doctor.verdict([ok, warn, missing]) == "This machine can't run perfbench yet: mend missing."
+
+
+def test_a_gpu_that_was_not_tuned_for_is_named():
+    found = doctor.tuned_kernels({"A Card": "tuned", "Another": "defaults"})
+    assert found.status == "warn"
+    assert "lacks Another" in found.finding
+    assert "kernels.tune --write" in found.remedy
+    assert doctor.tuned_kernels({"A Card": "tuned"}).status == "ok"
+    assert "no GPU" in doctor.tuned_kernels({}).finding

@@ -168,3 +168,11 @@ def test_git_variables_do_not_point_elsewhere(repository, monkeypatch, tmp_path)
     found = checkout(repository / "perfbench")
     assert found is not None
     assert found["commit"] == commit
+
+
+def test_kernel_settings_are_tuned_or_defaults(tmp_path: Path) -> None:
+    table = tmp_path / "settings.json"
+    table.write_text('{"A Card": {}}')
+    assert environment.kernel_settings(["A Card", "Another"], table) == {"A Card": "tuned", "Another": "defaults"}
+    assert environment.kernel_settings([], table) == {}
+    assert environment.collect("cpu", 1)["kernel_settings"] == environment.kernel_settings()
