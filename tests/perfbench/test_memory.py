@@ -9,6 +9,8 @@ from perfbench import arms, backbone, memory
 from perfbench.cases import Case
 from perfbench.methods.registry import METHODS
 from perfbench.runtimes.generation import Batch
+from perfbench.runtimes.static.arm import StaticArm
+from perfbench.runtimes.transformers_plan import PlanArm
 
 TENANTS, PROMPT, NEW = 2, 5, 4
 
@@ -58,3 +60,20 @@ def test_adapters_are_those_of_all_residents(tiny, tmp_path, runtime, method):
 @pytest.mark.parametrize("runtime", ["transformers", "static"])
 def test_the_bare_backbone_has_no_adapters(tiny, tmp_path, runtime):
     assert parts(tiny, tmp_path, runtime, "none", 1)[0]["adapter_bytes"] == 0
+
+
+def test_beams_that_share_the_prompt_take_little_more_memory() -> None:
+    """Beam 3 against greedy above the weights, with the papers' lengths; 3 times on runtime transformers, which copies
+    the prompt for every beam: the same figure sees it."""
+    base = backbone.load("llama-256x8", "fp32", "cpu", seed=0)
+    ids = torch.randint(3, base.shape.vocab, (1, 274), generator=torch.Generator().manual_seed(7))
+
+    def peak(arm: PlanArm | StaticArm, beams: int) -> int:
+        return memory._peak_allocated_on_cpu(arm, Batch(ids, torch.ones_like(ids), (-1,), beams, 32))
+
+    ratios = []
+    for kind in (StaticArm, PlanArm):
+        one, three = (peak(kind(base, None, "eager"), beams) for beams in (1, 3))
+        ratios.append(three / one)
+    assert ratios[0] <= 1.35
+    assert ratios[1] > 2
