@@ -69,7 +69,15 @@ def hardware(manifest: Mapping[str, Any], comparison: Mapping[str, Any], group: 
     # Void samples, or a run that was stopped: said, because the medians rest on fewer rounds than planned.
     within = f" in {processes} processes" if processes > 1 else ""
     of = f" of {planned} planned" if planned is not None and counted != [planned] else ""
-    return f"On {here}; medians of {rounds}{of} rounds{within}."
+    return f"On {here}; medians of {rounds}{of} rounds{within}.{_busy(manifest['environment'])}"
+
+
+def _busy(environment: Mapping[str, Any]) -> str:
+    """A sentence where other work filled the machine's cores when the run began: then nothing here is steady."""
+    load, cores = environment.get("load_average"), (environment.get("cpu") or {}).get("usable_cores")
+    if not load or not cores or load[0] < cores:
+        return ""
+    return f" The machine was busy when the run began, load {load[0]:.1f} on {cores} cores: measure again on a quiet one."
 
 
 def conclusion(group: Sequence[Row]) -> Iterator[str]:

@@ -349,3 +349,11 @@ def test_fanlora_table_3_says_illegible() -> None:
 def test_an_unknown_paper_is_refused() -> None:
     with pytest.raises(ScenarioError, match="unknown table 'para_table5'; did you mean 'para_table4'"):
         render(manifest(NONE, paper="para_table5"), "json")
+
+
+@pytest.mark.parametrize(("load", "said"), [(0.9, False), (2.0, True), (6.5, True)])
+def test_a_machine_that_was_busy_is_named(load: float, said: bool) -> None:
+    run = manifest(NONE, LORA)
+    run["environment"] |= {"load_average": [load, 1.0, 1.0]}
+    run["environment"]["cpu"] |= {"usable_cores": 2}
+    assert (f"busy when the run began, load {load:.1f} on 2 cores" in words(printed(run))) is said
