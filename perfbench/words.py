@@ -75,9 +75,10 @@ def hardware(manifest: Mapping[str, Any], comparison: Mapping[str, Any], group: 
 def _busy(environment: Mapping[str, Any]) -> str:
     """A sentence where other work filled the machine's cores when the run began: then nothing here is steady."""
     load, cores = environment.get("load_average"), (environment.get("cpu") or {}).get("usable_cores")
-    if not load or not cores or load[0] < cores:
+    # A run that follows another finds about as much load as there are cores, its predecessor's.
+    if not load or not cores or load[0] < 1.5 * cores:
         return ""
-    return f" The machine was busy when the run began, load {load[0]:.1f} on {cores} cores: measure again on a quiet one."
+    return f" The machine was busy when the run began (load {load[0]:.1f} on {cores} cores): measure on a quiet one."
 
 
 def conclusion(group: Sequence[Row]) -> Iterator[str]:
