@@ -83,10 +83,14 @@ def test_these_scenarios_are_shipped():
         "cpu_110m",
         "eager_vs_triton",
         "fanlora_table3",
+        "gate",
         "multitenant",
         "para_table4",
         "smoke",
         "tenant_sweep",
+        "verify_7b",
+        "verify_corners",
+        "verify_full",
     ]
 
 
