@@ -37,6 +37,7 @@ MODEL_KINDS = {"embed_tokens": "embed", "norm": "norm", "rotary_emb": "rotation"
 # The forms of the operations that the static decoder looks up when it is made -> the kind of each.
 STATIC_FORMS: tuple[tuple[dict[str, Any], str], ...] = (
     (low_rank.SHRINKS, "shrink"),
+    (low_rank.EXPANDS, "expand"),
     (qkv_epilogue.FORMS, "qkv epilogue"),
     (decode_attention.FORMS, "attention"),
     (residual_rmsnorm.FORMS, "residual norm"),

@@ -30,8 +30,7 @@ def test_a_kernel_gives_what_its_definition_does(form: str, case: KernelCase, dt
 
 def test_every_kernel_that_is_launched_is_in_the_table() -> None:
     triton = {case.kernel for case in CASES if "triton" in case.forms}
-    # The stand-alone expand is the second launch of the low-rank pair.
-    assert triton == set(DEFAULTS) - {"low_rank.expand"} | {"low_rank"}
+    assert triton == set(DEFAULTS) | {"low_rank"}
     assert len({(case.kernel, case.id) for case in CASES}) == len(CASES)
 
 
