@@ -25,7 +25,7 @@ from perfbench.report.read import read_runs
 from perfbench.result import RunDirectory
 
 ROOT = Path(__file__).parents[2]
-REAL, SWEEP = ROOT / "results" / "cpu-multitenant", ROOT / "results" / "cpu-tenant-sweep"
+REAL, SWEEP = ROOT / "results" / "cpu-multitenant-1", ROOT / "results" / "cpu-tenant-sweep"
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!-- ' & {{ 7*7 }} --> ]]>"
 
 
@@ -401,7 +401,7 @@ def test_markdown_has_the_tables_the_notices_and_the_drift(tmp_path, capsys):
     run = copied(tmp_path, finished_at=None)
     assert main(["report", str(REAL), str(run), "--format", "markdown"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("### cpu-multitenant\n")
+    assert text.startswith("### cpu-multitenant-1\n")
     assert "\n> This run is not finished" in text
     assert "| ia3 | 425 | 96.8 [95.0, 98.2] |" in text
     assert "Time between tokens over the repetitions: the level of" in text
