@@ -11,7 +11,7 @@ from typing import Any
 from perfbench.result import MANIFEST, SAMPLES, RunDirectory
 
 ROOT = Path(__file__).resolve().parents[3]
-COMMITTED = ROOT / "results" / "cpu-multitenant"
+COMMITTED = ROOT / "results" / "cpu-multitenant-1"
 LORA = "llama-256x8-fp32-cpu/transformers/p32-n16-b1-q4-t4-r4-distinct/lora-eager"
 
 Change = Callable[[dict[str, Any]], None]

@@ -39,7 +39,7 @@ def test_two_runs_of_one_commit_pass_by_their_exact_figures() -> None:
         report = compared(folders[0], other)
         assert (report.verdict, report.exit_code) == ("pass", 0)
         assert not report.of("fail", "inconclusive")
-        assert sum(one.kind == "exact" and one.status == "pass" for one in report.findings) == 84
+        assert sum(one.kind == "exact" and one.status == "pass" for one in report.findings) == 96
         assert "no timed figure was gated" in report.reason
         assert any("1 process a side, 6 needed" in one.note for one in report.findings)
 
