@@ -15,8 +15,9 @@ _LEGEND = (
     "kept: the share of the bare backbone's decode speed that is left with the adapters in, the median over "
     "rounds with its 95% interval. ttft: until the first token. a tenant: adapter "
     "memory that one more takes; more fit: how many more. roof: the least time of the last step, from what it must "
-    "read, over the time between tokens. ops: ATen operations in a decode step."
+    "read, over the time between tokens."
 )
+_LEGEND_OPS = " ops: ATen operations in a decode step."
 _LEGEND_TURNS = (
     " turn 2 ttft: until the first token of the second turn; all arms but those whose scales are generated from the "
     "prompt (PARA) read the first turn out of the cache."
@@ -129,7 +130,10 @@ def _enumerated(names: Sequence[str]) -> str:
 def legend(manifest: Mapping[str, Any]) -> str:
     beside_plain = any(case["versus_plain"] for case in manifest["cases"].values())
     turns = any(comparison["workload"].get("follow_up_tokens") for comparison in manifest["comparisons"])
-    return _LEGEND + (_LEGEND_PLAIN if beside_plain else "") + (_LEGEND_TURNS if turns else "")
+    # The second turn's column takes the place of the operations.
+    whole_turns = all(comparison["workload"].get("follow_up_tokens") for comparison in manifest["comparisons"])
+    operations = "" if turns and whole_turns else _LEGEND_OPS
+    return _LEGEND + operations + (_LEGEND_PLAIN if beside_plain else "") + (_LEGEND_TURNS if turns else "")
 
 
 def paper_title(paper: Paper) -> str:

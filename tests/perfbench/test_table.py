@@ -119,6 +119,8 @@ def test_the_second_turn_s_time_takes_the_place_of_the_operations() -> None:
     row = next(line for line in text.splitlines() if line.startswith("lora "))
     assert cells(row) == ["lora", "180", "90.0 [88.0, 92.0]", "22.2", "7.50", "50", "1.5 MiB", "4,321", "45", "ok"]
     assert "second turn 16" in text
+    assert "ops: ATen" not in words(text)
+    assert "ops: ATen" in words(printed(manifest(NONE, LORA)))
     assert "turn 2 ttft: until the first token of the second turn" in words(text)
 
 
