@@ -17,13 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from perfbench import backbone, backbone_config
-from perfbench.methods import parameters
-from perfbench.methods.bank import Bank
 from perfbench.methods.registry import METHODS
 from perfbench.runtimes.generation import Batch
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.static.capture import Step
 from perfbench.runtimes.static.decoder import Decoder
+from perfbench.verify.runtimes import make_bank
 
 SERVED = [name for name, method in METHODS.items() if method.served_by == "plan"]
 RESIDENT = 4
@@ -71,16 +70,6 @@ def run_again(step: Step) -> Step:
 @pytest.fixture(scope="module")
 def base() -> backbone.Backbone:
     return backbone.load("llama-tiny", "fp32", "cpu", seed=0)
-
-
-def make_bank(base: backbone.Backbone, method: str) -> Bank | None:
-    if method == "none":
-        return None
-    options, module = METHODS[method].options(), parameters.implementation(method)
-    bank = Bank(parameters.meta_plan(method, base.shape, options), RESIDENT, base.dtype, base.device)
-    for seed in range(RESIDENT):
-        bank.admit(module.plan(parameters.make(method, base.shape, options, seed=seed), base.shape, options))
-    return bank
 
 
 def make_batch(beams: int, *, ragged: bool) -> Batch:

@@ -12,7 +12,6 @@ import torch
 from perfbench import backbone, backbone_config, workload
 from perfbench.errors import BackboneError
 from perfbench.kernels import qkv_epilogue, row_scale
-from perfbench.methods import parameters
 from perfbench.methods.bank import Bank
 from perfbench.methods.registry import METHODS
 from perfbench.runtimes.generation import PAD, Batch, end
@@ -21,6 +20,7 @@ from perfbench.runtimes.static.cache import CacheSize, KVCache
 from perfbench.runtimes.static.decoder import Decoder
 from perfbench.runtimes.static.weights import fuse
 from perfbench.runtimes.transformers_plan import PlanArm
+from perfbench.verify.runtimes import make_bank
 
 TINY = backbone_config.NAMED_CONFIGS["llama-tiny"]
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -62,16 +62,6 @@ def load(config: dict[str, Any], dtype: str, monkeypatch: pytest.MonkeyPatch) ->
             noise = 0.3 * torch.randn(parameter.shape, generator=generator)
             parameter.data = parameter.data + noise.to(parameter.dtype)
     return base
-
-
-def make_bank(base: backbone.Backbone, method: str) -> Bank | None:
-    if method == "none":
-        return None
-    options, module = METHODS[method].options(), parameters.implementation(method)
-    bank = Bank(parameters.meta_plan(method, base.shape, options), RESIDENT, base.dtype, base.device)
-    for seed in range(RESIDENT):
-        bank.admit(module.plan(parameters.make(method, base.shape, options, seed=seed), base.shape, options))
-    return bank
 
 
 def make_batch(beams: int, *, ragged: bool = True) -> Batch:

@@ -235,4 +235,4 @@ def test_json_has_every_finding(report: Report, hostile: Report) -> None:
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_every_format_survives_hostile_names(name: str, hostile: Report) -> None:
-    FORMATS[name](hostile).encode()
+    assert FORMATS[name](hostile).encode()
