@@ -42,6 +42,14 @@ class ComparisonError(PerfbenchError):
     """Two runs, or two revisions, can't be compared."""
 
 
+class TaskError(PerfbenchError):
+    """A task's data, or what its metric needs, is missing or malformed."""
+
+
+class FinetuneError(PerfbenchError):
+    """A fine-tuning, a search or a verdict on accuracy can't be done as it is asked for."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The tail of an error message on an unknown `name`: its nearest neighbour, or all that is known."""
     known = sorted(known)

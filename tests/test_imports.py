@@ -32,11 +32,12 @@ MAY_IMPORT = {
     "methods": {"errors", "registry", "methods"},
     "core": {"errors", "registry", "core"},
     "runtime": {"errors", "registry", "methods", "kernels", "core", "runtime"},
+    "finetune": {"errors", "registry", "methods", "kernels", "core", "runtime", "finetune"},
     "top": {"errors", "registry", "core", "top"},
 }
 
 # Room -> the only third-party packages it may import, at any level. Rooms that are not here may import any,
-# but only `runtime` a heavy one at module level.
+# but only `runtime` and `finetune` a heavy one at module level.
 ONLY_PACKAGES = {
     "errors": set[str](),
     "kernels": {"torch", "triton"},
@@ -86,6 +87,8 @@ def room_of(module: str) -> str:
         return "kernels"
     if parts[1] == "methods":
         return "registry" if parts[2] in REGISTRY else "methods"
+    if parts[1] == "finetune":
+        return "finetune"
     if parts[1] == "verify" and parts[2] in {"", "__init__", "report"}:
         return "core"
     names = {parts[1], ".".join(parts[1:3])}
@@ -120,7 +123,7 @@ def arrows_up(path: str, source: str) -> list[str]:
 def _may_import(path: str, room: str, package: str, imported: Import) -> bool:
     if room in ONLY_PACKAGES:
         return package in ONLY_PACKAGES[room]
-    if room == "runtime" or package not in HEAVY:
+    if room in {"runtime", "finetune"} or package not in HEAVY:
         return True
     return not imported.at_module_level and (room == "top" or path in LAZY_TORCH)
 
@@ -169,6 +172,7 @@ def _linked(path: Path) -> bool:
         ("perfbench/cli.py", "from perfbench.worker import main\n"),
         ("perfbench/a_new_module.py", "import transformers\n"),
         ("perfbench/worker.py", "from perfbench.cli import main\n"),
+        ("perfbench/worker.py", "from perfbench.finetune import recipe\n"),
     ],
 )
 def test_a_planted_arrow_up_is_found(tmp_path, path, source):
