@@ -179,8 +179,8 @@ def measure_pair(
 
 
 def pair_slowdown(pair: Pair, figure: str, cases: Sequence[str], arm: str) -> float:
-    """The log slow-down of `arm` ("candidate" or "control") in one pair: for each case the median over its blocks,
-    then the mean over the cases, which is the geometric mean of their ratios.
+    """The log slow-down of `arm` ("candidate" or "control") in one pair: for each case the trimmed mean over its
+    blocks, then the mean over the cases, which is the geometric mean of their ratios.
 
     Raises ComparisonError where a case has no block that all of the arms measured.
     """
@@ -193,8 +193,15 @@ def pair_slowdown(pair: Pair, figure: str, cases: Sequence[str], arm: str) -> fl
         ]
         if not ratios:
             raise ComparisonError(f"{case}: {figure}: no valid block in a pair; look at worker.log")
-        means.append(statistics.median(ratios))
+        means.append(trimmed_mean(ratios))
     return statistics.fmean(means)
+
+
+def trimmed_mean(values: Sequence[float]) -> float:
+    """The mean without the lowest and the highest fifth. Blocks are disturbed now and then, and else vary as a normal
+    sample does: over 24 blocks its spread was 1.8%, the median's and the mean's 2.0% (shared machine, two cores)."""
+    cut = len(values) // 5
+    return statistics.fmean(sorted(values)[cut : len(values) - cut])
 
 
 def pair_value(pairs: Sequence[Pair], figure: str, cases: Sequence[str], arm: str) -> float:

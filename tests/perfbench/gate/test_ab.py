@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import shutil
@@ -355,3 +356,14 @@ def test_a_scenario_of_several_workloads_is_refused(tmp_path: Path) -> None:
     comparisons, settings = _plan(job | {"case": "*-q3-*"})
     assert [one.workload.requests for one in comparisons] == [3, 3]
     assert settings["prepared"] == {}
+
+
+def test_a_disturbed_block_does_not_move_a_pair() -> None:
+    def block(candidate: float) -> dict[str, object]:
+        arms = dict.fromkeys(("baseline", "control"), {"decode_tokens_per_s": 100.0})
+        return {"case": "c", **arms, "candidate": {"decode_tokens_per_s": candidate}}
+
+    even = {"blocks": [block(100 / 1.05)] * 10}
+    disturbed = {"blocks": [block(100 / 1.05)] * 8 + [block(20), block(500)]}
+    for pair in (even, disturbed):
+        assert math.expm1(pair_slowdown(pair, "decode_tokens_per_s", ["c"], "candidate")) == pytest.approx(0.05)
