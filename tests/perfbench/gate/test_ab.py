@@ -360,8 +360,8 @@ def test_a_scenario_of_several_workloads_is_refused(tmp_path: Path) -> None:
 
 def test_a_disturbed_block_does_not_move_a_pair() -> None:
     def block(candidate: float) -> dict[str, object]:
-        arms = dict.fromkeys(("baseline", "control"), {"decode_tokens_per_s": 100.0})
-        return {"case": "c", **arms, "candidate": {"decode_tokens_per_s": candidate}}
+        figures = {"baseline": 100.0, "control": 100.0, "candidate": candidate}
+        return {"case": "c", **{arm: {"decode_tokens_per_s": value} for arm, value in figures.items()}}
 
     even = {"blocks": [block(100 / 1.05)] * 10}
     disturbed = {"blocks": [block(100 / 1.05)] * 8 + [block(20), block(500)]}
