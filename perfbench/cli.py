@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     ab.add_argument("--case", metavar="GLOB", help="only the cases whose id matches, and `none` beside them")
     ab.add_argument("--policy", type=Path, metavar="FILE", help="a YAML of figures and limits")
     ab.add_argument("--pairs", type=_positive, default=12, metavar="N", help="of fresh processes in the first batch")
-    ab.add_argument("--blocks", type=_positive, default=6, metavar="N", help="of each case in a pair")
+    ab.add_argument("--blocks", type=_positive, default=10, metavar="N", help="of each case in a pair")
     ab.add_argument("--repetitions", type=_positive, default=1, metavar="N", help="in a block")
     ab.add_argument("--seed", type=int, default=0, help="of the orders in which the arms take turns")
     ab.add_argument("--out", type=Path, metavar="DIR", help="where every pair is kept (default: runs/ab-<time>)")
