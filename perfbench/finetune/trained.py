@@ -274,7 +274,7 @@ def _check(folder: Path, kind: Any, shape: BackboneShape) -> None:
     if "prompt_embeddings" in tensors:
         kv = 2 * shape.layers * shape.kv_heads * shape.head_dim
         width = kv if kind == PeftType.PREFIX_TUNING else shape.hidden
-        size = (config.get("num_virtual_tokens"), width)
+        size = (int(config.get("num_virtual_tokens") or 0), width)
         adapter_folder.expect_size(path, "prompt_embeddings", tensors["prompt_embeddings"], size)
         return
     for name, tensor in tensors.items():
