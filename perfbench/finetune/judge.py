@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from perfbench.errors import TaskError
 from perfbench.finetune.tasks.mt_bench import Question, questions
-from perfbench.finetune.tasks.records import find_file, read_jsonl
+from perfbench.finetune.tasks.records import Record, find_file, read_jsonl
 
 # Categories whose answers are rated beside a reference.
 WITH_REFERENCE = ("math", "reasoning", "coding")
@@ -60,23 +60,26 @@ def judge(
 ) -> Summary:
     """Has every turn of `answers` rated and appends each judgment to `out` at once; turns that are there are kept.
 
-    TaskError where an answer is missing, `out` has another judge's or model's ratings, or the endpoint gives none.
+    TaskError where an answer is missing, `out` has another judge's or answer's ratings, or the endpoint gives none.
     """
     _check_url(endpoint.url)
     asked = {question.question_id: question for question in questions(folder)}
     said, references = _answers(answers, asked), _references(folder, asked)
     prompts = {record.text("name"): record for record in read_jsonl(find_file(folder, "judge_prompts.jsonl"))}
-    done = _done(out, endpoint.model, {model for model, _ in said.values()})
+    done = _done(out, endpoint.model)
     for question in asked.values():
         model, turns = said[question.question_id]
         for turn in range(1, len(turns) + 1):
-            if (question.question_id, turn) in done:
-                continue
             name = _prompt_name(question, turn)
             if name not in prompts:
                 raise TaskError(f"{folder}/judge_prompts.jsonl: no prompt {name!r}; take FastChat's file")
             system = str(prompts[name].get("system_prompt"))
             user = _fill(prompts[name].text("prompt_template"), question, turns, references.get(question.question_id))
+            at = (question.question_id, turn)
+            if at in done:
+                if done[at].get("user_prompt") != user:
+                    raise TaskError(f"{done[at].where}: is a judgment of another answer; give another file for --out")
+                continue
             reply = ask(endpoint, system, user, f"question {question.question_id}, turn {turn}")
             judgment = {
                 "question_id": question.question_id,
@@ -88,11 +91,26 @@ def judge(
                 "turn": turn,
                 "tstamp": time.time(),
             }
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(judgment, ensure_ascii=False) + "\n")
-            done[question.question_id, turn] = judgment["score"]
-            progress(f"question {question.question_id}, turn {turn}: {judgment['score']}")
-    return _summary(done)
+            _append(out, judgment)
+            progress(f"question {question.question_id}, turn {turn}: {judgment['score']:g}")
+    return summary(out)
+
+
+def summary(out: Path) -> Summary:
+    """The ratings of a file of judgments."""
+    scores: dict[tuple[int, int], float] = {}
+    for record in read_jsonl(out):
+        score = record.get("score")
+        if not isinstance(score, int | float):
+            raise TaskError(f"{record.where}: score: expected a number, got {score!r}")
+        scores[record.get("question_id"), record.get("turn")] = score
+    rated = {at: score for at, score in scores.items() if score != NO_RATING}
+    turns: dict[int, list[float]] = {}
+    for (_, turn), score in sorted(rated.items()):
+        turns.setdefault(turn, []).append(score)
+    means = {turn: sum(found) / len(found) for turn, found in turns.items()}
+    mean = sum(rated.values()) / len(rated) if rated else None
+    return Summary(mean, means, len(scores), len(scores) - len(rated))
 
 
 def ask(endpoint: Endpoint, system: str, user: str, what: str) -> str:
@@ -226,31 +244,33 @@ def _choices(path: Path) -> Iterator[tuple[int, str, list[str]]]:
             turns = None
         if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
             raise TaskError(f"{record.where}: expected choices[0].turns, a list of texts")
-        yield record.get("question_id"), record.text("model_id"), turns
+        identity = record.get("question_id")
+        if not isinstance(identity, int):
+            raise TaskError(f"{record.where}: question_id: expected an integer, got {identity!r}")
+        yield identity, record.text("model_id"), turns
 
 
-def _done(out: Path, judge_model: str, models: set[str]) -> dict[tuple[int, int], float]:
-    """(question_id, turn) -> rating of what `out` has already; a last line that was cut off is taken away."""
+def _done(out: Path, judge_model: str) -> dict[tuple[int, int], Record]:
+    """(question_id, turn) -> the judgment that `out` has already; a last line that was cut off is taken away."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        text = out.read_bytes() if out.exists() else b""
-        out.write_bytes(text[: text.rfind(b"\n") + 1])
+        with out.open("ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
     except OSError as error:
         raise TaskError(f"{out}: can't be written: {error.strerror}") from None
-    found: dict[tuple[int, int], float] = {}
+    found: dict[tuple[int, int], Record] = {}
     for record in read_jsonl(out):
-        judge_of, model = record.get("judge"), record.get("model")
-        if not isinstance(judge_of, list) or judge_of[:1] != [judge_model] or model not in models:
-            raise TaskError(f"{record.where}: is a judgment of {model!r} by {judge_of!r}; give another file for --out")
-        found[record.get("question_id"), record.get("turn")] = record.get("score")
+        by = record.get("judge")
+        if not isinstance(by, list) or by[:1] != [judge_model]:
+            raise TaskError(f"{record.where}: is a judgment by {by!r}, not {judge_model}; give another file for --out")
+        found[record.get("question_id"), record.get("turn")] = record
     return found
 
 
-def _summary(done: Mapping[tuple[int, int], float]) -> Summary:
-    rated = {key: score for key, score in done.items() if score != NO_RATING}
-    turns: dict[int, list[float]] = {}
-    for (_, turn), score in sorted(rated.items()):
-        turns.setdefault(turn, []).append(score)
-    means = {turn: sum(scores) / len(scores) for turn, scores in turns.items()}
-    mean = sum(rated.values()) / len(rated) if rated else None
-    return Summary(mean, means, len(done), len(done) - len(rated))
+def _append(out: Path, judgment: dict[str, Any]) -> None:
+    try:
+        with out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(judgment, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise TaskError(f"{out}: can't be written: {error.strerror}") from None
