@@ -80,8 +80,8 @@ def generate(
     """
     where = where or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    for tokens, place in zip(encoded, where, strict=True):
-        check_length(place, len(tokens) + new_tokens, _positions(model))
+    for tokens, at in zip(encoded, where, strict=True):
+        check_length(at, len(tokens) + new_tokens, _positions(model))
     settings = GenerationConfig(
         do_sample=False,
         num_beams=beams,
