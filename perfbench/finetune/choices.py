@@ -53,5 +53,5 @@ def check_length(example_where: str, tokens: int, limit: int | None) -> None:
     if limit is not None and tokens > limit:
         raise TaskError(
             f"{example_where}: prompt and answer may take {tokens} tokens, more than the backbone's {limit} positions; "
-            "leave this record out, or take another backbone"
+            "leave this record out, ask for fewer new tokens, or take another backbone"
         )
