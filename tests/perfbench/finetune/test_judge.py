@@ -35,7 +35,7 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
                 server.requests.append((self.path, dict(self.headers), body))
                 answer = server.reply(len(server.requests) - 1, body)
                 if answer is None:
@@ -241,9 +241,10 @@ def test_an_endpoint_that_is_not_there(server):
         judge.ask(judge.Endpoint(url, "m", tries=2, wait_s=0.01), "s", "u", "question 1")
 
 
-def test_a_redirect_is_not_followed_so_the_key_stays(server):
-    server.reply = lambda number, body: (307, {"Location": "/elsewhere"}, b"")
-    with pytest.raises(TaskError, match="HTTP 307"):
+@pytest.mark.parametrize("status", [302, 307])
+def test_a_redirect_is_not_followed_so_the_key_stays(server, status):
+    server.reply = lambda number, body: (status, {"Location": "/elsewhere"}, b"")
+    with pytest.raises(TaskError, match=f"HTTP {status}"):
         judge.ask(server.endpoint(key="secret"), "s", "u", "question 1")
     assert [path for path, _, _ in server.requests] == ["/v1/chat/completions"]
 
