@@ -8,24 +8,24 @@ layers above, where its gates stand as in the base: the settings of one layer go
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from perfbench.errors import FinetuneError
+from perfbench.finetune.encoding import IGNORED
 from perfbench.finetune.search.gates import GatedModel
 from perfbench.methods.shape import MODULES
 
-IGNORED = -100
 # Logits of so many answer positions are alive at a time: 128 MiB in fp32 with 32k words.
 HEAD_POSITIONS = 1024
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens padded on the right. ids, labels: int64 [rows, S]; labels are -100 where the loss doesn't count."""
+    """Rows of tokens padded on the right. ids, labels: int64 [rows, S]; a label is -100 where no loss is taken."""
 
     ids: torch.Tensor
     labels: torch.Tensor
@@ -113,8 +113,8 @@ def _chunks(rows: torch.Tensor, batch: Batch, tokens: int) -> Iterable[torch.Ten
 
 @torch.no_grad()
 def naive_ablations(model: GatedModel, batch: Batch) -> Ablations:
-    """The same, one pass through all layers for each setting: what the sharing is measured against. A LoRA whose gate is
-    off costs nothing, and the head sees the answers' positions only, here too."""
+    """The same, one pass through all layers for each setting: what the sharing is measured against. Here too a LoRA
+    whose gate is off costs nothing, and the head sees the answers' positions only."""
     answers, shape = Answers(batch), (model.shape.layers, len(MODULES), batch.rows)
     bases, flips = [], []
     for gate in (True, False):

@@ -1,4 +1,4 @@
-"""The search's pictures as SVG: heat maps of the scores and of the kept modules, the share of each kind over the layers.
+"""The search's pictures as SVG: heat maps of scores and of kept modules, the share of each kind over the layers.
 
 Every text is escaped; nothing is loaded, no script is run.
 """
@@ -36,10 +36,12 @@ def score_map(title: str, subtitle: str, values: Sequence[Sequence[float]], kept
         body.append(grid.cell(layer, row, shade, f"layer {layer}, {module}: {value:.4g} {unit}", frame=frame))
         if grid.numbered:
             dark = abs(value) / most > 0.6
-            body.append(grid.number(layer, row, f"{value / 10**exponent:.1f}", "#ffffff" if dark else INK))
-    scale = f"numbers are in 1e{exponent} {unit}; " if grid.numbered else ""
-    note = f"{scale}blue is positive, red negative, up to {most:.3g} {unit}; a frame marks what is kept"
-    return grid.picture(title, subtitle, body, note)
+            number = f"{value / 10**exponent:.1f}".replace("-0.0", "0.0")
+            body.append(grid.number(layer, row, number, "#ffffff" if dark else INK))
+    notes = [f"blue is positive, red negative, up to {most:.3g} {unit}; a frame marks what is kept"]
+    if grid.numbered:
+        notes.append(f"the numbers are in 1e{exponent} {unit}")
+    return grid.picture(title, subtitle, body, notes)
 
 
 def kept_map(title: str, subtitle: str, values: Sequence[Sequence[float]], kept: Setting) -> str:
@@ -54,7 +56,7 @@ def kept_map(title: str, subtitle: str, values: Sequence[Sequence[float]], kept:
             body.append(grid.number(layer, row, "−", FAINT))
     total = sum(map(len, kept))
     note = f"{total} of {len(kept) * len(MODULES)} modules are kept; a minus marks a negative score"
-    return grid.picture(title, subtitle, body, note)
+    return grid.picture(title, subtitle, body, [note])
 
 
 def share_bars(title: str, subtitle: str, kept: Setting) -> str:
@@ -107,7 +109,7 @@ class _Grid:
         x, y = LEFT_PX + (layer + 0.5) * self.column_px, TOP_PX + row * ROW_PX + 17
         return _text(x, y, text, colour, size=11, anchor="middle")
 
-    def picture(self, title: str, subtitle: str, body: list[str], note: str) -> str:
+    def picture(self, title: str, subtitle: str, body: list[str], notes: list[str]) -> str:
         """The whole picture, with the names of rows and columns."""
         names = [_text(LEFT_PX - 8, TOP_PX + row * ROW_PX + 17, m, anchor="end") for row, m in enumerate(MODULES)]
         y = TOP_PX + len(MODULES) * ROW_PX + 15
@@ -116,9 +118,11 @@ class _Grid:
             x = LEFT_PX + (layer + 0.5) * self.column_px
             names.append(_text(x, y, str(layer), FAINT, size=11, anchor="middle"))
         names.append(_text(LEFT_PX, y + 18, "layer, from the input on", FAINT, size=11))
-        names.append(_text(LEFT_PX, y + 38, note, FAINT, size=11))
+        for note in notes:
+            y += 16
+            names.append(_text(LEFT_PX, y + 22, note, FAINT, size=11))
         width = max(LEAST_WIDTH_PX, LEFT_PX + self.layers * self.column_px + MARGIN_PX)
-        return _document(width, y + 38 + MARGIN_PX, title, subtitle, [*body, *names])
+        return _document(width, y + 22 + MARGIN_PX, title, subtitle, [*body, *names])
 
 
 def _colour(strength: float) -> str:
