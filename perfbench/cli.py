@@ -145,6 +145,16 @@ def _parser() -> argparse.ArgumentParser:
     ab.set_defaults(command=_ab)
     _add_write_option(ab)
 
+    fanlora = commands.add_parser("fanlora", help="FanLoRA: which modules a layer keeps", description=_search.__doc__)
+    search = fanlora.add_subparsers(metavar="COMMAND", required=True).add_parser(
+        "search", help="choose a setting by the scores of LoRA modules", description=_search.__doc__
+    )
+    search.add_argument("config", type=Path, help="a YAML file, such as scenarios/fanlora/cpu.yaml")
+    search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field")
+    search.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<name>-search-<time>")
+    search.add_argument("--resume", action="store_true", help="go on with the search in --out")
+    search.set_defaults(command=_search)
+
     doctor = commands.add_parser("doctor", help="what this machine can do", description=_doctor.__doc__)
     doctor.set_defaults(command=_doctor)
     return parser
@@ -477,6 +487,28 @@ def _ab(arguments: argparse.Namespace) -> int:
         )
 
     return verdict_of(report, writes_of(arguments.write))
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    """Trains LoRA on every linear of every layer, scores each module on the examples held out, and writes the setting
+    that keeps the best of each layer: a file for `methods: fanlora: {setting: FILE}`. Exit code 0, or 2 for bad
+    input."""
+    from datetime import UTC, datetime
+
+    from perfbench.finetune.search import command, config
+
+    chosen = config.load(arguments.config, arguments.set)
+    if arguments.resume and not arguments.out:
+        raise PerfbenchError("--resume: say with --out which search to go on with")
+    out = arguments.out or Path("runs") / f"{chosen.training.name}-search-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    try:
+        command.search(chosen, out, resume=arguments.resume)
+    except KeyboardInterrupt:
+        sets = "".join(f" --set {text!r}" for text in arguments.set)
+        again = f"perfbench fanlora search {arguments.config}{sets} --out {out} --resume"
+        print(f"interrupted; go on with: {again}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
 
 
 def _sides(arguments: argparse.Namespace) -> tuple[Path, Path]:

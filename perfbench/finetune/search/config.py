@@ -1,4 +1,4 @@
-"""A search file: a fine-tuning file of LoRA on every linear, and what is done with it. Free of torch.
+"""A search file: a fine-tuning file of LoRA on every linear, and what is done with it.
 
     config = load("scenarios/fanlora/ultrachat_7b.yaml", ["k_max=3"])
 """
@@ -15,11 +15,11 @@ from typing import Any
 from perfbench.errors import FinetuneError, ScenarioError
 from perfbench.finetune import config as finetune_config
 from perfbench.finetune.config import FinetuneConfig
+from perfbench.finetune.search.scores import SCORES
 from perfbench.methods.shape import MODULES
+from perfbench.scenario import frozen
 from perfbench.scenario_schema import problems
 from perfbench.yaml_source import Place, Source, assign, dotted, parse, read
-
-SCORE_NAMES = ("ab", "shapley", "sensitivity")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ _OWN: dict[str, Any] = {
     "rank": {"type": "integer", "minimum": 1, "maximum": 1024},
     "scores": {
         "type": "array",
-        "items": {"type": "string", "enum": list(SCORE_NAMES), "title": "score"},
+        "items": {"type": "string", "enum": list(SCORES), "title": "score"},
         "minItems": 1,
         "uniqueItems": True,
     },
@@ -64,7 +64,7 @@ _OWN: dict[str, Any] = {
     "tokens_per_forward": _COUNT,
 }
 # A fine-tuning's fields but for the method, which is LoRA here.
-_TRAINING = {key: value for key, value in finetune_config.SCHEMA["properties"].items() if key not in ("method", "beams")}
+_TRAINING = {k: v for k, v in finetune_config.SCHEMA["properties"].items() if k not in ("method", "beams")}
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {**_TRAINING, **_OWN},
@@ -107,6 +107,7 @@ def _build(source: Source, path: Path) -> SearchConfig:
     for key in _OWN:
         training.values.pop(key, None)
     training.values["method"] = {"lora": {"rank": rank}}
+    training.values["task"]["test_examples"] = 0  # nothing is tested here
     training.values.setdefault("epochs", EPOCHS)
     training.values.setdefault("seeds", list(range(len(adapters) or 1)))
     config = finetune_config.from_source(training, path)
@@ -114,8 +115,8 @@ def _build(source: Source, path: Path) -> SearchConfig:
         message = f"expected one adapter for each of {len(config.seeds)} seeds, got {len(adapters)}"
         raise _refusal(source, message, "adapters")
     found = tuple(_folder(source, name, path) for name in adapters)
-    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
-    return SearchConfig(training=config, adapters=found, **lists)
+    fields: dict[str, Any] = {key: frozen(value) for key, value in own.items()}
+    return SearchConfig(training=config, adapters=found, **fields)
 
 
 def _folder(source: Source, name: str, path: Path) -> str:

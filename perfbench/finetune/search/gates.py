@@ -51,8 +51,8 @@ class GatedLinear(torch.nn.Module):
         super().__init__()
         self.module = module
         self.linear = linear
-        self.register_buffer("a", a)
-        self.register_buffer("b", b)
+        self.a = a
+        self.b = b
         self.gate: bool | torch.Tensor = True
         self.ablating = False
 
@@ -60,7 +60,7 @@ class GatedLinear(torch.nn.Module):
         """x [rows, S, D_in] -> [rows out, S, D_out]."""
         if self.ablating:
             return self._every_setting(x)
-        y = self.linear(x)
+        y: torch.Tensor = self.linear(x)
         if isinstance(self.gate, torch.Tensor):
             return y + self.gate * F.linear(F.linear(x, self.a), self.b.t())
         return self._with_pair(y, x) if self.gate else y
@@ -75,7 +75,7 @@ class GatedLinear(torch.nn.Module):
         blocks, multiplied, layout = BLOCKS[self.module]
         rows = x.shape[0] // blocks
         x = x[: multiplied * rows]
-        usual = self.linear(x)
+        usual: torch.Tensor = self.linear(x)
         flipped = usual[:rows].clone()
         if self.gate:
             usual = self._with_pair(usual, x)

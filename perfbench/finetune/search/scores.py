@@ -49,9 +49,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Score:
-    """One line of SCORES. units: the work, in order; measure: the line of one unit, plain data; combine: all lines."""
+    """One line of SCORES. unit: of the values; units: the work, in order; measure: the line of one unit, plain data;
+    combine: all lines."""
 
-    summary: str
+    title: str
+    unit: str
     units: Callable[[Measurement], list[Unit]]
     measure: Callable[[Measurement, Unit], Line]
     combine: Callable[[Sequence[Line]], Scores]
@@ -140,13 +142,9 @@ def _scores(values: torch.Tensor, errors: torch.Tensor) -> Scores:
 
 
 SCORES: dict[str, Score] = {
-    "ab": Score("AB-score: all-on against one off, plus one on against none", _each_batch, _measure_ab, _combine_ab),
-    "shapley": Score(
-        "Shapley value, sampled over random orders", _permutation_units, _measure_shapley, _combine_shapley
-    ),
-    "sensitivity": Score(
-        "mean size of the gradient with respect to the gate", _each_batch, _measure_sensitivity, _combine_sensitivity
-    ),
+    "ab": Score("AB-score", "nats per token", _each_batch, _measure_ab, _combine_ab),
+    "shapley": Score("Shapley value", "nats per token", _permutation_units, _measure_shapley, _combine_shapley),
+    "sensitivity": Score("sensitivity", "nats per token", _each_batch, _measure_sensitivity, _combine_sensitivity),
 }
 
 
