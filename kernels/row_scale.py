@@ -29,6 +29,11 @@ def eager(y: torch.Tensor, scale_minus_one: torch.Tensor) -> None:
     y.addcmul_(y, scale_minus_one.unsqueeze(1))
 
 
+def scaled(y: torch.Tensor, scale_minus_one: torch.Tensor) -> torch.Tensor:
+    """The same as a new tensor, so that it can be differentiated."""
+    return torch.addcmul(y, y, scale_minus_one.unsqueeze(1))
+
+
 def scale_columns(y: torch.Tensor, scale: Scale) -> None:
     """The same on the columns of y [rows, D] that the scale is for; plain torch takes one for each request or all."""
     groups, columns = scale.minus_one.shape
