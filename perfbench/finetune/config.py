@@ -16,7 +16,7 @@ from perfbench.errors import FinetuneError, ScenarioError, TaskError, nearest
 from perfbench.finetune.tasks.registry import find
 from perfbench.finetune.trained import TRAINED, options_of
 from perfbench.scenario import frozen
-from perfbench.scenario_schema import DEVICES, LAYERS, problems
+from perfbench.scenario_schema import DEVICES, LAYERS, METHOD_OPTIONS, problems
 from perfbench.yaml_source import Place, Source, assign, dotted, parse, read
 
 DTYPES = ("fp32", "bf16")
@@ -177,6 +177,11 @@ def _method(source: Source, value: Any, path: Path) -> tuple[str, dict[str, Any]
         _refuse(source, f"unknown method {name!r}; {nearest(name, TRAINED)}", *place)
     if not isinstance(options, dict):
         _refuse(source, f"expected a mapping of options, got {options!r}", *place)
+    if name in METHOD_OPTIONS:
+        known = {key: schema for key, schema in METHOD_OPTIONS[name].items() if key != "adapters"}
+        schema = {"type": "object", "properties": known, "additionalProperties": False, "title": "option"}
+        if found := problems(options, schema):
+            _refuse(source, found[0].message, *place, *found[0].place)
     options = dict(options)
     if isinstance(options.get("setting"), str):
         options["setting"] = _read_setting(source, _located(options["setting"], path), *place, "setting")
