@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from perfbench.errors import TaskError
+from perfbench.finetune.choices import encode_answer
 from perfbench.finetune.tasks.task import Example
 
 IGNORED = -100  # what torch's cross-entropy skips
@@ -24,17 +25,11 @@ class Encoded:
 
 
 def encode(example: Example, tokenizer: Any, *, end: bool) -> Encoded:
-    """The tokens of prompt and answer; with `end`, the end-of-sequence token after them.
+    """The tokens of prompt and answer (see `encode_answer`); with `end`, the end-of-sequence token after them.
 
-    The answer's tokens are those that it has in its place after the prompt, where the prompt's own stay as they are;
-    else those that it has alone. TaskError, with the record, for a prompt or an answer without a token.
+    TaskError, with the record, for a prompt or an answer without a token.
     """
-    prompt = tokenizer(example.prompt)["input_ids"]
-    both = tokenizer(example.prompt + example.answer)["input_ids"]
-    if both[: len(prompt)] == prompt:
-        answer = both[len(prompt) :]
-    else:
-        answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
+    prompt, answer = encode_answer(tokenizer, example.prompt, example.answer)
     for what, tokens in (("prompt", prompt), ("answer", answer)):
         if not tokens:
             raise TaskError(f"{place_of(example)}: expected {what} of at least one token, got none; mend the record")
