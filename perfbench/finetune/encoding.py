@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from perfbench.errors import TaskError
-from perfbench.finetune.choices import encode_answer
-from perfbench.finetune.tasks.task import Example
+from perfbench.finetune.choices import check_length, encode_answer, encode_choices
+from perfbench.finetune.tasks.task import Example, Task
 
 IGNORED = -100  # what torch's cross-entropy skips
 
@@ -61,6 +61,17 @@ def encode_split(
     if examples and not kept:
         raise TaskError(f"{place_of(examples[0])}: none of {len(examples)} examples fits max_tokens {max_tokens}")
     return kept, len(examples) - len(kept)
+
+
+def fits(task: Task, example: Example, tokenizer: Any, context: int, leave_out: bool) -> bool:
+    """Whether `example` and what is predicted on it fit the backbone's `context`; TaskError unless `leave_out`."""
+    if task.kind == "choose":
+        longest = max(len(prompt) + len(choice) for prompt, choice in encode_choices(tokenizer, example))
+    else:
+        longest = len(tokenizer(example.prompt)["input_ids"]) + task.new_tokens
+    if not leave_out:
+        check_length(place_of(example), longest, context)
+    return longest <= context
 
 
 def place_of(example: Example) -> str:
