@@ -29,7 +29,7 @@ from perfbench.finetune.metrics import METRICS
 from perfbench.finetune.predict import predict
 from perfbench.finetune.run_folder import FinetuneFolder
 from perfbench.finetune.tasks.registry import find, load_splits
-from perfbench.finetune.tasks.task import SPLITS, Example, Split, Task
+from perfbench.finetune.tasks.task import Example, Split, Task
 from perfbench.finetune.trainer import AdapterTrainer, NotFinite, last_checkpoint, training_arguments
 from perfbench.memory import peak_resident_bytes, reset_peak_resident
 from perfbench.progress import RunProgress
@@ -115,7 +115,7 @@ def read_data(config: FinetuneConfig, name: str, tokenizer: Any) -> Data:
         "dev": config.task.dev_examples,
         "test": config.task.test_examples,
     }
-    wanted: tuple[Split, ...] = ("train", "dev") if config.task.test_examples == 0 else SPLITS
+    wanted: Sequence[Split] = ("train", "dev") if config.task.test_examples == 0 else ("train", "dev", "test")
     limits = {split: count for split, count in counts.items() if count is not None}
     splits = load_splits(task, config.task.source, wanted, limits)
     leave_out = config.too_long == "leave-out"

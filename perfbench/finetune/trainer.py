@@ -183,7 +183,8 @@ class AdapterTrainer(Trainer):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        assert output_dir is not None  # Trainer names the checkpoint's folder
+        folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         state = trained.training_state(self.accelerator.unwrap_model(self.model))
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
@@ -196,7 +197,7 @@ class AdapterTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            here = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            here = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             (here / COMPLETE).touch()
             for other in checkpoints_in(here.parent):
                 if other != here:
