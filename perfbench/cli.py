@@ -78,6 +78,16 @@ def _parser() -> argparse.ArgumentParser:
     params.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="what bytes are counted in")
     params.set_defaults(command=_params)
 
+    fanlora = commands.add_parser("fanlora", help="FanLoRA: which modules a layer keeps", description=_search.__doc__)
+    search = fanlora.add_subparsers(metavar="COMMAND", required=True).add_parser(
+        "search", help="choose a setting by the scores of LoRA modules", description=_search.__doc__
+    )
+    search.add_argument("config", type=Path, help="a YAML file, such as scenarios/fanlora/alpaca_cpu.yaml")
+    search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field")
+    search.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<name>-search-<time>")
+    search.add_argument("--resume", action="store_true", help="go on with the search in --out")
+    search.set_defaults(command=_search)
+
     roof = commands.add_parser("roof", help="the least possible time on a device", description=_roof.__doc__)
     roof.add_argument("backbone", nargs="?", default="llama2-7b", help="a named shape, folder or hub id")
     roof.add_argument("--device", default="a40", help="such as a40 or h200; `here` measures this machine")
@@ -145,19 +155,45 @@ def _parser() -> argparse.ArgumentParser:
     ab.set_defaults(command=_ab)
     _add_write_option(ab)
 
-    fanlora = commands.add_parser("fanlora", help="FanLoRA: which modules a layer keeps", description=_search.__doc__)
-    search = fanlora.add_subparsers(metavar="COMMAND", required=True).add_parser(
-        "search", help="choose a setting by the scores of LoRA modules", description=_search.__doc__
-    )
-    search.add_argument("config", type=Path, help="a YAML file, such as scenarios/fanlora/cpu.yaml")
-    search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field")
-    search.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<name>-search-<time>")
-    search.add_argument("--resume", action="store_true", help="go on with the search in --out")
-    search.set_defaults(command=_search)
+    finetune = commands.add_parser("finetune", help="train a method on a task", description=_finetune.__doc__)
+    finetune.add_argument("config", type=Path, help="a YAML file, such as scenarios/finetune/boolq_para.yaml")
+    finetune.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field")
+    finetune.add_argument("--out", type=Path, metavar="DIR", help="default: runs/finetune-<name>-<time>")
+    finetune.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    finetune.set_defaults(command=_finetune)
+
+    about = "Writes a model's answers to MT-Bench, and has a judge rate them."
+    mtbench = commands.add_parser("mtbench", help="MT-Bench's answers and ratings", description=about)
+    _add_mtbench_options(mtbench)
 
     doctor = commands.add_parser("doctor", help="what this machine can do", description=_doctor.__doc__)
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _add_mtbench_options(parser: argparse.ArgumentParser) -> None:
+    steps = parser.add_subparsers(metavar="STEP", required=True)
+    answer = steps.add_parser("answer", help="write a model's answers", description=_mtbench_answer.__doc__)
+    answer.add_argument("backbone", help="a folder or hub id with weights and tokenizer")
+    answer.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter folder (default: the bare backbone)")
+    answer.add_argument("--questions", required=True, metavar="DIR", help="FastChat's data/mt_bench")
+    answer.add_argument("--out", type=Path, required=True, metavar="FILE", help="such as model_answer/mine.jsonl")
+    answer.add_argument("--model-id", metavar="NAME", help="default: the name of --out")
+    answer.add_argument("--beams", type=_positive, default=3, metavar="N", help="default: 3, as in the papers")
+    answer.add_argument("--new-tokens", type=_positive, default=1024, metavar="N", help="at most (default: 1024)")
+    answer.add_argument("--batch", type=_positive, default=4, metavar="N", help="questions at a time (default: 4)")
+    answer.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    answer.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    answer.set_defaults(command=_mtbench_answer)
+
+    judge = steps.add_parser("judge", help="have them rated", description=_mtbench_judge.__doc__)
+    judge.add_argument("answers", type=Path, help="what `answer` wrote")
+    judge.add_argument("--questions", required=True, metavar="DIR", help="the same, with judge_prompts.jsonl")
+    judge.add_argument("--out", type=Path, required=True, metavar="FILE", help="where each judgment is appended")
+    judge.add_argument("--url", required=True, help="of the endpoint, such as http://127.0.0.1:8000/v1")
+    judge.add_argument("--model", required=True, help="the judge's name there")
+    judge.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="has the key")
+    judge.set_defaults(command=_mtbench_judge)
 
 
 def _add_gate_options(parser: argparse.ArgumentParser, *, writes: bool) -> None:
@@ -301,10 +337,11 @@ def _history(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    """Prints the methods, backbones, runtimes, kernel sets, metrics and shipped scenarios."""
+    """Prints the methods, backbones, runtimes, kernel sets, metrics, shipped scenarios and fine-tuning tasks."""
+    from perfbench.finetune.tasks.registry import TASKS
     from perfbench.listing import render
 
-    render()
+    render(tasks={name: task.summary for name, task in TASKS.items()})
     return 0
 
 
@@ -313,6 +350,28 @@ def _params(arguments: argparse.Namespace) -> int:
     from perfbench.params import render
 
     render(arguments.backbone, arguments.dtype)
+    return 0
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    """Trains LoRA on every linear of every layer, scores each module on the examples held out, and writes the setting
+    that keeps the best of each layer: a file for `methods: fanlora: {setting: FILE}`. Exit code 0, or 2 for bad
+    input."""
+    from datetime import UTC, datetime
+
+    from perfbench.finetune.search import command, config
+
+    chosen = config.load(arguments.config, arguments.set)
+    if arguments.resume and not arguments.out:
+        raise PerfbenchError("--resume: say with --out which search to go on with")
+    out = arguments.out or Path("runs") / f"{chosen.training.name}-search-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    try:
+        command.search(chosen, out, resume=arguments.resume)
+    except KeyboardInterrupt:
+        sets = "".join(f" --set {text!r}" for text in arguments.set)
+        again = f"perfbench fanlora search {arguments.config}{sets} --out {out} --resume"
+        print(f"interrupted; go on with: {again}", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 
@@ -489,30 +548,74 @@ def _ab(arguments: argparse.Namespace) -> int:
     return verdict_of(report, writes_of(arguments.write))
 
 
-def _search(arguments: argparse.Namespace) -> int:
-    """Trains LoRA on every linear of every layer, scores each module on the examples held out, and writes the setting
-    that keeps the best of each layer: a file for `methods: fanlora: {setting: FILE}`. Exit code 0, or 2 for bad
-    input."""
+def _finetune(arguments: argparse.Namespace) -> int:
+    """Trains one method on one task with every seed and prints the test metric's median and spread. Goes on after a
+    kill with --resume; several GPUs through torchrun or accelerate launch. Exit codes: 0, or 2 for bad input and for a
+    loss that is not finite."""
+    import os
     from datetime import UTC, datetime
 
-    from perfbench.finetune.search import command, config
+    from perfbench.finetune import config, recipe
+    from perfbench.finetune.run_folder import FinetuneFolder
+    from perfbench.finetune.summary import render
 
-    chosen = config.load(arguments.config, arguments.set)
-    if arguments.resume and not arguments.out:
-        raise PerfbenchError("--resume: say with --out which search to go on with")
-    out = arguments.out or Path("runs") / f"{chosen.training.name}-search-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    if not arguments.out and (arguments.resume or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        reason = "which run directory to go on with" if arguments.resume else "where all processes write"
+        raise PerfbenchError(f"{'--resume' if arguments.resume else '--out'}: say with --out {reason}")
+    resolved = config.load(arguments.config, arguments.set)
+    out = arguments.out or Path("runs") / f"finetune-{resolved.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     try:
-        command.search(chosen, out, resume=arguments.resume)
+        recipe.finetune(resolved, out, resume=arguments.resume)
     except KeyboardInterrupt:
-        sets = "".join(f" --set {text!r}" for text in arguments.set)
-        again = f"perfbench fanlora search {arguments.config}{sets} --out {out} --resume"
-        print(f"interrupted; go on with: {again}", file=sys.stderr)
+        settings = "".join(f" --set {setting}" for setting in arguments.set)
+        print(
+            f"interrupted; go on with: perfbench finetune {arguments.config}{settings} --out {out} --resume",
+            file=sys.stderr,
+        )
         return EXIT_INTERRUPTED
+    if int(os.environ.get("RANK", 0)) == 0:
+        render(FinetuneFolder.open(out).manifest)
+        print(f"results: {out}", file=sys.stderr)
     return 0
 
 
 def _sides(arguments: argparse.Namespace) -> tuple[Path, Path]:
     return arguments.baseline, arguments.candidate
+
+
+def _mtbench_answer(arguments: argparse.Namespace) -> int:
+    """Answers MT-Bench's two-turn questions with beam search and writes them in FastChat's answer format."""
+    from perfbench import backbone
+    from perfbench.device import device_kind
+    from perfbench.finetune import trained
+    from perfbench.finetune.tasks import mt_bench
+
+    mt_bench.questions(arguments.questions)  # a fault in them shows before the weights are loaded
+    loaded = backbone.load(arguments.backbone, arguments.dtype, device_kind(arguments.device)[0], seed=0)
+    tokenizer = loaded.tokenizer()
+    model = trained.load(loaded.model, arguments.adapter) if arguments.adapter else loaded.model
+    settings = {"beams": arguments.beams, "new_tokens": arguments.new_tokens, "batch": arguments.batch}
+    name = arguments.model_id or arguments.out.stem
+    count = mt_bench.answer_with(model, tokenizer, arguments.questions, arguments.out, name, **settings)
+    print(f"{arguments.out}: {count} answers of {name}")
+    return 0
+
+
+def _mtbench_judge(arguments: argparse.Namespace) -> int:
+    """Has an OpenAI-compatible endpoint rate each answer from 1 to 10, as FastChat does, and prints the mean. Nothing
+    but the questions, references and answers is sent, and to that address alone. Given again, it goes on."""
+    import os
+
+    from perfbench.finetune import judge
+
+    endpoint = judge.Endpoint(arguments.url, arguments.model, os.environ.get(arguments.key_variable, ""))
+    found = judge.judge(
+        arguments.questions, arguments.answers, arguments.out, endpoint, lambda text: print(text, file=sys.stderr)
+    )
+    turns = ", ".join(f"turn {turn}: {score:.2f}" for turn, score in found.turns.items())
+    mean = "none" if found.score is None else f"{found.score:.2f} ({turns})"
+    print(f"mean rating by {arguments.model}: {mean}; {found.judged} judged, {found.unrated} without a rating")
+    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 from perfbench.errors import FinetuneError, ScenarioError, TaskError, nearest
 from perfbench.finetune.tasks.registry import find
-from perfbench.finetune.trained import TRAINED
+from perfbench.finetune.trained import TRAINED, options_of
 from perfbench.scenario import frozen
-from perfbench.scenario_schema import DEVICES, LAYERS, problems
+from perfbench.scenario_schema import DEVICES, LAYERS, METHOD_OPTIONS, problems
 from perfbench.yaml_source import Place, Source, assign, dotted, parse, read
 
 DTYPES = ("fp32", "bf16")
@@ -29,7 +29,8 @@ TOO_LONG = {
 @dataclass(frozen=True)
 class TaskSource:
     """Which task, where its data lies (a folder in the set's original format, or a hub id), the metric of a task that
-    has none of its own, and how many examples of each split are used, all of them where the count is None."""
+    has none of its own, and at most how many examples of each split are used, all of them where the count is None.
+    `test_examples` 0 trains only."""
 
     name: str
     source: str = ""
@@ -97,7 +98,7 @@ SCHEMA: dict[str, Any] = {
                 "metric": {"type": ["string", "null"]},
                 "train_examples": _EXAMPLES,
                 "dev_examples": _EXAMPLES,
-                "test_examples": _EXAMPLES,
+                "test_examples": {**_EXAMPLES, "minimum": 0},
             },
             "required": ["name"],
             "additionalProperties": False,
@@ -176,9 +177,19 @@ def _method(source: Source, value: Any, path: Path) -> tuple[str, dict[str, Any]
         _refuse(source, f"unknown method {name!r}; {nearest(name, TRAINED)}", *place)
     if not isinstance(options, dict):
         _refuse(source, f"expected a mapping of options, got {options!r}", *place)
+    if name in METHOD_OPTIONS:
+        known = {key: schema for key, schema in METHOD_OPTIONS[name].items() if key != "adapters"}
+        schema = {"type": "object", "properties": known, "additionalProperties": False, "title": "option"}
+        if found := problems(options, schema):
+            _refuse(source, found[0].message, *place, *found[0].place)
     options = dict(options)
     if isinstance(options.get("setting"), str):
         options["setting"] = _read_setting(source, _located(options["setting"], path), *place, "setting")
+    options = {key: frozen(value) for key, value in options.items()}
+    try:
+        options_of(name, options)
+    except FinetuneError as error:
+        _refuse(source, str(error), *place)
     return name, options
 
 

@@ -6,24 +6,27 @@ import gc
 import json
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from perfbench import backbone, run
-from perfbench.backbone_config import is_named, shape_of
+from perfbench import backbone
+from perfbench.backbone_config import shape_of
 from perfbench.device import device_kind
-from perfbench.errors import FinetuneError
+from perfbench.errors import FinetuneError, TaskError
 from perfbench.finetune import small_backbone, trained
 from perfbench.finetune.config import FinetuneConfig
-from perfbench.finetune.encoding import Collator, Encoded, encode_split
+from perfbench.finetune.encoding import Collator, Encoded, encode_split, fits
+from perfbench.finetune.metrics import METRICS
+from perfbench.finetune.predict import predict
 from perfbench.finetune.run_folder import FinetuneFolder
 from perfbench.finetune.tasks.registry import find, load_splits
 from perfbench.finetune.tasks.task import Example, Split, Task
@@ -66,9 +69,9 @@ class Data:
 
 
 def finetune(
-    config: FinetuneConfig, out: Path, *, resume: bool = False, test: bool = True, console: Console | None = None
+    config: FinetuneConfig, out: Path, *, resume: bool = False, console: Console | None = None
 ) -> tuple[SeedResult, ...]:
-    """Trains `config` with each of its seeds into the run folder `out`, and judges each on the test set if `test`.
+    """Trains `config` with each of its seeds into the run folder `out`, and judges each on the test set.
 
     Under torchrun or `accelerate launch` every process calls this; the main one writes. With `resume` it goes on where
     a killed run stopped, to the same adapter bytes. TaskError, BackboneError, FinetuneError, RunDirectoryError: before
@@ -92,7 +95,7 @@ def finetune(
     with RunProgress(len(config.seeds) * steps, console) as progress:
         for seed in config.seeds:
             one = _Seed(config, name, kind, tokenizer, data, folder, seed, processes, progress)
-            results.append(one.run(test))
+            results.append(one.run())
             one.show(steps)
     if processes.is_main_process:
         folder.manifest["test"] = summary(data.task, results)
@@ -112,17 +115,21 @@ def read_data(config: FinetuneConfig, name: str, tokenizer: Any) -> Data:
         "dev": config.task.dev_examples,
         "test": config.task.test_examples,
     }
-    splits = load_splits(task, config.task.source, limits={k: v for k, v in counts.items() if v is not None})
+    wanted: Sequence[Split] = ("train", "dev") if config.task.test_examples == 0 else ("train", "dev", "test")
+    limits = {split: count for split, count in counts.items() if count is not None}
+    splits = load_splits(task, config.task.source, wanted, limits)
+    leave_out = config.too_long == "leave-out"
     encoded, left_out = {}, {}
     for split in ("train", "dev"):
         encoded[split], left_out[split] = encode_split(
-            splits[split],
-            tokenizer,
-            end=task.kind == "generate",
-            max_tokens=config.max_tokens,
-            leave_out=config.too_long == "leave-out",
+            splits[split], tokenizer, end=task.kind == "generate", max_tokens=config.max_tokens, leave_out=leave_out
         )
-    return Data(task, encoded["train"], encoded["dev"], splits["test"], left_out)
+    # Found out now, and not after hours of training.
+    test = [one for one in splits.get("test", []) if fits(task, one, tokenizer, context, leave_out)]
+    left_out["test"] = len(splits.get("test", [])) - len(test)
+    if left_out["test"] and not test:
+        raise TaskError(f"test: none of {left_out['test']} examples fits {context} tokens, the context of {name}")
+    return Data(task, encoded["train"], encoded["dev"], test, left_out)
 
 
 def summary(task: Task, results: Sequence[SeedResult]) -> dict[str, Any] | None:
@@ -144,7 +151,7 @@ def _folder(
             folder.check_same(config, processes.num_processes)
             return folder
         examples = {"train": len(data.train), "dev": len(data.dev), "test": len(data.test), "left_out": data.left_out}
-        return FinetuneFolder.create(out, config, kind, run.threads(), processes.num_processes, examples)
+        return FinetuneFolder.create(out, config, kind, torch.get_num_threads(), processes.num_processes, examples)
 
 
 @dataclass
@@ -162,12 +169,12 @@ class _Seed:
     progress: RunProgress
     shown_steps: int = 0
 
-    def run(self, test: bool) -> SeedResult:
+    def run(self) -> SeedResult:
         """Trains unless that is done already, then judges unless that is."""
         entry = self.folder.manifest["seeds"][str(self.seed)]
         if entry["status"] != "ok":
             self._train(entry)
-        if test and entry["test_score"] is None:
+        if self.data.test and entry["test_score"] is None:
             self._judge(entry)
         figures = {key: value for key, value in entry.items() if key not in ("status", "reason")}
         return SeedResult(seed=self.seed, adapter=self._place / ADAPTER, **figures)

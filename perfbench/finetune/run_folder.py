@@ -96,7 +96,7 @@ class FinetuneFolder:
             raise RunDirectoryError(f"{file}: not valid JSON ({error}); run with another --out") from None
         kind = manifest.get("kind", "run") if isinstance(manifest, dict) else "none"
         if kind != KIND:
-            raise RunDirectoryError(f"{path}: expected a fine-tuning run, got one of kind {kind!r}; choose another --out")
+            raise RunDirectoryError(f"{path}: expected a fine-tuning run, got kind {kind!r}; choose another --out")
         return cls(path, manifest)
 
     def check_same(self, config: FinetuneConfig, processes: int) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from perfbench.errors import FinetuneError
+from perfbench.finetune import trained
 from perfbench.finetune.config import FinetuneConfig
 
 WEIGHTS = "trainable.safetensors"
@@ -92,8 +93,9 @@ class AdapterTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self.seed, self.patience = seed, patience
-        self._save_best, self._record, self._passed = save_best, record, passed
-        self._started = self._resumed_at = time.perf_counter()
+        self.save_best, self.record, self.passed = save_best, record, passed
+        self._started = time.perf_counter()
+        self._resumed_at: float | None = self._started
         self.elapsed_s = self.train_s = 0.0
         for unwanted in ("PrinterCallback", "ProgressCallback"):
             for callback in [one for one in self.callback_handler.callbacks if type(one).__name__ == unwanted]:
@@ -122,13 +124,13 @@ class AdapterTrainer(Trainer):
         assert best is not None
         if best is done[-1]:
             if self.is_world_process_zero():
-                self._save_best(self.accelerator.unwrap_model(self.model))
+                self.save_best(self.accelerator.unwrap_model(self.model))
             self.accelerator.wait_for_everyone()
         self.control.should_save = True
         if len(done) - 1 - done.index(best) >= self.patience:
             self.control.should_training_stop = True
         if self.is_world_process_zero():
-            self._passed(self.state.global_step, {**done[-1], "is_best": best is done[-1]})
+            self.passed(self.state.global_step, {**done[-1], "is_best": best is done[-1]})
         self._go_on()
         return metrics
 
@@ -159,7 +161,7 @@ class AdapterTrainer(Trainer):
         logs = {**logs, "elapsed_s": self.elapsed_s, "train_s": self.train_seconds()}
         super().log(logs)
         if self.is_world_process_zero():
-            self._record(self.state.log_history[-1])
+            self.record(self.state.log_history[-1])
 
     def train_seconds(self) -> float:
         """Seconds in training steps: without evaluations and checkpoints."""
@@ -181,19 +183,21 @@ class AdapterTrainer(Trainer):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        assert output_dir is not None  # Trainer names the checkpoint's folder
+        folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trainable_state(self.accelerator.unwrap_model(self.model)), folder / WEIGHTS)
+        state = trained.training_state(self.accelerator.unwrap_model(self.model))
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_trainable_state(self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
+        trained.restore_training_state(self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._pause()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            here = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            here = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             (here / COMPLETE).touch()
             for other in checkpoints_in(here.parent):
                 if other != here:
@@ -212,31 +216,20 @@ class _StepsAndEpochs(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trained.begin(self.trainer.model, state.max_steps)
         self.trainer.start_clock()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trained.after_step(self.trainer.model, state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.trainer._passed(state.global_step, None)
+            self.trainer.passed(state.global_step, None)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done = self.trainer.evaluations()
         if not done or done[-1]["step"] != state.global_step:
             control.should_evaluate = True
-
-
-def trainable_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> value of every parameter that is trained."""
-    return {name: p.detach().contiguous() for name, p in module.named_parameters() if p.requires_grad}
-
-
-def load_trainable_state(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Puts what `trainable_state` gave back in its place. FinetuneError where the names differ."""
-    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if parameters.keys() != state.keys():
-        raise FinetuneError("the checkpoint holds other parameters than the method trains; run with another --out")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
 
 
 def checkpoints_in(folder: Path) -> Sequence[Path]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from perfbench import __version__, backbone, environment, run
 from perfbench.device import device_kind
@@ -45,6 +46,7 @@ def search(config: SearchConfig, out: Path, *, resume: bool = False, console: Co
     TaskError, BackboneError, AdapterError, FinetuneError: for what the user can mend, in one line.
     """
     console = console or Console(stderr=True)
+    transformers_logging.disable_progress_bar()
     kind, why = device_kind(config.training.device)
     console.print(f"device {config.training.device} -> {kind} ({why})", highlight=False)
     name = small_backbone.resolve(config.training.backbone, console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -122,23 +123,31 @@ def show(config: SearchConfig, out: Path, found: Found, console: Console) -> Non
     name = config.scores[0]
     kept, scores = found.kept[name], found.scores[name]
     assert not isinstance(kept, FinetuneError)  # `write` has raised it
-    title = f"{SCORES[name].title}, {SCORES[name].unit}, ± its standard error; * kept"
-    table = Table(title=title, title_justify="left")
+    most = max(map(abs, scores.flat()))
+    exponent = math.floor(math.log10(most))
+    table = Table(title=f"{SCORES[name].title}, in 1e{exponent} {SCORES[name].unit}; * kept", title_justify="left")
     table.add_column("layer", justify="right")
     for module in MODULES:
         table.add_column(module, justify="right")
-    for layer, (values, errors) in enumerate(zip(scores.values, scores.errors, strict=True)):
-        cells = [
-            f"{value:.2g} ± {error:.1g}{'*' if module in kept[layer] else ' '}"
-            for module, value, error in zip(MODULES, values, errors, strict=True)
-        ]
+    for layer, values in enumerate(scores.values):
+        marks = ["*" if module in kept[layer] else " " for module in MODULES]
+        cells = [f"{value / 10**exponent:.2f}{mark}" for value, mark in zip(values, marks, strict=True)]
         table.add_row(str(layer), *cells)
     console.print(table)
     shares = ", ".join(f"{module} {whole:.0%}" for module, (whole, _, _) in setting.share(kept).items())
-    console.print(f"kept: {sum(map(len, kept))} modules; share of the layers: {shares}", highlight=False)
+    total = f"{sum(map(len, kept))} modules"
+    console.print(f"kept: {total}; share of the layers: {shares}", highlight=False, soft_wrap=True)
+    console.print(doubt(scores), highlight=False, soft_wrap=True)
     for line in notes(found):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"setting: {out / file_of(config, name)}; pictures: {out}/*.svg", highlight=False, soft_wrap=True)
+
+
+def doubt(scores: Scores) -> str:
+    """How many scores can't be told from nought: within two standard errors of it."""
+    pairs = zip(scores.flat(), (error for layer in scores.errors for error in layer), strict=True)
+    near = sum(abs(value) <= 2 * error for value, error in pairs)
+    return f"{near} of {len(scores.flat())} scores lie within two standard errors of nought"
 
 
 def notes(found: Found) -> list[str]:

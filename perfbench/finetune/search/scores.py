@@ -144,7 +144,7 @@ def _scores(values: torch.Tensor, errors: torch.Tensor) -> Scores:
 SCORES: dict[str, Score] = {
     "ab": Score("AB-score", "nats per token", _each_batch, _measure_ab, _combine_ab),
     "shapley": Score("Shapley value", "nats per token", _permutation_units, _measure_shapley, _combine_shapley),
-    "sensitivity": Score("sensitivity", "nats per token", _each_batch, _measure_sensitivity, _combine_sensitivity),
+    "sensitivity": Score("Sensitivity", "nats per token", _each_batch, _measure_sensitivity, _combine_sensitivity),
 }
 
 
