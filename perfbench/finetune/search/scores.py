@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from perfbench.finetune.search.evaluate import Batch, ablations, additions, gate_gradients
+from perfbench.finetune.search.evaluate import Ablations, Batch, ablations, additions, gate_gradients
 from perfbench.finetune.search.gates import GatedModel
 from perfbench.methods.shape import MODULES
 
@@ -65,7 +65,11 @@ def _each_batch(measurement: Measurement) -> list[Unit]:
 
 def _measure_ab(measurement: Measurement, unit: Unit) -> Line:
     batch = measurement.batches[unit[0]]
-    found = ablations(measurement.model, batch, measurement.tokens_per_forward)
+    return ab_line(ablations(measurement.model, batch, measurement.tokens_per_forward), batch)
+
+
+def ab_line(found: Ablations, batch: Batch) -> Line:
+    """The losses of one batch as plain data."""
     losses = {name: losses.tolist() for name, losses in vars(found).items()}
     return {"tokens": batch.answer_tokens().tolist(), **losses}
 
