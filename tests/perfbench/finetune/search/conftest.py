@@ -47,7 +47,7 @@ def write_model(folder: Path, family: str = "llama", seed: int = 0, **more: int)
     """A random model whose weights are large enough for every module to matter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = AutoConfig.for_model(family, **TINY, **FAMILIES[family], **more, initializer_range=0.3)
+        config = AutoConfig.for_model(family, **{**TINY, **FAMILIES[family], **more}, initializer_range=0.3)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
