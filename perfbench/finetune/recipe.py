@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -78,6 +79,9 @@ def finetune(
     anything is written, but for a loss that is not finite (NotFinite), which leaves what the last evaluation left.
     """
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # Trainer and PEFT call each other's old names, which is nothing that the reader could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b.*")
     kind, _ = device_kind(config.device)
     processes = PartialState(cpu=kind == "cpu")
     console = (console or Console(stderr=True)) if processes.is_main_process else Console(quiet=True)

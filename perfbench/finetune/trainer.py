@@ -94,6 +94,7 @@ class AdapterTrainer(Trainer):
         super().__init__(**kwargs)
         self.seed, self.patience = seed, patience
         self.save_best, self.record, self.passed = save_best, record, passed
+        self._to_restore: dict[str, torch.Tensor] | None = None
         self._started = time.perf_counter()
         self._resumed_at: float | None = self._started
         self.elapsed_s = self.train_s = 0.0
@@ -190,7 +191,14 @@ class AdapterTrainer(Trainer):
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        trained.restore_training_state(self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
+        self._to_restore = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+
+    def begin(self) -> None:
+        """Called when training begins: tells the method how long it will be, and puts back what a checkpoint had."""
+        trained.begin(self.model, self.state.max_steps)
+        if self._to_restore is not None:
+            trained.restore_training_state(self.model, self._to_restore)
+            self._to_restore = None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._pause()
@@ -216,7 +224,7 @@ class _StepsAndEpochs(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trained.begin(self.trainer.model, state.max_steps)
+        self.trainer.begin()
         self.trainer.start_clock()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
