@@ -117,7 +117,7 @@ class _StopStrings(StoppingCriteria):
         self._tokenizer, self._prompt_tokens, self._stop = tokenizer, prompt_tokens, tuple(stop)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        texts = [self._tokenizer.decode(row) for row in input_ids[:, self._prompt_tokens :].tolist()]
+        texts = [decode(self._tokenizer, row, ()) for row in input_ids[:, self._prompt_tokens :].tolist()]
         return torch.tensor([cut(text, self._stop) != text for text in texts], device=input_ids.device)
 
 
