@@ -102,7 +102,7 @@ def _train(config: SearchConfig, out: Path, console: Console) -> list[Path]:
     """Step 1: LoRA on every linear of every layer, with each seed; goes on with what is there."""
     folder = out / "training"
     begun = (folder / "run.json").is_file()
-    results = recipe.finetune(config.training, folder, resume=begun, test=False, console=console)
+    results = recipe.finetune(config.training, folder, resume=begun, console=console)
     return [result.adapter for result in results]
 
 
