@@ -39,7 +39,7 @@ class SearchConfig:
     k_max: int = 2
     permutations: int = 16
     rows: int = 4
-    tokens_per_forward: int = 8192
+    tokens_per_forward: int = 2048
 
     def to_json(self) -> dict[str, Any]:
         """The resolved configuration as plain JSON data."""

@@ -70,10 +70,11 @@ def measure(options: argparse.Namespace) -> int:
         ratios.append(seconds["naive"] / seconds["shared"])
         print(f"round {turn}: naive {seconds['naive']:.2f} s, shared {seconds['shared']:.2f} s, ratio {ratios[-1]:.3f}")
     middle = median_interval(ratios)
-    share = [f"{100 * middle[key] / bound:.1f}" for key in ("ratio", "low", "high") if middle[key] is not None]
-    ends = f", 95% interval [{middle['low']:.3f}, {middle['high']:.3f}]" if len(share) > 1 else ""
-    print(f"speed-up: median {middle['ratio']:.3f}{ends}; FLOPs allow {bound:.3f}")
-    print(f"share of the bound: {share[0]}%" + (f" [{share[1]}, {share[2]}]" if len(share) > 1 else ""))
+    ratio, low, high = middle["ratio"], middle["low"], middle["high"]
+    assert ratio is not None
+    print(f"speed-up: median {ratio:.3f}; FLOPs allow {bound:.3f}; share of the bound {ratio / bound:.1%}")
+    if low is not None and high is not None:
+        print(f"95% interval: [{low:.3f}, {high:.3f}], {low / bound:.1%} to {high / bound:.1%} of the bound")
     return 0 if agree else 1
 
 
