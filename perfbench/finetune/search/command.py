@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from perfbench import __version__, backbone, environment, run
+from perfbench import __version__, backbone, environment
 from perfbench.device import device_kind
 from perfbench.errors import FinetuneError
 from perfbench.finetune import recipe, small_backbone
@@ -90,7 +90,7 @@ def _open(config: SearchConfig, out: Path, resume: bool, kind: str, examples: He
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "finished_at": None,
         "config": config.to_json(),
-        "environment": environment.collect(kind, run.threads() if kind == "cpu" else None),
+        "environment": environment.collect(kind, torch.get_num_threads() if kind == "cpu" else None),
         "held_out": examples.summary(),
         "seeds": {},
     }
@@ -134,9 +134,9 @@ class _Seed:
             with RunProgress(len(units), self.console) as progress:
                 if name == "ab":
                     self._compare(journal, progress)
-                for unit in units:
+                for position, unit in enumerate(units, start=1):
                     if unit not in journal.lines:
-                        progress.say(f"seed {self.seed}, {name}", f"unit {unit} of {len(units)}")
+                        progress.say(f"seed {self.seed}, {name}", f"{position} of {len(units)}")
                         journal.add(unit, score.measure(measurement, unit))
                     progress.advance()
             found[name] = score.combine([journal.lines[unit] for unit in units])
