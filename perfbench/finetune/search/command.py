@@ -21,6 +21,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from perfbench import __version__, backbone, environment
+from perfbench.backbone_config import shape_of
 from perfbench.device import device_kind
 from perfbench.errors import FinetuneError
 from perfbench.finetune import recipe, small_backbone
@@ -56,6 +57,8 @@ def search(config: SearchConfig, out: Path, *, resume: bool = False, console: Co
     if examples.left_out:
         longer = f"longer than max_tokens {config.training.max_tokens}"
         console.print(f"{examples.left_out} held-out examples left out, {longer}", highlight=False)
+    for folder in config.adapters:  # refused before anything is written
+        gates.read(Path(folder), shape_of(name))
     manifest = _open(config, out, resume, kind, examples)
     adapters = [Path(folder) for folder in config.adapters] or _train(config, out, console)
     bare = backbone.load(name, config.training.dtype, kind, seed=0)

@@ -26,7 +26,7 @@ from perfbench.errors import FinetuneError
 from perfbench.methods import lora
 from perfbench.methods.plan import AdapterPlan
 from perfbench.methods.registry import LoraOptions
-from perfbench.methods.shape import MODULE_PATHS, MODULES
+from perfbench.methods.shape import MODULE_PATHS, MODULES, BackboneShape
 
 FLIPPED = -1
 # Module -> (blocks of its input, how many of the first of them are multiplied, what each block of its output is: the
@@ -189,12 +189,18 @@ class _Recorder(torch.nn.Module):
 
 
 def load(backbone: Backbone, folder: Path) -> tuple[GatedModel, int]:
-    """The gated model of a PEFT LoRA checkpoint folder, and the adapter's rank.
+    """The gated model of a PEFT LoRA checkpoint folder, and the adapter's rank. Raises as `read` does."""
+    plan, rank = read(folder, backbone.shape)
+    return GatedModel(backbone, plan), rank
+
+
+def read(folder: Path, shape: BackboneShape) -> tuple[AdapterPlan, int]:
+    """The plan of a PEFT LoRA checkpoint folder, and its rank.
 
     AdapterError for a folder that can't be read or was made for another backbone; FinetuneError where a module of some
     layer has no LoRA, or the ranks differ.
     """
-    plan = lora.load(folder, backbone.shape, LoraOptions())
+    plan = lora.load(folder, shape, LoraOptions())
     for index, layer in enumerate(plan):
         missing = [module for module in MODULES if module not in layer.low_rank]
         if missing:
@@ -205,4 +211,4 @@ def load(backbone: Backbone, folder: Path) -> tuple[GatedModel, int]:
     ranks = sorted({pair.a.shape[0] for layer in plan for pair in layer.low_rank.values()})
     if len(ranks) != 1:
         raise FinetuneError(f"{folder}: expected one rank over all modules, got {ranks}; train with one")
-    return GatedModel(backbone, plan), ranks[0]
+    return plan, ranks[0]

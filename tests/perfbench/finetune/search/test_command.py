@@ -220,6 +220,7 @@ def test_adapters_that_do_not_fit_are_refused(file, tiny_llama, tmp_path):
     other = write_adapter(tmp_path / "other", write_model(tmp_path / "model"))
     with pytest.raises(PerfbenchError, match="made for another backbone"):
         command.search(config.load(file, [f"adapters=[{other}]", "seeds=[0]"]), tmp_path / "one")
+    assert not (tmp_path / "one").exists()
     idle = write_adapter(tmp_path / "idle", tiny_llama, scale=0.0)
     with pytest.raises(PerfbenchError, match="ab: every module has the same score 0") as error:
         command.search(config.load(file, [f"adapters=[{idle}]", "scores=[ab]"]), tmp_path / "two")
@@ -234,8 +235,8 @@ def test_real_weights_and_a_real_set(stories260k, test_data, tmp_path):
         pytest.skip(f"needs a real instruction set: no {data.name} in {test_data}")
     adapter = write_adapter(tmp_path / "adapter", stories260k, scale=0.1)
     path = ROOT / "scenarios" / "fanlora" / "alpaca_cpu.yaml"
-    sets = [f"backbone={stories260k}", f"task.source={data}", "task.dev_examples=2", f"adapters=[{adapter}]"]
+    sets = [f"backbone={stories260k}", f"task.source={data}", "task.dev_examples=1", f"adapters=[{adapter}]"]
     found = command.search(config.load(path, [*sets, "seeds=[0]", "scores=[ab]"]), tmp_path / "out")
     assert len(found.scores["ab"].values) == 5
-    assert found.manifest["held_out"]["answer_tokens"] > 50
+    assert found.manifest["held_out"]["answer_tokens"] > 10
     assert found.manifest["check"]["apart"] < 1e-4
