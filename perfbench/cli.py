@@ -78,6 +78,16 @@ def _parser() -> argparse.ArgumentParser:
     params.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="what bytes are counted in")
     params.set_defaults(command=_params)
 
+    fanlora = commands.add_parser("fanlora", help="FanLoRA: which modules a layer keeps", description=_search.__doc__)
+    search = fanlora.add_subparsers(metavar="COMMAND", required=True).add_parser(
+        "search", help="choose a setting by the scores of LoRA modules", description=_search.__doc__
+    )
+    search.add_argument("config", type=Path, help="a YAML file, such as scenarios/fanlora/alpaca_cpu.yaml")
+    search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field")
+    search.add_argument("--out", type=Path, metavar="DIR", help="default: runs/<name>-search-<time>")
+    search.add_argument("--resume", action="store_true", help="go on with the search in --out")
+    search.set_defaults(command=_search)
+
     roof = commands.add_parser("roof", help="the least possible time on a device", description=_roof.__doc__)
     roof.add_argument("backbone", nargs="?", default="llama2-7b", help="a named shape, folder or hub id")
     roof.add_argument("--device", default="a40", help="such as a40 or h200; `here` measures this machine")
@@ -144,6 +154,13 @@ def _parser() -> argparse.ArgumentParser:
     ab.add_argument("--record", action="store_true", help="measure the first batch and judge nothing")
     ab.set_defaults(command=_ab)
     _add_write_option(ab)
+
+    finetune = commands.add_parser("finetune", help="train a method on a task", description=_finetune.__doc__)
+    finetune.add_argument("config", type=Path, help="a YAML file, such as scenarios/finetune/boolq_para.yaml")
+    finetune.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field")
+    finetune.add_argument("--out", type=Path, metavar="DIR", help="default: runs/finetune-<name>-<time>")
+    finetune.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    finetune.set_defaults(command=_finetune)
 
     about = "Writes a model's answers to MT-Bench, and has a judge rate them."
     mtbench = commands.add_parser("mtbench", help="MT-Bench's answers and ratings", description=about)
@@ -336,6 +353,28 @@ def _params(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _search(arguments: argparse.Namespace) -> int:
+    """Trains LoRA on every linear of every layer, scores each module on the examples held out, and writes the setting
+    that keeps the best of each layer: a file for `methods: fanlora: {setting: FILE}`. Exit code 0, or 2 for bad
+    input."""
+    from datetime import UTC, datetime
+
+    from perfbench.finetune.search import command, config
+
+    chosen = config.load(arguments.config, arguments.set)
+    if arguments.resume and not arguments.out:
+        raise PerfbenchError("--resume: say with --out which search to go on with")
+    out = arguments.out or Path("runs") / f"{chosen.training.name}-search-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    try:
+        command.search(chosen, out, resume=arguments.resume)
+    except KeyboardInterrupt:
+        sets = "".join(f" --set {text!r}" for text in arguments.set)
+        again = f"perfbench fanlora search {arguments.config}{sets} --out {out} --resume"
+        print(f"interrupted; go on with: {again}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
 def _roof(arguments: argparse.Namespace) -> int:
     """Prints what each method could reach at most, from bytes and operations over a device's speeds; runs nothing."""
     from perfbench.roof import find_device
@@ -507,6 +546,37 @@ def _ab(arguments: argparse.Namespace) -> int:
         )
 
     return verdict_of(report, writes_of(arguments.write))
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    """Trains one method on one task with every seed and prints the test metric's median and spread. Goes on after a
+    kill with --resume; several GPUs through torchrun or accelerate launch. Exit codes: 0, or 2 for bad input and for a
+    loss that is not finite."""
+    import os
+    from datetime import UTC, datetime
+
+    from perfbench.finetune import config, recipe
+    from perfbench.finetune.run_folder import FinetuneFolder
+    from perfbench.finetune.summary import render
+
+    if not arguments.out and (arguments.resume or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        reason = "which run directory to go on with" if arguments.resume else "where all processes write"
+        raise PerfbenchError(f"{'--resume' if arguments.resume else '--out'}: say with --out {reason}")
+    resolved = config.load(arguments.config, arguments.set)
+    out = arguments.out or Path("runs") / f"finetune-{resolved.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    try:
+        recipe.finetune(resolved, out, resume=arguments.resume)
+    except KeyboardInterrupt:
+        settings = "".join(f" --set {setting}" for setting in arguments.set)
+        print(
+            f"interrupted; go on with: perfbench finetune {arguments.config}{settings} --out {out} --resume",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+    if int(os.environ.get("RANK", 0)) == 0:
+        render(FinetuneFolder.open(out).manifest)
+        print(f"results: {out}", file=sys.stderr)
+    return 0
 
 
 def _sides(arguments: argparse.Namespace) -> tuple[Path, Path]:

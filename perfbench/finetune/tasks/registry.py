@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from perfbench.errors import TaskError, nearest
 from perfbench.finetune.metrics import METRICS
-from perfbench.finetune.tasks import boolq, copa, gsm8k, instructions, mmlu, own, squad, text2sql
+from perfbench.finetune.tasks import boolq, copa, gsm8k, instructions, mmlu, own, skills, squad, text2sql
 from perfbench.finetune.tasks.splits import refuse_leak, take
 from perfbench.finetune.tasks.task import SPLITS, Example, Split, Task
 
@@ -20,6 +20,7 @@ TASKS: dict[str, Task] = {
     "mmlu": mmlu.TASK,
     "instructions": instructions.TASK,
     "own": own.TASK,
+    "skills": skills.TASK,
 }
 
 

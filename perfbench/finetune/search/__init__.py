@@ -1,0 +1,1 @@
+"""FanLoRA's search: which LoRA modules each layer keeps, and why."""
