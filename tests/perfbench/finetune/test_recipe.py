@@ -124,7 +124,8 @@ def test_the_adapter_on_disk_is_that_of_the_lowest_dev_loss(
 def test_a_seed_decides_everything(
     config: FinetuneConfig, done: tuple[Path, recipe.SeedResult], tmp_path: Path
 ) -> None:
-    again, other = recipe.finetune(replace(config, seeds=(0, 1)), tmp_path / "run")
+    task = replace(config.task, test_examples=0)
+    again, other = recipe.finetune(replace(config, seeds=(0, 1), task=task), tmp_path / "run")
     bytes_of = [(result.adapter / "adapter_model.safetensors").read_bytes() for result in (done[1], again, other)]
     assert bytes_of[0] == bytes_of[1] != bytes_of[2]
 
@@ -161,6 +162,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     config: FinetuneConfig, done: tuple[Path, Any], tmp_path: Path, method: str, step: int, more: str
 ) -> None:
     fields = {key: value for key, value in config.to_json().items() if key not in ("options", "name", "method")}
+    fields["task"] = {"name": "own", "source": config.task.source, "test_examples": 0}
     file = tmp_path / "finetune.yaml"
     file.write_text(json.dumps(fields | {"method": {method: {"rank": 2}}}))
     command = [sys.executable, "-c", KILLED_AT.format(step=step, more=more), str(file), str(tmp_path / "killed")]
