@@ -182,6 +182,27 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert losses(tmp_path / "killed") == losses(whole), "each evaluation stands there once"
 
 
+def test_what_ended_by_patience_is_not_trained_further(
+    config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between the last checkpoint and the note that the seed is done."""
+    impatient = replace(config, learning_rate=0.5, patience=1, epochs=6, task=replace(config.task, test_examples=0))
+    (whole,) = recipe.finetune(impatient, tmp_path / "whole")
+    assert whole.steps < 36
+
+    def stopped(kind: str) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "_peak_bytes", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            recipe.finetune(impatient, tmp_path / "stopped")
+    (again,) = recipe.finetune(impatient, tmp_path / "stopped", resume=True)
+    assert (again.steps, again.best_step, again.best_dev_loss) == (whole.steps, whole.best_step, whole.best_dev_loss)
+    weights = [(result.adapter / "adapter_model.safetensors").read_bytes() for result in (whole, again)]
+    assert weights[0] == weights[1]
+
+
 def test_a_finished_run_is_not_trained_again(
     config: FinetuneConfig, done: tuple[Path, recipe.SeedResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
