@@ -29,6 +29,11 @@ def eager(y: torch.Tensor, scale_minus_one: torch.Tensor) -> None:
     y.addcmul_(y, scale_minus_one.unsqueeze(1))
 
 
+def one_after_the_other(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """l - 1 of two scales on the same output, (1 + one)(1 + other) - 1; exact where either is 0."""
+    return torch.addcmul(one + other, one, other)
+
+
 def scale_columns(y: torch.Tensor, scale: Scale) -> None:
     """The same on the columns of y [rows, D] that the scale is for; plain torch takes one for each request or all."""
     groups, columns = scale.minus_one.shape
