@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,13 @@ class AccuracyFolder:
         text = json.dumps(self.manifest, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
         write(self.path / MANIFEST, text.encode())
 
-    def is_done(self, task: str, path_id: str) -> bool:
-        """Whether all items of this task on this path are there."""
-        return path_id in self.manifest["paths"].get(task, {})
+    def is_done(self, task: str, path: str, method: str) -> bool:
+        """Whether every answer of this method, with every seed, on this path is there."""
+        return method in self.manifest["paths"].get(task, {}).get(path, {})
 
-    def add(self, task: str, path_id: str, items: Iterable[Item], facts: dict[str, Any]) -> None:
-        """Appends the items of a path, then notes that it is done, with what else is known of it."""
+    def add(self, items: Sequence[Item], identities: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Appends all items of some methods on one path of one task, then notes that they are done; `identities`:
+        method -> whose logits were served."""
         lines = [json.dumps(item, allow_nan=False, ensure_ascii=False).encode() + b"\n" for item in items]
         try:
             with (self.path / ITEMS).open("ab") as file:
@@ -111,10 +113,11 @@ class AccuracyFolder:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise RunDirectoryError(
-                f"{self.path / ITEMS}: can't be written ({error.strerror}); free space, then go on with --resume"
-            ) from None
-        self.manifest["paths"].setdefault(task, {})[path_id] = {"items": len(lines), **facts}
+            reason = f"can't be written ({error.strerror}); free some space and go on with --resume"
+            raise RunDirectoryError(f"{self.path / ITEMS}: {reason}") from None
+        for (task, path, method), count in Counter(map(_place, items)).items():
+            paths = self.manifest["paths"].setdefault(task, {})
+            paths.setdefault(path, {})[method] = {"items": count, "identity": (identities or {}).get(method)}
         self.write()
 
     def items(self) -> list[Item]:
@@ -126,20 +129,21 @@ class AccuracyFolder:
         for number, line in enumerate(lines, start=1):
             try:
                 item = json.loads(line)
-                if self.is_done(item["task"], item["path"]):
+                if self.is_done(*_place(item)):
                     found.append(item)
             except (ValueError, KeyError, TypeError):
                 if number == len(lines):
                     break  # torn by a kill: its path was not noted as done
                 raise RunDirectoryError(f"{file}:{number}: not an item; run again with another --out") from None
+        counted = Counter(map(_place, found))
         for task, paths in self.manifest["paths"].items():
-            for path_id, facts in paths.items():
-                count = sum(item["task"] == task and item["path"] == path_id for item in found)
-                if count != facts["items"]:
-                    raise RunDirectoryError(
-                        f"{file}: expected {facts['items']} items of {task} {path_id}, got {count}; "
-                        "run again with another --out"
-                    )
+            for path, methods in paths.items():
+                for method, facts in methods.items():
+                    if counted[task, path, method] != facts["items"]:
+                        got = f"got {counted[task, path, method]}; run again with another --out"
+                        raise RunDirectoryError(
+                            f"{file}: expected {facts['items']} items of {task} {path} {method}, {got}"
+                        )
         return found
 
     def drop_unfinished(self) -> None:
@@ -147,6 +151,10 @@ class AccuracyFolder:
         kept = [json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in self.items()]
         if (self.path / ITEMS).exists():
             write(self.path / ITEMS, b"".join(kept))
+
+
+def _place(item: Item) -> tuple[str, str, str]:
+    return item["task"], item["path"], item["method"]
 
 
 def resolved(config: AccuracyConfig) -> dict[str, Any]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 
 from perfbench.arms import PLAN_ARMS
 from perfbench.backbone import Backbone
-from perfbench.errors import AdapterError, TaskError
+from perfbench.errors import AdapterError
 from perfbench.finetune.accuracy.paths import ServingPath
-from perfbench.finetune.encoding import encode, place_of
+from perfbench.finetune.choices import check_length, choose, decode, encode_answer, encode_choices
 from perfbench.finetune.tasks.task import Example, Task
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
@@ -28,6 +27,7 @@ from perfbench.runtimes.generation import PAD, Arm, Batch, Generation, generate
 WIDTH_TOKENS = 16
 # Batches' worth of requests of about the same length that are shuffled among each other.
 _SHUFFLED = 4
+PROBES = 4
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,12 @@ class Tenant:
 
 @dataclass(frozen=True)
 class Question:
-    """What one request asks: an example's prompt, and the tokens of one of its choices, none where it generates."""
+    """What one request asks: an example's prompt, and the tokens that it is made to say, those of the example's
+    choice number `choice`; none where it generates."""
 
     example: Example
     prompt: tuple[int, ...]
-    choice: str = ""
+    choice: int = 0
     forced: tuple[int, ...] = ()
 
 
@@ -123,19 +124,22 @@ def questions(task: Task, examples: Sequence[Example], tokenizer: Any, context: 
     found = []
     for example in examples:
         if task.kind == "generate":
-            prompt = tuple(tokenizer(example.prompt)["input_ids"])
-            found.append(Question(example, prompt))
-            longest = len(prompt) + task.new_tokens
-        else:
-            encoded = [encode(replace(example, answer=choice), tokenizer, end=False) for choice in example.choices]
-            for choice, one in zip(example.choices, encoded, strict=True):
-                found.append(Question(example, one.ids[: one.prompt_tokens], choice, one.ids[one.prompt_tokens :]))
-            longest = max(len(one.ids) for one in encoded)
-        if longest > context:
-            raise TaskError(
-                f"{place_of(example)}: prompt and answer take {longest} tokens, more than the backbone's {context}; "
-                "leave the record out, or choose a backbone with a longer context"
-            )
+            prompt = tokenizer(example.prompt)["input_ids"]
+            check_length(example.where, len(prompt) + task.new_tokens, context)
+            found.append(Question(example, tuple(prompt)))
+            continue
+        for place, (prompt, tokens) in enumerate(encode_choices(tokenizer, example)):
+            check_length(example.where, len(prompt) + len(tokens), context)
+            found.append(Question(example, tuple(prompt), place, tuple(tokens)))
+    return found
+
+
+def probes(task: Task, examples: Sequence[Example], tokenizer: Any) -> list[Question]:
+    """The first few examples, each made to give its own answer, whatever the task's kind is."""
+    found = []
+    for example in examples[:PROBES]:
+        prompt, answer = encode_answer(tokenizer, example.prompt, example.answer)
+        found.append(Question(example, tuple(prompt), 0, tuple(answer)))
     return found
 
 
@@ -154,12 +158,11 @@ def mixed(tenants: int, asked: Sequence[Question], requests: int, seed: int) -> 
 
 
 def batch_of(
-    pairs: Sequence[Asked], slots: Sequence[int], task: Task, backbone: Backbone, eos: int, beams: int
+    pairs: Sequence[Asked], slots: Sequence[int], backbone: Backbone, *, new_tokens: int, eos: int | None, beams: int
 ) -> Batch:
-    """The batch that asks `pairs`; `slots`: of each tenant. Padded on the left, as prompts are served."""
+    """The batch that asks `pairs`, padded on the left, as prompts are served; `slots`: of each tenant."""
     width = max(len(pair.question.prompt) for pair in pairs)
-    room = backbone.shape.context - _new_tokens(pairs, task)
-    width = max(width, min(-(-width // WIDTH_TOKENS) * WIDTH_TOKENS, room))
+    width = max(width, min(-(-width // WIDTH_TOKENS) * WIDTH_TOKENS, backbone.shape.context - new_tokens))
     ids = torch.full((len(pairs), width), PAD, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, pair in enumerate(pairs):
@@ -170,76 +173,48 @@ def batch_of(
         ids.to(backbone.device),
         mask.to(backbone.device),
         tuple(slots[pair.tenant] for pair in pairs),
-        beams=beams if task.kind == "generate" else 1,
-        new_tokens=_new_tokens(pairs, task),
-        eos=(eos,) if task.kind == "generate" else (),
+        beams=beams,
+        new_tokens=new_tokens,
+        eos=() if eos is None else (eos,),
     )
 
 
-def _new_tokens(pairs: Sequence[Asked], task: Task) -> int:
-    if task.kind == "generate":
-        return task.new_tokens
-    return max(len(pair.question.forced) for pair in pairs)
-
-
-def forced_tokens(pairs: Sequence[Asked], device: torch.device) -> torch.Tensor:
-    """int64 [Q, N], what each request is made to say, PAD after it."""
-    rows = [torch.tensor(pair.question.forced) for pair in pairs]
-    longest = max(map(len, rows))
-    return torch.stack([pad(row, (0, longest - len(row)), value=PAD) for row in rows]).to(device)
-
-
-def answers(
-    arm: Arm, task: Task, batches: Iterator[list[Asked]], slots: Sequence[int], backbone: Backbone, tokenizer: Any,
-    beams: int,
-) -> Iterator[dict[tuple[int, str], str]]:  # fmt: skip
-    """After each batch {(tenant, id of the example): prediction} of what is known so far.
-
-    A choice is scored by the sum of the log-probabilities of its tokens; the highest wins, the first on a tie.
-    """
-    found: dict[tuple[int, str], str] = {}
-    best: dict[tuple[int, str], tuple[float, int]] = {}
-    for pairs in batches:
-        batch = batch_of(pairs, slots, task, backbone, tokenizer.eos_token_id, beams)
-        if task.kind == "generate":
-            for pair, tokens in zip(pairs, arm.generate(batch).tokens.tolist(), strict=True):
-                found[pair.tenant, pair.question.example.id] = text_of(tokens, tokenizer, task)
-        else:
-            for pair, score in zip(pairs, choice_scores(arm, batch, pairs), strict=True):
-                key, example = (pair.tenant, pair.question.example.id), pair.question.example
-                ranked = (score, -example.choices.index(pair.question.choice))
-                if key not in best or ranked > best[key]:
-                    best[key], found[key] = ranked, pair.question.choice
-        yield found
-
-
-def choice_scores(arm: Arm, batch: Batch, pairs: Sequence[Asked]) -> list[float]:
-    """For each request the sum of the log-probabilities of its choice's tokens after the prompt."""
-    forced = forced_tokens(pairs, batch.input_ids.device)
+def forced_logits(
+    arm: Arm, pairs: Sequence[Asked], slots: Sequence[int], backbone: Backbone
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits fp32 [Q, N, V], tokens int64 [Q, N]) of requests that are made to say their `forced` tokens, PAD after
+    them, N the longest of them."""
+    longest = max(len(pair.question.forced) for pair in pairs)
+    rows = [[*pair.question.forced, *[PAD] * (longest - len(pair.question.forced))] for pair in pairs]
+    forced = torch.tensor(rows, device=backbone.device)
+    batch = batch_of(pairs, slots, backbone, new_tokens=longest, eos=None, beams=1)
     logits = arm.generate(batch, forced=forced, with_logits=True).logits
     assert logits is not None
+    return logits, forced
+
+
+def answer(
+    arm: Arm, task: Task, pairs: Sequence[Asked], slots: Sequence[int], backbone: Backbone, tokenizer: Any, beams: int
+) -> list[Any]:
+    """What each request of one batch gave: the text that it generated, or the sum of the log-probabilities of its
+    choice's tokens after the prompt."""
+    if task.kind == "generate":
+        eos = tokenizer.eos_token_id
+        batch = batch_of(pairs, slots, backbone, new_tokens=task.new_tokens, eos=eos, beams=beams)
+        return [decode(tokenizer, tokens, task.stop) for tokens in arm.generate(batch).tokens.tolist()]
+    logits, forced = forced_logits(arm, pairs, slots, backbone)
     chosen = logits.log_softmax(dim=-1).gather(-1, forced.unsqueeze(-1)).squeeze(-1)
     return [float(row[: len(pair.question.forced)].sum()) for row, pair in zip(chosen, pairs, strict=True)]
 
 
-def text_of(tokens: Sequence[int], tokenizer: Any, task: Task) -> str:
-    """The text of new tokens up to the end of the sequence, and up to the first of the task's stop strings."""
-    if tokenizer.eos_token_id in tokens:
-        tokens = tokens[: list(tokens).index(tokenizer.eos_token_id)]
-    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-    for stop in task.stop:
-        text = text.partition(stop)[0]
-    return text
-
-
-def scores(
-    found: Mapping[tuple[int, str], str], examples: Sequence[Example], metric: Any, tenants: Sequence[Tenant]
-) -> Iterator[tuple[Tenant, Example, str, float]]:
-    """(tenant, example, prediction, score) in order. ValueError where an answer is missing: every tenant is asked
-    everything."""
-    for index, tenant in enumerate(tenants):
-        for example in examples:
-            prediction = found.get((index, example.id))
-            if prediction is None:
-                raise ValueError(f"{tenant.name}: no answer to {example.id}")
-            yield tenant, example, prediction, float(metric(prediction, example))
+def predictions(given: Sequence[tuple[Asked, Any]], task: Task) -> dict[tuple[int, str], str]:
+    """{(tenant, id of the example): prediction} of all that was asked; of choices, the one that wins."""
+    if task.kind == "generate":
+        return {(pair.tenant, pair.question.example.id): text for pair, text in given}
+    rows: dict[tuple[int, str], dict[int, float]] = {}
+    examples = {}
+    for pair, score in given:
+        example = pair.question.example
+        rows.setdefault((pair.tenant, example.id), {})[pair.question.choice] = score
+        examples[example.id] = example
+    return {key: examples[key[1]].choices[choose([row[at] for at in sorted(row)])] for key, row in rows.items()}

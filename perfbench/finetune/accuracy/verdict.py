@@ -12,7 +12,7 @@ from perfbench.finetune.accuracy.statistics import Paired, compare, non_inferior
 # What a verdict can be, the worst first, and what each does to the exit code.
 EXIT_CODES = {"inferior": 1, "differs": 1, "inconclusive": 3, "pass": 0}
 
-# split -> task -> method -> path -> id -> seed -> (prediction, score)
+# Of one item: seed -> (prediction, score).
 Answers = dict[int, tuple[str, float]]
 
 
@@ -90,11 +90,11 @@ def judge(
     margin: float,
     trained_path: str,
     exact_paths: Iterable[str],
-    identities: Mapping[tuple[str, str], Mapping[str, Any]],
+    identities: Mapping[tuple[str, str, str], Mapping[str, Any]],
     seed: int = 0,
 ) -> Verdict:
     """`items`: rows of items.jsonl; `trained_path`: that all others are compared with; `exact_paths`: those that must
-    give its very predictions; `identities`: (task, path) -> whose logits were served.
+    give its very predictions; `identities`: (task, path, method) -> whose logits were served.
 
     ValueError where a method lacks an item that the reference has.
     """
@@ -126,7 +126,7 @@ def judge(
             )
             for path in own:
                 if path != trained_path:
-                    identity = identities.get((task, path), {})
+                    identity = identities.get((task, path, method), {})
                     path_rows.append(_path_row(task, method, path, own, trained_path, path in exact, identity, seed))
     return Verdict(tuple(method_rows), tuple(path_rows), margin, reference)
 
