@@ -34,6 +34,11 @@ def one_after_the_other(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.addcmul(one + other, one, other)
 
 
+def scaled(y: torch.Tensor, scale_minus_one: torch.Tensor) -> torch.Tensor:
+    """The same as a new tensor, so that it can be differentiated."""
+    return torch.addcmul(y, y, scale_minus_one.unsqueeze(1))
+
+
 def scale_columns(y: torch.Tensor, scale: Scale) -> None:
     """The same on the columns of y [rows, D] that the scale is for; plain torch takes one for each request or all."""
     groups, columns = scale.minus_one.shape

@@ -33,10 +33,15 @@ def module_name(layer: int, module: str) -> str:
     return f"{LAYERS}{layer}.{MODULE_PATHS[module]}"
 
 
+def peft_type(folder: Path) -> Any:
+    """What the configuration of an adapter folder says that it is. Raises AdapterError."""
+    _expect_folder(folder)
+    return _read_config(folder / CONFIG).get("peft_type")
+
+
 def read(folder: Path, peft_type: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The configuration and the tensors (fp32, on the CPU) of an adapter folder. Raises AdapterError."""
-    if not folder.is_dir():
-        raise AdapterError(f"{folder}: no such adapter folder; expected one with {CONFIG} and {WEIGHTS}")
+    _expect_folder(folder)
     config = _read_config(folder / CONFIG)
     found = config.get("peft_type")
     if found != peft_type:
@@ -58,6 +63,11 @@ def read(folder: Path, peft_type: str) -> tuple[dict[str, Any], dict[str, torch.
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{path}: {name}: expected finite values, got NaN or infinity; train it again")
     return config, {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _expect_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such adapter folder; expected one with {CONFIG} and {WEIGHTS}")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

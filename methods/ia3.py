@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from perfbench.methods import peft_ia3_files
+from perfbench.methods import adapter_folder, peft_ia3_files, projected_ia3_files
 from perfbench.methods.parameters import Parameters
 from perfbench.methods.plan import AdapterPlan, LayerPlan
 from perfbench.methods.registry import Ia3Options
@@ -47,12 +47,18 @@ def randomise(name: str, tensor: torch.Tensor, generator: torch.Generator) -> No
         tensor.normal_(0, 1 / math.sqrt(tensor.shape[0]), generator=generator)
 
 
+def scale_minus_one(z: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """l - 1 = z P, [D_out]."""
+    return z @ p
+
+
 def plan(parameters: Parameters, shape: BackboneShape, options: Ia3Options) -> AdapterPlan:
     """Stored scales: l - 1 = z P."""
     return tuple(
         LayerPlan(
             scale_minus_one={
-                m: parameters[f"layers.{i}.{m}.z"] @ parameters[f"layers.{i}.{m}.p"] for m in IA3_MODULES
+                m: scale_minus_one(parameters[f"layers.{i}.{m}.z"], parameters[f"layers.{i}.{m}.p"])
+                for m in IA3_MODULES
             }
         )
         for i in range(shape.layers)
@@ -70,7 +76,9 @@ def save(parameters: Parameters, shape: BackboneShape, options: Ia3Options, fold
 
 
 def load(folder: Path, shape: BackboneShape, options: Ia3Options) -> AdapterPlan:
-    """The plan of a PEFT (IA)3 checkpoint of Q, K and Up. Raises AdapterError."""
+    """The plan of a folder with z and P, as training writes it, or with l on Q, K and Up. Raises AdapterError."""
+    if adapter_folder.peft_type(folder) == projected_ia3_files.PEFT_TYPE:
+        return plan(projected_ia3_files.load(folder, shape, IA3_MODULES), shape, options)
     scales = peft_ia3_files.load(folder, shape, IA3_MODULES)
     return tuple(
         LayerPlan(scale_minus_one={m: scales[i, m] - 1 for m in IA3_MODULES if (i, m) in scales})

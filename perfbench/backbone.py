@@ -45,15 +45,20 @@ class Backbone:
 
     def tokenizer(self) -> Any:
         """The tokenizer that belongs to the weights. BackboneError where there is none."""
-        if is_named(self.name):
-            raise BackboneError(
-                f"{self.name}: a named shape has random weights and no tokenizer; for real prompts give a hub id or "
-                f"a local folder as backbone"
-            )
-        try:
-            return AutoTokenizer.from_pretrained(self.name)
-        except (OSError, ValueError) as error:
-            raise BackboneError(f"{self.name}: no tokenizer ({_first_line(error)})") from None
+        return tokenizer_of(self.name)
+
+
+def tokenizer_of(name: str) -> Any:
+    """The tokenizer of the backbone `name`. BackboneError where there is none."""
+    if is_named(name):
+        raise BackboneError(
+            f"{name}: a named shape has random weights and no tokenizer; for real prompts give a hub id or "
+            f"a local folder as backbone"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{name}: no tokenizer ({_first_line(error)})") from None
 
 
 def tensor_bytes(model: torch.nn.Module) -> int:

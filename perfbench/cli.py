@@ -145,6 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     ab.set_defaults(command=_ab)
     _add_write_option(ab)
 
+    finetune = commands.add_parser("finetune", help="train a method on a task", description=_finetune.__doc__)
+    finetune.add_argument("config", type=Path, help="a YAML file, such as scenarios/finetune/boolq_para.yaml")
+    finetune.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field")
+    finetune.add_argument("--out", type=Path, metavar="DIR", help="default: runs/finetune-<name>-<time>")
+    finetune.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    finetune.set_defaults(command=_finetune)
+
     doctor = commands.add_parser("doctor", help="what this machine can do", description=_doctor.__doc__)
     doctor.set_defaults(command=_doctor)
     return parser
@@ -477,6 +484,37 @@ def _ab(arguments: argparse.Namespace) -> int:
         )
 
     return verdict_of(report, writes_of(arguments.write))
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    """Trains one method on one task with every seed and prints the test metric's median and spread. Goes on after a
+    kill with --resume; several GPUs through torchrun or accelerate launch. Exit codes: 0, or 2 for bad input and for a
+    loss that is not finite."""
+    import os
+    from datetime import UTC, datetime
+
+    from perfbench.finetune import config, recipe
+    from perfbench.finetune.run_folder import FinetuneFolder
+    from perfbench.finetune.summary import render
+
+    if not arguments.out and (arguments.resume or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        reason = "which run directory to go on with" if arguments.resume else "where all processes write"
+        raise PerfbenchError(f"{'--resume' if arguments.resume else '--out'}: say with --out {reason}")
+    resolved = config.load(arguments.config, arguments.set)
+    out = arguments.out or Path("runs") / f"finetune-{resolved.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    try:
+        recipe.finetune(resolved, out, resume=arguments.resume)
+    except KeyboardInterrupt:
+        settings = "".join(f" --set {setting}" for setting in arguments.set)
+        print(
+            f"interrupted; go on with: perfbench finetune {arguments.config}{settings} --out {out} --resume",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
+    if int(os.environ.get("RANK", 0)) == 0:
+        render(FinetuneFolder.open(out).manifest)
+        print(f"results: {out}", file=sys.stderr)
+    return 0
 
 
 def _sides(arguments: argparse.Namespace) -> tuple[Path, Path]:

@@ -34,12 +34,12 @@ def peaks(arm: Arm, batch: Batch, resident_bytes: int, device: torch.device, nvm
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    resettable = _reset_peak_resident()
+    resettable = reset_peak_resident()
     arm.generate(batch)
     if on_gpu:
         torch.cuda.synchronize()
     found: dict[str, Any] = {
-        "peak_resident_bytes": _peak_resident() if resettable else None,
+        "peak_resident_bytes": peak_resident_bytes() if resettable else None,
         "peak_device_bytes": nvml.device_used_bytes() if nvml else None,
         "peak_process_bytes": nvml.process_used_bytes(os.getpid()) if nvml else None,
     }
@@ -111,7 +111,7 @@ def _peak_allocated_on_cpu(arm: Arm, batch: Batch) -> int:
     return peak
 
 
-def _reset_peak_resident() -> bool:
+def reset_peak_resident() -> bool:
     """Makes VmHWM start again from the present resident set; False where the kernel does not offer it."""
     if sys.platform != "linux":
         return False
@@ -123,7 +123,7 @@ def _reset_peak_resident() -> bool:
     return True
 
 
-def _peak_resident() -> int:
+def peak_resident_bytes() -> int:
     """VmHWM of this process, in bytes."""
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))

@@ -153,6 +153,10 @@ class RunDirectory:
             raise ValueError(f"sample: missing or unknown fields: {sorted(wrong)}")
         if sample["case"] not in self.manifest["cases"]:
             raise ValueError(f"sample: unknown case {sample['case']!r}")
+        self.append_line(sample)
+
+    def append_line(self, sample: Mapping[str, Any]) -> None:
+        """As `append_sample`, for runs of another kind, whose samples have other fields."""
         _refuse_not_finite(dict(sample), "sample")
         line = json.dumps(dict(sample), allow_nan=False).encode() + b"\n"
         try:

@@ -1,0 +1,144 @@
+"""The baselines that PEFT itself has, with the papers' settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+
+from perfbench.methods import ia3_original
+from perfbench.methods.registry import Ia3OriginalOptions, LoraOptions
+from perfbench.methods.shape import MODULE_PATHS, MODULES, BackboneShape
+
+# AdaLoRA's phases as shares of all steps: all ranks are kept at first, and none is given up any more at last.
+_FIRST, _LAST = 0.1, 0.3
+
+
+@dataclass(frozen=True)
+class AdaLoraOptions:
+    """`initial_rank` on every linear; half of all ranks are given up, so that `rank` is what is left on average."""
+
+    initial_rank: int = 8
+    rank: int = 4
+
+
+@dataclass(frozen=True)
+class PromptTuningOptions:
+    """`tokens`: soft tokens before the prompt."""
+
+    tokens: int = 64
+
+
+@dataclass(frozen=True)
+class PTuningOptions:
+    """`tokens`: soft tokens before the prompt; `dim`: hidden size of the encoder that makes them."""
+
+    tokens: int = 64
+    dim: int = 36
+
+
+@dataclass(frozen=True)
+class PTuningV2Options:
+    """`tokens`: trained keys and values before the prompt's, in every layer."""
+
+    tokens: int = 64
+
+
+def _paths(modules: tuple[str, ...]) -> list[str]:
+    return [MODULE_PATHS[module] for module in modules]
+
+
+def lora_config(shape: BackboneShape, options: LoraOptions) -> LoraConfig:
+    """LoRA on the same modules of every layer."""
+    alpha = options.rank if options.alpha is None else options.alpha
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=options.rank, lora_alpha=alpha, target_modules=_paths(options.modules)
+    )
+
+
+def ia3_original_config(shape: BackboneShape, options: Ia3OriginalOptions) -> IA3Config:
+    """(IA)3 on K, V and the input of down."""
+    return IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=_paths(ia3_original.IA3_MODULES),
+        feedforward_modules=_paths(("down",)),
+    )
+
+
+def adalora_config(shape: BackboneShape, options: AdaLoraOptions) -> AdaLoraConfig:
+    """AdaLoRA on all linears. Its schedule comes with `begin`, once the number of steps is known."""
+    return AdaLoraConfig(
+        task_type="CAUSAL_LM",
+        init_r=options.initial_rank,
+        target_r=options.rank,
+        lora_alpha=options.initial_rank,
+        target_modules=_paths(MODULES),
+        total_step=1,
+    )
+
+
+def prompt_tuning_config(shape: BackboneShape, options: PromptTuningOptions) -> PromptTuningConfig:
+    """Soft tokens before the prompt."""
+    return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.tokens)
+
+
+def p_tuning_config(shape: BackboneShape, options: PTuningOptions) -> PromptEncoderConfig:
+    """Soft tokens that an encoder makes."""
+    return PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=options.tokens, encoder_hidden_size=options.dim
+    )
+
+
+def p_tuning_v2_config(shape: BackboneShape, options: PTuningV2Options) -> PrefixTuningConfig:
+    """Keys and values before the prompt's in every layer."""
+    return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.tokens)
+
+
+def _allocator(module: Any) -> Any:
+    """AdaLoRA's allocator of ranks, or None for any other method."""
+    return getattr(module.base_model, "rankallocator", None) if isinstance(module, peft.PeftModel) else None
+
+
+def begin(module: Any, steps: int) -> None:
+    """Gives AdaLoRA its schedule of `steps` optimiser steps; nothing for other methods."""
+    if _allocator(module) is not None:
+        config = module.peft_config[module.active_adapter]
+        config.total_step = steps
+        config.tinit, config.tfinal = int(steps * _FIRST), int(steps * _LAST)
+
+
+def after_step(module: Any, step: int) -> None:
+    """Lets AdaLoRA give up ranks after optimiser step `step` (from 1 on), while the gradients are still there."""
+    if _allocator(module) is not None:
+        module.base_model.update_and_allocate(step)
+
+
+_AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+
+def extra_state(module: Any) -> dict[str, torch.Tensor]:
+    """What AdaLoRA keeps beside its parameters between two steps."""
+    allocator = _allocator(module)
+    if allocator is None:
+        return {}
+    found = {f"adalora.{kind}.{n}": t for kind in _AVERAGES for n, t in getattr(allocator, kind).items()}
+    pattern = module.peft_config[module.active_adapter].rank_pattern or {}
+    return found | {f"adalora.ranks.{name}": torch.tensor(kept) for name, kept in pattern.items()}
+
+
+def restore_extra_state(module: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts back what `extra_state` gave."""
+    allocator = _allocator(module)
+    if allocator is None:
+        return
+    device = next(module.parameters()).device
+    for kind in _AVERAGES:
+        start = f"adalora.{kind}."
+        values = {n.removeprefix(start): t.to(device) for n, t in tensors.items() if n.startswith(start)}
+        setattr(allocator, kind, values)
+    start = "adalora.ranks."
+    pattern = {n.removeprefix(start): t.tolist() for n, t in tensors.items() if n.startswith(start)}
+    module.peft_config[module.active_adapter].rank_pattern = pattern or None

@@ -1,0 +1,93 @@
+"""Examples as token ids, with the loss on the answer only, and the batches that training sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from perfbench.errors import TaskError
+from perfbench.finetune.tasks.task import Example
+
+IGNORED = -100  # what torch's cross-entropy skips
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as one sequence: `ids` are the prompt's tokens, then the answer's; `prompt_tokens` counts the
+    first."""
+
+    ids: tuple[int, ...]
+    prompt_tokens: int
+
+
+def encode(example: Example, tokenizer: Any, *, end: bool) -> Encoded:
+    """The tokens of prompt and answer; with `end`, the end-of-sequence token after them.
+
+    The answer's tokens are those that it has in its place after the prompt, where the prompt's own stay as they are;
+    else those that it has alone. TaskError, with the record, for a prompt or an answer without a token.
+    """
+    prompt = tokenizer(example.prompt)["input_ids"]
+    both = tokenizer(example.prompt + example.answer)["input_ids"]
+    if both[: len(prompt)] == prompt:
+        answer = both[len(prompt) :]
+    else:
+        answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
+    for what, tokens in (("prompt", prompt), ("answer", answer)):
+        if not tokens:
+            raise TaskError(f"{place_of(example)}: expected {what} of at least one token, got none; mend the record")
+    if end:
+        if tokenizer.eos_token_id is None:
+            raise TaskError("the tokenizer has no end-of-sequence token, which generated answers end in; set eos_token")
+        answer = [*answer, tokenizer.eos_token_id]
+    return Encoded((*prompt, *answer), len(prompt))
+
+
+def encode_split(
+    examples: Sequence[Example], tokenizer: Any, *, end: bool, max_tokens: int, leave_out: bool = False
+) -> tuple[list[Encoded], int]:
+    """Every example of a split that fits `max_tokens`, and how many were left out because they do not.
+
+    TaskError, with the record, for the first that does not fit, unless `leave_out`; and where none is left.
+    """
+    kept: list[Encoded] = []
+    for example in examples:
+        encoded = encode(example, tokenizer, end=end)
+        if len(encoded.ids) <= max_tokens:
+            kept.append(encoded)
+        elif not leave_out:
+            answer = len(encoded.ids) - encoded.prompt_tokens
+            raise TaskError(
+                f"{place_of(example)}: expected at most max_tokens {max_tokens}, got {encoded.prompt_tokens} of the "
+                f"prompt + {answer} of the answer; raise max_tokens, or set too_long to leave-out"
+            )
+    if examples and not kept:
+        raise TaskError(f"{place_of(examples[0])}: none of {len(examples)} examples fits max_tokens {max_tokens}")
+    return kept, len(examples) - len(kept)
+
+
+def place_of(example: Example) -> str:
+    """Where a message says that `example` is."""
+    return example.where or example.id
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads on the right to the longest of a batch: input_ids, attention_mask, labels [B, S], and nothing else."""
+
+    pad_id: int
+
+    def __call__(self, batch: Iterable[Encoded]) -> dict[str, torch.Tensor]:
+        rows = list(batch)
+        longest = max(len(row.ids) for row in rows)
+        ids = torch.full((len(rows), longest), self.pad_id)
+        mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        labels = torch.full((len(rows), longest), IGNORED)
+        for index, row in enumerate(rows):
+            tokens, length = torch.tensor(row.ids), len(row.ids)
+            ids[index, :length] = tokens
+            mask[index, :length] = 1
+            labels[index, row.prompt_tokens : length] = tokens[row.prompt_tokens :]
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -1,0 +1,218 @@
+"""The table of methods that are trained: how one is put on a model, saved, loaded, and how many parameters it has.
+
+    module = trained.attach(model, "para", None, seed=0)    # a module to train; `model` is changed in place
+    trained.begin(module, steps=1000)                       # before the first optimiser step
+    ...; trained.after_step(module, step)                   # after each, before the gradients are zeroed
+    trained.save(module, folder)                            # what `perfbench.methods` serves, where it is served
+    module = trained.load(another_model, folder)
+
+A method of PEFT's, or one that perfbench adds to PEFT's types, also works with `peft.get_peft_model`,
+`save_pretrained` and `from_pretrained` alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.utils.peft_types import PeftType
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from perfbench.errors import AdapterError, FinetuneError, nearest
+from perfbench.finetune.baselines import peft_own
+from perfbench.finetune.peft_types.fanlora import fanlora_config
+from perfbench.finetune.peft_types.para import ParaConfig
+from perfbench.finetune.peft_types.projected_ia3 import ProjectedIa3Config
+from perfbench.methods import adapter_folder, parameters
+from perfbench.methods.registry import (
+    FanLoraOptions,
+    Ia3Options,
+    Ia3OriginalOptions,
+    LoraOptions,
+    ParaOptions,
+)
+from perfbench.methods.shape import BackboneShape
+
+
+@dataclass(frozen=True)
+class TrainedMethod:
+    """One line of the table.
+
+    config(shape, options): PEFT's configuration. served: whether `perfbench.methods` serves what is saved.
+    """
+
+    options: type[Any]
+    config: Callable[[BackboneShape, Any], peft.PeftConfig]
+    served: bool
+    summary: str
+
+
+def _para(shape: BackboneShape, options: ParaOptions) -> ParaConfig:
+    return ParaConfig(task_type="CAUSAL_LM", rank=options.rank, pool=options.pool)
+
+
+def _ia3(shape: BackboneShape, options: Ia3Options) -> ProjectedIa3Config:
+    return ProjectedIa3Config(task_type="CAUSAL_LM", dim=options.dim)
+
+
+TRAINED: dict[str, TrainedMethod] = {
+    "lora": TrainedMethod(LoraOptions, peft_own.lora_config, True, "LoRA on all seven linears"),
+    "fanlora": TrainedMethod(FanLoraOptions, fanlora_config, True, "LoRA on the linears that a setting keeps"),
+    "ia3": TrainedMethod(Ia3Options, _ia3, True, "(IA)3, the papers' variant"),
+    "ia3-original": TrainedMethod(Ia3OriginalOptions, peft_own.ia3_original_config, True, "(IA)3 of Liu et al."),
+    "para": TrainedMethod(ParaOptions, _para, True, "scales made from the prompt"),
+    "adalora": TrainedMethod(peft_own.AdaLoraOptions, peft_own.adalora_config, False, "AdaLoRA on all linears"),
+    "prompt-tuning": TrainedMethod(
+        peft_own.PromptTuningOptions, peft_own.prompt_tuning_config, False, "soft tokens before the prompt"
+    ),
+    "p-tuning": TrainedMethod(peft_own.PTuningOptions, peft_own.p_tuning_config, False, "encoded soft tokens"),
+    "p-tuning-v2": TrainedMethod(
+        peft_own.PTuningV2Options, peft_own.p_tuning_v2_config, False, "soft keys and values in every layer"
+    ),
+}
+
+
+def find(name: str) -> TrainedMethod:
+    """The method called `name`. FinetuneError with the nearest name on an unknown one."""
+    if name not in TRAINED:
+        raise FinetuneError(f"method: unknown method {name!r}; {nearest(name, TRAINED)}")
+    return TRAINED[name]
+
+
+def options_of(name: str, options: Any) -> Any:
+    """The options of method `name`: `options` itself, or made of a mapping, or the default ones of None.
+
+    FinetuneError on an unknown key, and on `adapters`, which is for serving.
+    """
+    made_of = find(name).options
+    if options is None:
+        return made_of()
+    if isinstance(options, Mapping):
+        known = [field.name for field in dataclasses.fields(made_of) if field.name != "adapters"]
+        for key in options:
+            if key not in known:
+                raise FinetuneError(f"method.{name}: unknown option {key!r}; {nearest(str(key), known)}")
+        options = made_of(**options)
+    if not isinstance(options, made_of):
+        raise TypeError(f"{name}: expected {made_of.__name__}, got {type(options).__name__}")
+    if getattr(options, "adapters", None) is not None:
+        raise FinetuneError(f"method.{name}: adapters are for serving; training starts from the initial values")
+    return options
+
+
+def attach(model: Any, name: str, options: Any, seed: int) -> Any:
+    """Puts method `name` on a Hugging Face model and returns the module to train; only its parameters want gradients.
+
+    The same seed gives the same initial values; the global random state stays as it is. FinetuneError on an unknown
+    method or option.
+    """
+    method, options = find(name), options_of(name, options)
+    shape = BackboneShape.of_config(model.config.to_dict())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, method.config(shape, options))
+
+
+def begin(module: Any, steps: int) -> None:
+    """To be called before the first optimiser step, of `steps` in all: AdaLoRA's schedule."""
+    peft_own.begin(module, steps)
+
+
+def after_step(module: Any, step: int) -> None:
+    """To be called after optimiser step `step` (from 1 on) and before the gradients are zeroed."""
+    peft_own.after_step(module, step)
+
+
+def training_state(module: Any) -> dict[str, torch.Tensor]:
+    """All that must be kept of the module, beside the optimiser's state, to go on later as if nothing had happened."""
+    own = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    return own | peft_own.extra_state(module)
+
+
+def restore_training_state(module: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Puts back what `training_state` gave, into a module that was attached alike. FinetuneError where it does not
+    fit."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                if name not in tensors or tensors[name].shape != parameter.shape:
+                    raise FinetuneError(f"checkpoint: {name}: not there, or of another size; start the run anew")
+                parameter.copy_(tensors[name])
+    peft_own.restore_extra_state(module, dict(tensors))
+
+
+def save(module: Any, folder: Path) -> None:
+    """Writes the adapter; each file appears whole or not at all. AdapterError where it can't be written."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Without being told PEFT would ask the hub whether the vocabulary has grown.
+        module.save_pretrained(str(temporary), save_embedding_layers=False)
+        for file in (adapter_folder.WEIGHTS, adapter_folder.CONFIG):
+            (temporary / file).replace(folder / file)
+    except OSError as error:
+        raise AdapterError(f"{folder}: can't write the adapter ({error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
+    """The module that `save` wrote, on a model of the same backbone, which is changed in place.
+
+    AdapterError where the folder is malformed or made for another backbone; the model is then as it was.
+    """
+    folder = Path(folder)
+    kind = adapter_folder.peft_type(folder)
+    _check(folder, kind, BackboneShape.of_config(model.config.to_dict()))
+    if kind == PeftType.P_TUNING and trainable:
+        raise FinetuneError(f"{folder}: PEFT keeps no encoder of P-tuning, so its training can't go on from a folder")
+    with warnings.catch_warnings():
+        # PEFT takes AdaLoRA's ranks, which name parameters, for LoRA's, which name modules.
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+
+
+# PEFT's type of a served adapter -> the method whose reader checks it.
+_SERVED = {"LORA": "lora", "PARA": "para", "PROJECTED_IA3": "ia3", "IA3": "ia3-original"}
+
+
+def _check(folder: Path, kind: Any, shape: BackboneShape) -> None:
+    """AdapterError unless the folder holds a whole adapter of a known type for a backbone of this shape."""
+    if kind in _SERVED:
+        name = _SERVED[kind]
+        parameters.implementation(name).load(folder, shape, TRAINED[name].options())
+        return
+    if kind not in PeftType.__members__:
+        raise AdapterError(f"{folder / adapter_folder.CONFIG}: peft_type: got {kind!r}, which can't be loaded")
+    config, tensors = adapter_folder.read(folder, kind)
+    path = folder / adapter_folder.WEIGHTS
+    if "prompt_embeddings" in tensors:
+        kv = 2 * shape.layers * shape.kv_heads * shape.head_dim
+        width = kv if kind == PeftType.PREFIX_TUNING else shape.hidden
+        size = (config["num_virtual_tokens"], width)
+        adapter_folder.expect_size(path, "prompt_embeddings", tensors["prompt_embeddings"], size)
+        return
+    for name, tensor in tensors.items():
+        _, module, rest = adapter_folder.place_of(name, path, shape)
+        d_in, d_out = shape.features(module)
+        rank = tensor.shape[1] if rest == "lora_B" else tensor.shape[0]
+        size = {"lora_A": (rank, d_in), "lora_B": (d_out, rank)}.get(rest, (rank, 1))
+        adapter_folder.expect_size(path, name, tensor, size)
+
+
+def parameter_count(name: str, config: Mapping[str, Any], options: Any = None) -> int:
+    """Trainable parameters of method `name` on the backbone of a Hugging Face `config.json`; allocates no weights."""
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
+        module = attach(model, name, options, seed=0)
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
