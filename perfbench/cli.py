@@ -152,9 +152,38 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("--resume", action="store_true", help="go on with the run in --out")
     finetune.set_defaults(command=_finetune)
 
+    about = "Writes a model's answers to MT-Bench, and has a judge rate them."
+    mtbench = commands.add_parser("mtbench", help="MT-Bench's answers and ratings", description=about)
+    _add_mtbench_options(mtbench)
+
     doctor = commands.add_parser("doctor", help="what this machine can do", description=_doctor.__doc__)
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _add_mtbench_options(parser: argparse.ArgumentParser) -> None:
+    steps = parser.add_subparsers(metavar="STEP", required=True)
+    answer = steps.add_parser("answer", help="write a model's answers", description=_mtbench_answer.__doc__)
+    answer.add_argument("backbone", help="a folder or hub id with weights and tokenizer")
+    answer.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter folder (default: the bare backbone)")
+    answer.add_argument("--questions", required=True, metavar="DIR", help="FastChat's data/mt_bench")
+    answer.add_argument("--out", type=Path, required=True, metavar="FILE", help="such as model_answer/mine.jsonl")
+    answer.add_argument("--model-id", metavar="NAME", help="default: the name of --out")
+    answer.add_argument("--beams", type=_positive, default=3, metavar="N", help="default: 3, as in the papers")
+    answer.add_argument("--new-tokens", type=_positive, default=1024, metavar="N", help="at most (default: 1024)")
+    answer.add_argument("--batch", type=_positive, default=4, metavar="N", help="questions at a time (default: 4)")
+    answer.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    answer.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    answer.set_defaults(command=_mtbench_answer)
+
+    judge = steps.add_parser("judge", help="have them rated", description=_mtbench_judge.__doc__)
+    judge.add_argument("answers", type=Path, help="what `answer` wrote")
+    judge.add_argument("--questions", required=True, metavar="DIR", help="the same, with judge_prompts.jsonl")
+    judge.add_argument("--out", type=Path, required=True, metavar="FILE", help="where each judgment is appended")
+    judge.add_argument("--url", required=True, help="of the endpoint, such as http://127.0.0.1:8000/v1")
+    judge.add_argument("--model", required=True, help="the judge's name there")
+    judge.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="has the key")
+    judge.set_defaults(command=_mtbench_judge)
 
 
 def _add_gate_options(parser: argparse.ArgumentParser, *, writes: bool) -> None:
@@ -298,10 +327,11 @@ def _history(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    """Prints the methods, backbones, runtimes, kernel sets, metrics and shipped scenarios."""
+    """Prints the methods, backbones, runtimes, kernel sets, metrics, shipped scenarios and fine-tuning tasks."""
+    from perfbench.finetune.tasks.registry import TASKS
     from perfbench.listing import render
 
-    render()
+    render(tasks={name: task.summary for name, task in TASKS.items()})
     return 0
 
 
@@ -519,6 +549,41 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
 def _sides(arguments: argparse.Namespace) -> tuple[Path, Path]:
     return arguments.baseline, arguments.candidate
+
+
+def _mtbench_answer(arguments: argparse.Namespace) -> int:
+    """Answers MT-Bench's two-turn questions with beam search and writes them in FastChat's answer format."""
+    from perfbench import backbone
+    from perfbench.device import device_kind
+    from perfbench.finetune import trained
+    from perfbench.finetune.tasks import mt_bench
+
+    mt_bench.questions(arguments.questions)  # a fault in them shows before the weights are loaded
+    loaded = backbone.load(arguments.backbone, arguments.dtype, device_kind(arguments.device)[0], seed=0)
+    tokenizer = loaded.tokenizer()
+    model = trained.load(loaded.model, arguments.adapter) if arguments.adapter else loaded.model
+    settings = {"beams": arguments.beams, "new_tokens": arguments.new_tokens, "batch": arguments.batch}
+    name = arguments.model_id or arguments.out.stem
+    count = mt_bench.answer_with(model, tokenizer, arguments.questions, arguments.out, name, **settings)
+    print(f"{arguments.out}: {count} answers of {name}")
+    return 0
+
+
+def _mtbench_judge(arguments: argparse.Namespace) -> int:
+    """Has an OpenAI-compatible endpoint rate each answer from 1 to 10, as FastChat does, and prints the mean. Nothing
+    but the questions, references and answers is sent, and to that address alone. Given again, it goes on."""
+    import os
+
+    from perfbench.finetune import judge
+
+    endpoint = judge.Endpoint(arguments.url, arguments.model, os.environ.get(arguments.key_variable, ""))
+    found = judge.judge(
+        arguments.questions, arguments.answers, arguments.out, endpoint, lambda text: print(text, file=sys.stderr)
+    )
+    turns = ", ".join(f"turn {turn}: {score:.2f}" for turn, score in found.turns.items())
+    mean = "none" if found.score is None else f"{found.score:.2f} ({turns})"
+    print(f"mean rating by {arguments.model}: {mean}; {found.judged} judged, {found.unrated} without a rating")
+    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

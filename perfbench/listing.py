@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from rich import box
@@ -19,8 +19,9 @@ from perfbench.yaml_source import read
 SCENARIOS = Path(__file__).parent / "scenarios"
 
 
-def render(console: Console | None = None) -> None:
-    """Prints one table each of methods, backbones, runtimes, kernel sets, scenarios and metrics."""
+def render(console: Console | None = None, tasks: Mapping[str, str] | None = None) -> None:
+    """Prints one table each of methods, backbones, runtimes, kernel sets, scenarios, metrics, and `tasks`
+    (name -> summary), which its caller has from a room above this one."""
     console = console or Console()
     _print(console, "methods", ((name, method.summary) for name, method in METHODS.items()))
     shapes = (
@@ -34,6 +35,8 @@ def render(console: Console | None = None) -> None:
     _print(console, "scenarios", ((f"scenarios/{p.name}", str(read(p).values.get("question", ""))) for p in files))
     metrics = ((name, f"{metric.definition} [{metric.unit}]") for name, metric in METRICS.items())
     _print(console, "metrics", metrics)
+    if tasks:
+        _print(console, "tasks", tasks.items())
 
 
 def _print(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -1,0 +1,169 @@
+"""Predictions of a task's examples as trained: by a model of transformers or PEFT, with its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
+
+from perfbench.finetune.choices import check_length, choose, cut, decode, encode_choices
+from perfbench.finetune.tasks.task import Example, Task
+
+# Stands in padding, whatever the vocabulary has there: it is masked.
+PAD = 0
+IGNORED = -100
+
+
+def predict(
+    model: Any, tokenizer: Any, task: Task, examples: Sequence[Example], *, batch: int = 8, beams: int = 1
+) -> list[str]:
+    """The prediction of each example: the choice that wins, or the text generated, as task.kind says.
+
+    batch: rows of one call (examples, or choices of examples); beams: of generation, 1 is greedy. TaskError, with the
+    record, for one that is longer than the backbone.
+    """
+    if task.kind == "choose":
+        scores = choice_scores(model, tokenizer, examples, batch=batch)
+        return [ex.choices[choose(row)] for ex, row in zip(examples, scores, strict=True)]
+    return generate(
+        model,
+        tokenizer,
+        [example.prompt for example in examples],
+        new_tokens=task.new_tokens,
+        stop=task.stop,
+        batch=batch,
+        beams=beams,
+        where=[example.where for example in examples],
+    )
+
+
+@torch.inference_mode()
+def choice_scores(model: Any, tokenizer: Any, examples: Sequence[Example], *, batch: int = 8) -> list[list[float]]:
+    """For each example, each choice's sum of log-probabilities (fp32) of its tokens after the prompt."""
+    rows = []
+    for index, example in enumerate(examples):
+        for prompt, choice in encode_choices(tokenizer, example):
+            check_length(example.where, len(prompt) + len(choice), _positions(model))
+            rows.append((index, prompt, choice))
+    sums = [0.0] * len(rows)
+    with _evaluating(model):
+        for places in _batches([len(prompt) + len(choice) for _, prompt, choice in rows], batch):
+            found = _log_probabilities(model, [rows[place][1:] for place in places])
+            for place, value in zip(places, found, strict=True):
+                sums[place] = value
+    scores: list[list[float]] = [[] for _ in examples]
+    for (index, _, _), value in zip(rows, sums, strict=True):
+        scores[index].append(value)
+    return scores
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    new_tokens: int,
+    stop: Sequence[str] = (),
+    batch: int = 8,
+    beams: int = 1,
+    where: Sequence[str] = (),
+) -> list[str]:
+    """The text that follows each prompt: at most `new_tokens`, up to the end-of-sequence token and the stop strings.
+
+    No sampling and no penalty, whatever the checkpoint's own generation settings say. where: of each prompt, for
+    messages.
+    """
+    where = where or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    for tokens, place in zip(encoded, where, strict=True):
+        check_length(place, len(tokens) + new_tokens, _positions(model))
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=beams,
+        max_new_tokens=new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=PAD,
+        repetition_penalty=1.0,
+        length_penalty=1.0,
+        no_repeat_ngram_size=0,
+        early_stopping=False,
+    )
+    texts = [""] * len(prompts)
+    with _evaluating(model):
+        for places in _batches([len(tokens) for tokens in encoded], batch):
+            ids, mask = _pad_left([encoded[place] for place in places], model.device)
+            # With beams a row changes its hypothesis, so there the text is cut afterwards alone.
+            stops = [_StopStrings(tokenizer, ids.shape[1], stop)] if stop and beams == 1 else []
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                stopping_criteria=StoppingCriteriaList(stops),
+            )
+            for place, tokens in zip(places, out[:, ids.shape[1] :].tolist(), strict=True):
+                texts[place] = decode(tokenizer, tokens, stop)
+    return texts
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends a row once its new text has a stop string. transformers' own would find one that ends in the prompt too."""
+
+    def __init__(self, tokenizer: Any, prompt_tokens: int, stop: Sequence[str]):
+        self._tokenizer, self._prompt_tokens, self._stop = tokenizer, prompt_tokens, tuple(stop)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        texts = [self._tokenizer.decode(row) for row in input_ids[:, self._prompt_tokens :].tolist()]
+        return torch.tensor([cut(text, self._stop) != text for text in texts], device=input_ids.device)
+
+
+def _log_probabilities(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+    """One call for rows of (prompt, choice), padded on the right: the position of each token stays as it is alone."""
+    longest = max(len(prompt) + len(choice) for prompt, choice in rows)
+    ids = torch.full((len(rows), longest), PAD)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for row, (prompt, choice) in enumerate(rows):
+        end = len(prompt) + len(choice)
+        ids[row, :end] = torch.tensor(prompt + choice)
+        mask[row, :end] = 1
+        labels[row, len(prompt) : end] = torch.tensor(choice)
+    # The labels tell PARA where each prompt ends.
+    ids, labels = ids.to(model.device), labels.to(model.device)
+    logits = model(input_ids=ids, attention_mask=mask.to(model.device), labels=labels, use_cache=False).logits
+    # Soft prompts put logits of their own in front.
+    found = torch.log_softmax(logits[:, -longest:][:, :-1].float(), dim=-1)
+    counted = labels[:, 1:] != IGNORED
+    chosen = found.gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    return (chosen * counted).sum(dim=1).tolist()
+
+
+def _pad_left(rows: Sequence[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Places in batches of like length, the longest first, so that a batch that needs too much memory fails early."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    return (order[start : start + size] for start in range(0, len(order), size))
+
+
+def _positions(model: Any) -> int | None:
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Without dropout, and as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
