@@ -106,6 +106,8 @@ class PaperScores:
     scores: Mapping[tuple[str, str], float]
 
 
+# How many points PARA and FanLoRA are above LoRA in the papers' tables, over all tasks and backbones: least and most.
+POINTS_OVER_LORA = (0.8, 1.6)
 # Both papers predict with beam size 3.
 SCORED_BEAMS = 3
 SCORES: tuple[PaperScores, ...] = (
