@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from perfbench.errors import TaskError
-from perfbench.finetune.tasks.task import Example
+from perfbench.finetune.choices import check_length, encode_answer, encode_choices
+from perfbench.finetune.tasks.task import Example, Task
 
 IGNORED = -100  # what torch's cross-entropy skips
 
@@ -24,17 +25,11 @@ class Encoded:
 
 
 def encode(example: Example, tokenizer: Any, *, end: bool) -> Encoded:
-    """The tokens of prompt and answer; with `end`, the end-of-sequence token after them.
+    """The tokens of prompt and answer (see `encode_answer`); with `end`, the end-of-sequence token after them.
 
-    The answer's tokens are those that it has in its place after the prompt, where the prompt's own stay as they are;
-    else those that it has alone. TaskError, with the record, for a prompt or an answer without a token.
+    TaskError, with the record, for a prompt or an answer without a token.
     """
-    prompt = tokenizer(example.prompt)["input_ids"]
-    both = tokenizer(example.prompt + example.answer)["input_ids"]
-    if both[: len(prompt)] == prompt:
-        answer = both[len(prompt) :]
-    else:
-        answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
+    prompt, answer = encode_answer(tokenizer, example.prompt, example.answer)
     for what, tokens in (("prompt", prompt), ("answer", answer)):
         if not tokens:
             raise TaskError(f"{place_of(example)}: expected {what} of at least one token, got none; mend the record")
@@ -66,6 +61,17 @@ def encode_split(
     if examples and not kept:
         raise TaskError(f"{place_of(examples[0])}: none of {len(examples)} examples fits max_tokens {max_tokens}")
     return kept, len(examples) - len(kept)
+
+
+def fits(task: Task, example: Example, tokenizer: Any, context: int, leave_out: bool) -> bool:
+    """Whether `example` and what is predicted on it fit the backbone's `context`; TaskError unless `leave_out`."""
+    if task.kind == "choose":
+        longest = max(len(prompt) + len(choice) for prompt, choice in encode_choices(tokenizer, example))
+    else:
+        longest = len(tokenizer(example.prompt)["input_ids"]) + task.new_tokens
+    if not leave_out:
+        check_length(place_of(example), longest, context)
+    return longest <= context
 
 
 def place_of(example: Example) -> str:

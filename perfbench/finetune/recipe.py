@@ -21,10 +21,10 @@ from transformers.utils import logging as transformers_logging
 from perfbench import backbone
 from perfbench.backbone_config import shape_of
 from perfbench.device import device_kind
-from perfbench.errors import FinetuneError
+from perfbench.errors import FinetuneError, TaskError
 from perfbench.finetune import small_backbone, trained
 from perfbench.finetune.config import FinetuneConfig
-from perfbench.finetune.encoding import Collator, Encoded, encode_split
+from perfbench.finetune.encoding import Collator, Encoded, encode_split, fits
 from perfbench.finetune.metrics import METRICS
 from perfbench.finetune.predict import predict
 from perfbench.finetune.run_folder import FinetuneFolder
@@ -118,16 +118,18 @@ def read_data(config: FinetuneConfig, name: str, tokenizer: Any) -> Data:
     wanted: tuple[Split, ...] = ("train", "dev") if config.task.test_examples == 0 else SPLITS
     limits = {split: count for split, count in counts.items() if count is not None}
     splits = load_splits(task, config.task.source, wanted, limits)
+    leave_out = config.too_long == "leave-out"
     encoded, left_out = {}, {}
     for split in ("train", "dev"):
         encoded[split], left_out[split] = encode_split(
-            splits[split],
-            tokenizer,
-            end=task.kind == "generate",
-            max_tokens=config.max_tokens,
-            leave_out=config.too_long == "leave-out",
+            splits[split], tokenizer, end=task.kind == "generate", max_tokens=config.max_tokens, leave_out=leave_out
         )
-    return Data(task, encoded["train"], encoded["dev"], splits.get("test", []), left_out)
+    # Found out now, and not after hours of training.
+    test = [one for one in splits.get("test", []) if fits(task, one, tokenizer, context, leave_out)]
+    left_out["test"] = len(splits.get("test", [])) - len(test)
+    if left_out["test"] and not test:
+        raise TaskError(f"test: none of {left_out['test']} examples fits {context} tokens, the context of {name}")
+    return Data(task, encoded["train"], encoded["dev"], test, left_out)
 
 
 def summary(task: Task, results: Sequence[SeedResult]) -> dict[str, Any] | None:

@@ -43,7 +43,8 @@ def conclusion(manifest: Mapping[str, Any]) -> str:
     if test is None:
         return f"{len(done)} of {len(seeds)} seeds trained, not judged on a test set{size}."
     spread = f"{test['lowest']:.1%} to {test['highest']:.1%}"
-    return f"{test['metric']}: median {test['median']:.1%} of {test['seeds']} seeds ({spread}), {test['items']} items{size}."
+    median = f"{test['metric']}: median {test['median']:.1%} of {test['seeds']} seeds ({spread})"
+    return f"{median}, {test['items']} test items{size}."
 
 
 def _cells(found: Mapping[str, Any]) -> list[str]:

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
-BEGIN, END = "<s>", "</s>"
-
-
-def byte_tokenizer() -> Any:
-    """One token for each byte, `<s>` before a text; no token for padding, as many a checkpoint has none."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({word: index for index, word in enumerate((BEGIN, END, *letters))}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=BEGIN, eos_token=END)
+from tests.perfbench.finetune.made_up import byte_tokenizer, write_own
 
 
 @pytest.fixture(scope="session")
@@ -44,19 +32,6 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def write_own(folder: Path, counts: dict[str, int], start: int = 0) -> Path:
-    """A set of one's own in `folder`: sums of one digit, no prompt twice."""
-    folder.mkdir(parents=True, exist_ok=True)
-    number = start
-    for split, count in counts.items():
-        lines = []
-        for _ in range(count):
-            lines.append({"prompt": f"{number // 10}+{number % 10}=", "answer": str(number // 10 + number % 10)})
-            number += 1
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return folder
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from perfbench.errors import TaskError
 from perfbench.finetune.encoding import IGNORED, Collator, encode, encode_split
 from perfbench.finetune.tasks.task import Example
-from tests.perfbench.finetune.conftest import byte_tokenizer
+from tests.perfbench.finetune.made_up import byte_tokenizer
 
 
 def example(prompt: str, answer: str, where: str = "train.jsonl:7") -> Example:

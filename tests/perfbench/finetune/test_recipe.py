@@ -1,0 +1,310 @@
+"""`perfbench finetune` on a tiny random Llama: what is kept, what it goes on from, and what stops it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from perfbench import backbone
+from perfbench.cli import main
+from perfbench.errors import PerfbenchError, RunDirectoryError, TaskError
+from perfbench.finetune import recipe, trained
+from perfbench.finetune.config import FinetuneConfig, TaskSource
+from perfbench.finetune.encoding import Collator
+from perfbench.finetune.run_folder import FinetuneFolder
+from tests.perfbench.finetune.made_up import write_own
+
+ROOT = Path(__file__).resolve().parents[3]
+WEIGHTS = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def config(tiny_llama: Path, sums: Path) -> FinetuneConfig:
+    """LoRA on made-up sums: 6 steps an epoch, an evaluation every 4 steps."""
+    return FinetuneConfig(
+        backbone=str(tiny_llama),
+        method="lora",
+        options={"rank": 2},
+        task=TaskSource("own", str(sums)),
+        device="cpu",
+        seeds=(0,),
+        max_tokens=16,
+        learning_rate=5e-3,
+        epochs=2,
+        batch=8,
+        evaluate_every=4,
+    )
+
+
+def sums_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def done(config: FinetuneConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, recipe.SeedResult]:
+    """A run that nothing disturbed, and its seed's result."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("done") / "run"
+    (result,) = recipe.finetune(config, out)
+    return out, result
+
+
+def test_a_run_says_what_came_out(done: tuple[Path, recipe.SeedResult]) -> None:
+    out, result = done
+    manifest = sums_of(out)
+    assert (manifest["kind"], manifest["config"]["method"]) == ("finetune", "lora")
+    assert manifest["environment"]["versions"]["peft"]
+    assert manifest["examples"]["train"] == 48
+    seed = manifest["seeds"]["0"]
+    assert (seed["status"], seed["steps"]) == ("ok", 12)
+    assert seed["trainable_parameters"] == result.trainable_parameters > 0
+    assert seed["train_s"] > 0
+    assert seed["time_to_best_s"] > 0
+    assert seed["tokens_per_s"] > 0
+    assert seed["peak_bytes"] > 1e6
+    predictions = [json.loads(line) for line in (out / "seed0" / "predictions.jsonl").read_text().splitlines()]
+    assert len(predictions) == 6
+    assert manifest["test"]["median"] == pytest.approx(sum(one["score"] for one in predictions) / 6)
+    assert not (out / "seed0" / "checkpoints").exists()
+
+
+def test_the_dev_set_is_judged_every_n_steps_and_at_each_epochs_end(done: tuple[Path, recipe.SeedResult]) -> None:
+    samples = [json.loads(line) for line in (done[0] / "samples.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in samples if one["split"] == "dev"] == [4, 6, 8, 12]
+    train = [one for one in samples if one["split"] == "train"]
+    assert [one["step"] for one in train] == [10]
+    assert all(one["train_s"] <= one["elapsed_s"] for one in samples)
+
+
+def dev_loss(config: FinetuneConfig, adapter: Path) -> float:
+    """The dev loss of a saved adapter, by plain transformers: the mean over batches of 8."""
+    bare = backbone.load(config.backbone, "fp32", "cpu", 0)
+    data = recipe.read_data(config, config.backbone, backbone.tokenizer_of(config.backbone))
+    with torch.inference_mode():
+        return trained.load(bare.model, adapter)(**Collator(0)(data.dev)).loss.item()
+
+
+def test_the_adapter_on_disk_is_that_of_the_lowest_dev_loss(
+    config: FinetuneConfig, tmp_path: Path, done: tuple[Path, recipe.SeedResult]
+) -> None:
+    """A learning rate that spoils what was learnt: the best step comes before the last."""
+    steep = replace(config, learning_rate=0.3, epochs=6, patience=2, task=replace(config.task, test_examples=0))
+    (result,) = recipe.finetune(steep, tmp_path / "run")
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    losses = {one["step"]: one["loss"] for one in samples if one["split"] == "dev"}
+    assert result.best_dev_loss == min(losses.values()) == losses[result.best_step]
+    assert [step > result.best_step for step in losses].count(True) == 2, "patience ended the run after two more"
+    assert result.steps == max(losses) < 36
+    assert result.test_score is None
+    assert dev_loss(config, result.adapter) == pytest.approx(result.best_dev_loss, rel=1e-5)
+    assert dev_loss(config, done[1].adapter) == pytest.approx(done[1].best_dev_loss, rel=1e-5)
+
+
+def test_a_seed_decides_everything(
+    config: FinetuneConfig, done: tuple[Path, recipe.SeedResult], tmp_path: Path
+) -> None:
+    again, other = recipe.finetune(replace(config, seeds=(0, 1)), tmp_path / "run")
+    bytes_of = [(result.adapter / "adapter_model.safetensors").read_bytes() for result in (done[1], again, other)]
+    assert bytes_of[0] == bytes_of[1] != bytes_of[2]
+
+
+KILLED_AT = """
+import os, signal, sys
+import torch
+from perfbench.finetune import config, recipe
+from perfbench.finetune.trainer import AdapterTrainer
+
+torch.set_num_threads(1)
+step = AdapterTrainer.training_step
+def killed(self, *args, **kwargs):
+    if self.state.global_step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+AdapterTrainer.training_step = killed
+{more}
+recipe.finetune(config.load(sys.argv[1]), __import__("pathlib").Path(sys.argv[2]))
+"""
+# Dies while the checkpoint of step 8 is being written: weights are there, the rest is not.
+TORN = """
+def torn(self, output_dir):
+    if self.state.global_step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rng(self, output_dir)
+rng = AdapterTrainer._save_rng_state
+AdapterTrainer._save_rng_state = torn
+"""
+
+
+@pytest.mark.parametrize(("method", "step", "more"), [("lora", 7, ""), ("para", 99, TORN)])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    config: FinetuneConfig, tmp_path: Path, method: str, step: int, more: str
+) -> None:
+    fields = {key: value for key, value in config.to_json().items() if key not in ("options", "name", "method")}
+    file = tmp_path / "finetune.yaml"
+    file.write_text(json.dumps(fields | {"method": {method: {"rank": 2}}}))
+    command = [sys.executable, "-c", KILLED_AT.format(step=step, more=more), str(file), str(tmp_path / "killed")]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert child.returncode == -9, child.stderr
+    assert sums_of(tmp_path / "killed")["seeds"]["0"]["status"] == "pending"
+    assert main(["finetune", str(file), "--out", str(tmp_path / "killed"), "--resume"]) == 0
+    assert main(["finetune", str(file), "--out", str(tmp_path / "whole")]) == 0
+    weights = [(tmp_path / run / "seed0" / WEIGHTS).read_bytes() for run in ("killed", "whole")]
+    assert weights[0] == weights[1]
+
+    def losses(run: str) -> list[tuple[int, str, float]]:
+        lines = (tmp_path / run / "samples.jsonl").read_text().splitlines()
+        found = [json.loads(line) for line in lines]
+        return [(one["step"], one["split"], one["loss"]) for one in found if one["split"] == "dev"]
+
+    assert losses("killed") == losses("whole"), "each evaluation stands there once"
+
+
+def test_a_finished_run_is_not_trained_again(
+    config: FinetuneConfig, done: tuple[Path, recipe.SeedResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(done[0], tmp_path / "run")
+    monkeypatch.setattr(trained, "attach", lambda *args: pytest.fail("it was trained again"))
+    (again,) = recipe.finetune(config, tmp_path / "run", resume=True)
+    assert replace(again, adapter=done[1].adapter) == done[1]
+
+
+def test_a_run_of_another_configuration_is_not_gone_on_with(
+    config: FinetuneConfig, done: tuple[Path, recipe.SeedResult]
+) -> None:
+    with pytest.raises(RunDirectoryError, match="holds a run with epochs 2, not 3"):
+        recipe.finetune(replace(config, epochs=3), done[0], resume=True)
+    with pytest.raises(RunDirectoryError, match="expected a new or empty folder"):
+        recipe.finetune(config, done[0])
+    with pytest.raises(RunDirectoryError, match="expected a fine-tuning run, got kind 'run'"):
+        FinetuneFolder.open(ROOT / "results" / "cpu-multitenant")
+
+
+@pytest.fixture
+def poisoned(tiny_llama: Path, tmp_path: Path) -> Path:
+    """The tiny Llama with a NaN where the letter `N` is looked up."""
+    folder = tmp_path / "poisoned"
+    shutil.copytree(tiny_llama, folder)
+    weights = load_file(folder / "model.safetensors")
+    letter = backbone.tokenizer_of(str(folder))("N", add_special_tokens=False)["input_ids"][0]
+    weights["model.embed_tokens.weight"][letter] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_what_was_good(
+    config: FinetuneConfig, poisoned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One record of train has the letter: its step is the one that is told."""
+    own = write_own(tmp_path / "own", {"train": 24, "dev": 4, "test": 2})
+    with (own / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "N+1=", "answer": "2"}) + "\n")
+    fields = config.to_json() | {"backbone": str(poisoned), "method": {"lora": {"rank": 2}}, "evaluate_every": 1}
+    fields |= {"batch": 1, "task": {"name": "own", "source": str(own)}, "seeds": [3]}
+    path = tmp_path / "finetune.yaml"
+    path.write_text(json.dumps({key: value for key, value in fields.items() if key != "options"}))
+    out = tmp_path / "run"
+    assert main(["finetune", str(path), "--out", str(out)]) == 2
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    evaluated = [one for one in samples if one["split"] == "dev"]
+    assert evaluated, "the seed has to let some steps come first"
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"perfbench: seed 3, step {evaluated[-1]['step'] + 1}: the loss is nan; the best adapter")
+    seed = sums_of(out)["seeds"]["3"]
+    assert seed["status"] == "not_finite"
+    assert seed["reason"] in said
+    kept = load_file(out / "seed3" / WEIGHTS)
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+    assert list((out / "seed3" / "checkpoints").glob("*/complete"))
+
+
+def test_a_dev_loss_that_is_not_a_number_stops_it_too(config: FinetuneConfig, poisoned: Path, tmp_path: Path) -> None:
+    own = write_own(tmp_path / "own", {"train": 24, "dev": 4, "test": 2})
+    with (own / "dev.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "N+1=", "answer": "2"}) + "\n")
+    task = TaskSource("own", str(own))
+    with pytest.raises(PerfbenchError, match="seed 0, step 3: the dev loss is nan; no adapter was kept yet"):
+        recipe.finetune(replace(config, backbone=str(poisoned), task=task), tmp_path / "run")
+    assert not list((tmp_path / "run" / "seed0").glob("adapter*"))
+
+
+def plant_nothing(own: Path) -> None:
+    (own / "dev.jsonl").write_text("\n")
+
+
+def plant_a_leak(own: Path) -> None:
+    (own / "dev.jsonl").write_text((own / "train.jsonl").read_text().splitlines()[2] + "\n")
+
+
+def plant_a_long_answer(own: Path) -> None:
+    with (own / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "9+9=", "answer": "eighteen, which is more"}) + "\n")
+
+
+def plant_a_missing_field(own: Path) -> None:
+    with (own / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "9+9="}) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("plant", "message"),
+    [
+        (plant_nothing, "has no record for dev"),
+        (plant_a_leak, "is in train too, at"),
+        (plant_a_long_answer, "train.jsonl:9: expected at most max_tokens 16, got 5 of the prompt + 24 of the answer"),
+        (plant_a_missing_field, "train.jsonl:9: no field 'answer'"),
+    ],
+)
+def test_bad_data_is_refused_before_anything_is_written(
+    config: FinetuneConfig, tmp_path: Path, plant: Any, message: str
+) -> None:
+    own = write_own(tmp_path / "own", {"train": 8, "dev": 2, "test": 2})
+    plant(own)
+    with pytest.raises(TaskError) as refused:
+        recipe.finetune(replace(config, task=TaskSource("own", str(own))), tmp_path / "run")
+    assert message in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_tokens": 4096}, "max_tokens: expected at most 2048, the context of"),
+        ({"backbone": "llama-tiny"}, "a named shape has random weights and no tokenizer"),
+        ({"backbone": "no/such"}, "no such folder"),
+        ({"method": "fanlora", "options": {"setting": (("v",),)}}, "expected a setting of 2 layers"),
+    ],
+)
+def test_a_configuration_that_the_backbone_refuses(
+    config: FinetuneConfig, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PerfbenchError, match=message):
+        recipe.finetune(replace(config, **change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_accumulation_changes_nothing_but_rounding(
+    config: FinetuneConfig, done: tuple[Path, recipe.SeedResult], tmp_path: Path
+) -> None:
+    """The loss of a batch is the mean over its answer tokens, in however many pieces it is computed."""
+    task = replace(config.task, test_examples=0)
+    (pieces,) = recipe.finetune(replace(config, accumulate=4, task=task), tmp_path / "run")
+    whole, split = (load_file(result.adapter / "adapter_model.safetensors") for result in (done[1], pieces))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(split[name], tensor, rtol=1e-3, atol=1e-5)
