@@ -27,7 +27,7 @@ from peft.utils.peft_types import PeftType
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perfbench.errors import AdapterError, FinetuneError, nearest
-from perfbench.finetune.baselines import peft_own
+from perfbench.finetune.baselines import bitfit, full, houlsby, learned_adapter, peft_own, ssp
 from perfbench.finetune.peft_types.fanlora import fanlora_config
 from perfbench.finetune.peft_types.para import ParaConfig
 from perfbench.finetune.peft_types.projected_ia3 import ProjectedIa3Config
@@ -41,18 +41,23 @@ from perfbench.methods.registry import (
 )
 from perfbench.methods.shape import BackboneShape
 
+# (model, shape, options) -> the module to train
+Attach = Callable[[Any, BackboneShape, Any], Any]
+
 
 @dataclass(frozen=True)
 class TrainedMethod:
-    """One line of the table.
-
-    config(shape, options): PEFT's configuration. served: whether `perfbench.methods` serves what is saved.
-    """
+    """One line of the table. served: whether `perfbench.methods` serves what is saved."""
 
     options: type[Any]
-    config: Callable[[BackboneShape, Any], peft.PeftConfig]
+    attach: Attach
     served: bool
     summary: str
+
+
+def _peft(config: Callable[[BackboneShape, Any], peft.PeftConfig]) -> Attach:
+    """A method that PEFT puts on the model, by its configuration."""
+    return lambda model, shape, options: peft.get_peft_model(model, config(shape, options))
 
 
 def _para(shape: BackboneShape, options: ParaOptions) -> ParaConfig:
@@ -64,19 +69,34 @@ def _ia3(shape: BackboneShape, options: Ia3Options) -> ProjectedIa3Config:
 
 
 TRAINED: dict[str, TrainedMethod] = {
-    "lora": TrainedMethod(LoraOptions, peft_own.lora_config, True, "LoRA on all seven linears"),
-    "fanlora": TrainedMethod(FanLoraOptions, fanlora_config, True, "LoRA on the linears that a setting keeps"),
-    "ia3": TrainedMethod(Ia3Options, _ia3, True, "(IA)3, the papers' variant"),
-    "ia3-original": TrainedMethod(Ia3OriginalOptions, peft_own.ia3_original_config, True, "(IA)3 of Liu et al."),
-    "para": TrainedMethod(ParaOptions, _para, True, "scales made from the prompt"),
-    "adalora": TrainedMethod(peft_own.AdaLoraOptions, peft_own.adalora_config, False, "AdaLoRA on all linears"),
+    "lora": TrainedMethod(LoraOptions, _peft(peft_own.lora_config), True, "LoRA on all seven linears, rank 4"),
+    "fanlora": TrainedMethod(FanLoraOptions, _peft(fanlora_config), True, "LoRA on the linears that a setting keeps"),
+    "ia3": TrainedMethod(Ia3Options, _peft(_ia3), True, "(IA)3, the papers' variant: scales 1 + z P on Q, K, Up"),
+    "ia3-original": TrainedMethod(
+        Ia3OriginalOptions, _peft(peft_own.ia3_original_config), True, "(IA)3: scales on K, V, down's input"
+    ),
+    "para": TrainedMethod(ParaOptions, _peft(_para), True, "scales on Q, V, Up made from the prompt"),
+    "adalora": TrainedMethod(
+        peft_own.AdaLoraOptions, _peft(peft_own.adalora_config), False, "LoRA that gives up half of its ranks"
+    ),
     "prompt-tuning": TrainedMethod(
-        peft_own.PromptTuningOptions, peft_own.prompt_tuning_config, False, "soft tokens before the prompt"
+        peft_own.PromptTuningOptions, _peft(peft_own.prompt_tuning_config), False, "soft tokens before the prompt"
     ),
-    "p-tuning": TrainedMethod(peft_own.PTuningOptions, peft_own.p_tuning_config, False, "encoded soft tokens"),
+    "p-tuning": TrainedMethod(
+        peft_own.PTuningOptions, _peft(peft_own.p_tuning_config), False, "soft tokens that an encoder makes"
+    ),
     "p-tuning-v2": TrainedMethod(
-        peft_own.PTuningV2Options, peft_own.p_tuning_v2_config, False, "soft keys and values in every layer"
+        peft_own.PTuningV2Options, _peft(peft_own.p_tuning_v2_config), False, "soft keys and values in every layer"
     ),
+    "houlsby": TrainedMethod(
+        houlsby.HoulsbyOptions, houlsby.attach, False, "bottlenecks after attention and after the FFN"
+    ),
+    "learned-adapter": TrainedMethod(
+        learned_adapter.LearnedAdapterOptions, learned_adapter.attach, False, "a bottleneck beside each layer"
+    ),
+    "bitfit": TrainedMethod(bitfit.BitFitOptions, bitfit.attach, False, "a bias on each linear"),
+    "ssp": TrainedMethod(ssp.SspOptions, ssp.attach, False, "searched places for LoRA, adapters, biases, scales"),
+    "full": TrainedMethod(full.FullOptions, full.attach, False, "every weight of the backbone"),
 }
 
 
@@ -118,40 +138,60 @@ def attach(model: Any, name: str, options: Any, seed: int) -> Any:
     shape = BackboneShape.of_config(model.config.to_dict())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return peft.get_peft_model(model, method.config(shape, options))
+        module = method.attach(model, shape, options)
+    if not isinstance(module, peft.PeftModel):
+        module.perfbench_method = (name, options)  # what `save` writes
+    return module
 
 
 def begin(module: Any, steps: int) -> None:
-    """To be called before the first optimiser step, of `steps` in all: AdaLoRA's schedule."""
+    """To be called before the first optimiser step, of `steps` in all: when AdaLoRA prunes, how long SSP searches."""
     peft_own.begin(module, steps)
+    ssp.begin(module, steps)
 
 
 def after_step(module: Any, step: int) -> None:
     """To be called after optimiser step `step` (from 1 on) and before the gradients are zeroed."""
     peft_own.after_step(module, step)
+    ssp.after_step(module, step)
 
 
 def training_state(module: Any) -> dict[str, torch.Tensor]:
     """All that must be kept of the module, beside the optimiser's state, to go on later as if nothing had happened."""
-    own = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    return own | peft_own.extra_state(module)
+    return {**_trainable(module), **peft_own.extra_state(module), **ssp.extra_state(module)}
 
 
 def restore_training_state(module: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Puts back what `training_state` gave, into a module that was attached alike. FinetuneError where it does not
-    fit."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                if name not in tensors or tensors[name].shape != parameter.shape:
-                    raise FinetuneError(f"checkpoint: {name}: not there, or of another size; start the run anew")
-                parameter.copy_(tensors[name])
+    """Puts back what `training_state` gave, into a module that was attached alike and after `begin`.
+
+    FinetuneError where it does not fit.
+    """
+    ssp.fit(module, tensors)
+    for name, parameter in _trainable(module).items():
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            raise FinetuneError(f"checkpoint: {name}: missing or of another size; start the run anew")
+        parameter.copy_(tensors[name])
     peft_own.restore_extra_state(module, dict(tensors))
+    ssp.restore_extra_state(module, dict(tensors))
+
+
+def _trainable(module: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def save(module: Any, folder: Path) -> None:
     """Writes the adapter; each file appears whole or not at all. AdapterError where it can't be written."""
     folder = Path(folder)
+    if not isinstance(module, peft.PeftModel):
+        name, options = module.perfbench_method
+        config = {
+            "peft_type": _OURS,
+            "method": name,
+            "options": dataclasses.asdict(options),
+            "base_model_name_or_path": module.config.name_or_path,
+        }
+        adapter_folder.write(folder, config, _trainable(module))
+        return
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,6 +212,8 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     """
     folder = Path(folder)
     kind = adapter_folder.peft_type(folder)
+    if kind == _OURS:
+        return _load_ours(model, folder, trainable)
     _check(folder, kind, BackboneShape.of_config(model.config.to_dict()))
     if kind == PeftType.P_TUNING and trainable:
         raise FinetuneError(f"{folder}: PEFT keeps no encoder of P-tuning, so its training can't go on from a folder")
@@ -179,6 +221,29 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
         # PEFT takes AdaLoRA's ranks, which name parameters, for LoRA's, which name modules.
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
         return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+
+
+# `peft_type` of the baselines that PEFT does not know.
+_OURS = "PERFBENCH"
+
+
+def _load_ours(model: Any, folder: Path, trainable: bool) -> Any:
+    config, tensors = adapter_folder.read(folder, _OURS)
+    path = folder / adapter_folder.WEIGHTS
+    if config.get("method") not in TRAINED:
+        raise AdapterError(f"{folder / adapter_folder.CONFIG}: method: got {config.get('method')!r}, which is unknown")
+    name, options = config["method"], config.get("options")
+    with torch.device("meta"):
+        expected = attach(AutoModelForCausalLM.from_config(model.config), name, options, seed=0)
+        ssp.fit(expected, tensors)
+    sizes = {name: tuple(t.shape) for name, t in _trainable(expected).items()}
+    for tensor in sorted(sizes.keys() ^ tensors.keys()):
+        raise AdapterError(f"{path}: {tensor}: expected on one side only; the adapter was made for another backbone")
+    for tensor, size in sizes.items():
+        adapter_folder.expect_size(path, tensor, tensors[tensor], size)
+    module = attach(model, name, options, seed=0)
+    restore_training_state(module, tensors)
+    return module if trainable else module.requires_grad_(False)
 
 
 # PEFT's type of a served adapter -> the method whose reader checks it.
@@ -215,4 +280,4 @@ def parameter_count(name: str, config: Mapping[str, Any], options: Any = None) -
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
         module = attach(model, name, options, seed=0)
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return sum(p.numel() for p in _trainable(module).values())

@@ -53,10 +53,8 @@ def _paths(modules: tuple[str, ...]) -> list[str]:
 
 def lora_config(shape: BackboneShape, options: LoraOptions) -> LoraConfig:
     """LoRA on the same modules of every layer."""
-    alpha = options.rank if options.alpha is None else options.alpha
-    return LoraConfig(
-        task_type="CAUSAL_LM", r=options.rank, lora_alpha=alpha, target_modules=_paths(options.modules)
-    )
+    alpha: Any = options.rank if options.alpha is None else options.alpha
+    return LoraConfig(task_type="CAUSAL_LM", r=options.rank, lora_alpha=alpha, target_modules=_paths(options.modules))
 
 
 def ia3_original_config(shape: BackboneShape, options: Ia3OriginalOptions) -> IA3Config:

@@ -6,6 +6,8 @@ Its saved folder is an ordinary LoRA checkpoint, which PEFT loads without perfbe
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import LoraConfig
 
 from perfbench.methods import fanlora
@@ -18,5 +20,5 @@ def fanlora_config(shape: BackboneShape, options: FanLoraOptions) -> LoraConfig:
     """The configuration for `peft.get_peft_model`. ValueError where the setting has another depth."""
     setting = fanlora.setting_of(shape, options)
     targets = [module_name(layer, module) for layer, modules in enumerate(setting) for module in modules]
-    alpha = options.rank if options.alpha is None else options.alpha
+    alpha: Any = options.rank if options.alpha is None else options.alpha
     return LoraConfig(task_type="CAUSAL_LM", r=options.rank, lora_alpha=alpha, target_modules=targets)

@@ -92,9 +92,9 @@ class ParaLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = tuple(f"para_{kind}" for kind in TENSORS)
     other_param_names = ("configs",)
 
-    def __init__(self, base_layer: nn.Module, prompts: Prompts):
+    def __init__(self, base_layer: Any, prompts: Prompts):
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer: Any = base_layer
         self.para_w_down, self.para_w_up, self.para_bias = (nn.ParameterDict() for _ in TENSORS)
         self.configs: dict[str, ParaConfig] = {}
         self.prompts = prompts
@@ -173,14 +173,14 @@ class ParaModel(BaseTuner):
     prefix = "para_"
     tuner_layer_cls = ParaLayer
 
-    def _prepare_adapter_config(self, peft_config: ParaConfig, model_config: dict[str, Any]) -> ParaConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if model_config.get("model_type") not in LLAMA_FAMILY:
             raise ValueError(f"PARA: expected one of {', '.join(LLAMA_FAMILY)}, got {model_config.get('model_type')!r}")
         return peft_config
 
     def _create_and_replace(
         self,
-        peft_config: ParaConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,

@@ -65,8 +65,9 @@ class ProjectedIa3Linear(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The linear's own forward, scaled."""
         y = self.base_layer(x, *args, **kwargs)
-        active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.projected_ia3_z]
-        for name in active:
+        for name in () if self.disable_adapters else self.active_adapters:
+            if name not in self.projected_ia3_z:
+                continue
             minus_one = ia3.scale_minus_one(self.projected_ia3_z[name], self.projected_ia3_p[name])
             y = row_scale.scaled(y, minus_one[None].to(y.dtype))
         return y
@@ -80,7 +81,7 @@ class ProjectedIa3Model(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: ProjectedIa3Config,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,

@@ -16,7 +16,7 @@ def register(name: str, config: type[Any], model: type[Any]) -> None:
     key = name.upper()
     if key in PeftType.__members__:
         return
-    member = str.__new__(PeftType, key)  # type: ignore[call-overload]
+    member = str.__new__(PeftType, key)
     member._name_, member._value_ = key, key
     PeftType._member_map_[key] = member
     PeftType._value2member_map_[key] = member
