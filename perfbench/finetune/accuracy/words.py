@@ -8,6 +8,7 @@ from typing import Any
 from perfbench.finetune.accuracy.paths import AS_TRAINED
 from perfbench.finetune.accuracy.statistics import Paired
 from perfbench.finetune.accuracy.verdict import MethodRow, PathRow, Scores, Verdict
+from perfbench.methods.registry import METHODS
 from perfbench.papers import POINTS_OVER_LORA, paper_score
 
 NOTHING = "-"
@@ -157,11 +158,13 @@ def _entry(manifest: Mapping[str, Any], task: str, method: str) -> Mapping[str, 
 
 
 def _paper(entry: Mapping[str, Any]) -> str:
-    """The paper's score where this is its setting: backbone, task, beams, default options, all of the data."""
-    task = entry["task"]
+    """The paper's score where this is its setting: backbone, task, beams, options, all of the data."""
+    task, options = entry["task"], entry["options"]
     whole = all(task.get(key) is None for key in ("train_examples", "dev_examples", "test_examples"))
+    default = vars(METHODS[entry["method"]].options()) if entry["method"] in METHODS else {}
+    papers = all(key in default and default[key] == value for key, value in options.items())
     found = paper_score(entry["backbone"], entry["method"], task["name"], entry["beams"])
-    return f"{found[0]:.1f}" if found and whole and not entry["options"] else NOTHING
+    return f"{found[0]:.1f}" if found and whole and papers else NOTHING
 
 
 def left_out(manifest: Mapping[str, Any]) -> Iterator[str]:

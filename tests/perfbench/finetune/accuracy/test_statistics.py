@@ -114,7 +114,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(
 
 
 def test_coverage_would_show_seeds_counted_as_items() -> None:
-    """The fault that pooling items x seeds would be: each item five times, its width is that of five times the items."""
+    """The fault that pooling items x seeds would be: each item five times over, and an interval as narrow as that."""
     draw = numpy.random.default_rng(2)
     hits = 0
     for _ in range(200):
