@@ -76,6 +76,7 @@ class FinetuneConfig:
         return data
 
 
+_EXPONENT = re.compile(r"\d+(\.\d+)?[eE]-?\d{1,3}")
 _COUNT = {"type": "integer", "minimum": 1}
 _EXAMPLES = {"type": ["integer", "null"], "minimum": 1, "description": "at most so many; default: all"}
 _TEXT = {"type": "string", "minLength": 1}
@@ -149,6 +150,9 @@ def load(path: str | Path, settings: Sequence[str] = ()) -> FinetuneConfig:
 def from_source(source: Source, path: Path) -> FinetuneConfig:
     """The configuration of values already read; relative paths are looked for beside `path` too. FinetuneError as
     `load`."""
+    rate = source.values.get("learning_rate")
+    if isinstance(rate, str) and _EXPONENT.fullmatch(rate):  # to YAML 1.1, 1e-4 is a string
+        source.values["learning_rate"] = float(rate)
     if found := problems(source.values, SCHEMA):
         written = list(source.origins)
         first = min(found, key=lambda problem: written.index(problem.place) if problem.place in written else 1 << 30)

@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,7 +30,7 @@ from perfbench.finetune.metrics import METRICS
 from perfbench.finetune.predict import predict
 from perfbench.finetune.run_folder import FinetuneFolder
 from perfbench.finetune.tasks.registry import find, load_splits
-from perfbench.finetune.tasks.task import SPLITS, Example, Split, Task
+from perfbench.finetune.tasks.task import Example, Split, Task
 from perfbench.finetune.trainer import AdapterTrainer, NotFinite, last_checkpoint, training_arguments
 from perfbench.memory import peak_resident_bytes, reset_peak_resident
 from perfbench.progress import RunProgress
@@ -78,6 +79,9 @@ def finetune(
     anything is written, but for a loss that is not finite (NotFinite), which leaves what the last evaluation left.
     """
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # Trainer and PEFT call each other's old names, which is nothing that the reader could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate)\b.*")
     kind, _ = device_kind(config.device)
     processes = PartialState(cpu=kind == "cpu")
     console = (console or Console(stderr=True)) if processes.is_main_process else Console(quiet=True)
@@ -115,7 +119,7 @@ def read_data(config: FinetuneConfig, name: str, tokenizer: Any) -> Data:
         "dev": config.task.dev_examples,
         "test": config.task.test_examples,
     }
-    wanted: tuple[Split, ...] = ("train", "dev") if config.task.test_examples == 0 else SPLITS
+    wanted: Sequence[Split] = ("train", "dev") if config.task.test_examples == 0 else ("train", "dev", "test")
     limits = {split: count for split, count in counts.items() if count is not None}
     splits = load_splits(task, config.task.source, wanted, limits)
     leave_out = config.too_long == "leave-out"

@@ -94,6 +94,7 @@ class AdapterTrainer(Trainer):
         super().__init__(**kwargs)
         self.seed, self.patience = seed, patience
         self.save_best, self.record, self.passed = save_best, record, passed
+        self._to_restore: dict[str, torch.Tensor] | None = None
         self._started = time.perf_counter()
         self._resumed_at: float | None = self._started
         self.elapsed_s = self.train_s = 0.0
@@ -183,20 +184,28 @@ class AdapterTrainer(Trainer):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        assert output_dir is not None  # Trainer names the checkpoint's folder
+        folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         state = trained.training_state(self.accelerator.unwrap_model(self.model))
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        trained.restore_training_state(self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
+        self._to_restore = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+
+    def begin(self) -> None:
+        """Called when training begins: tells the method how long it will be, and puts back what a checkpoint had."""
+        trained.begin(self.model, self.state.max_steps)
+        if self._to_restore is not None:
+            trained.restore_training_state(self.model, self._to_restore)
+            self._to_restore = None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._pause()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            here = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            here = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             (here / COMPLETE).touch()
             for other in checkpoints_in(here.parent):
                 if other != here:
@@ -215,7 +224,7 @@ class _StepsAndEpochs(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trained.begin(self.trainer.model, state.max_steps)
+        self.trainer.begin()
         self.trainer.start_clock()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -39,6 +39,11 @@ def test_settings_change_fields(file: Path) -> None:
     assert json.loads(json.dumps(config.to_json())) == config.to_json()
 
 
+def test_a_learning_rate_may_be_written_as_everybody_does(file: Path) -> None:
+    assert load(file, ["learning_rate=3e-4"]).learning_rate == 3e-4
+    assert load(file, ["learning_rate=1.0e-4"]).learning_rate == 1e-4
+
+
 def test_a_source_beside_the_file_is_found(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     assert load(file).task.source == "data"  # a hub id, perhaps
