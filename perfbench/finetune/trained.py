@@ -215,13 +215,16 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     if kind == _OURS:
         return _load_ours(model, folder, trainable)
     _check(folder, kind, BackboneShape.of_config(model.config.to_dict()))
-    if kind == PeftType.P_TUNING and trainable:
-        raise FinetuneError(f"{folder}: PEFT keeps no encoder of P-tuning, so its training can't go on from a folder")
+    if trainable and kind in _SOFT_TOKENS:
+        raise FinetuneError(f"{folder}: PEFT can't go on training soft tokens from a folder; resume the run instead")
     with warnings.catch_warnings():
         # PEFT takes AdaLoRA's ranks, which name parameters, for LoRA's, which name modules.
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
-        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        module = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    return module if trainable else module.requires_grad_(False)
 
+
+_SOFT_TOKENS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
 
 # `peft_type` of the baselines that PEFT does not know.
 _OURS = "PERFBENCH"
