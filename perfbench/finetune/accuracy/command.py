@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.console import Console
 from perfbench import backbone as backbones
 from perfbench.backbone_config import find_config
 from perfbench.device import device_kind
-from perfbench.errors import RunDirectoryError
+from perfbench.errors import FinetuneError, RunDirectoryError
 from perfbench.finetune import small_backbone
 from perfbench.finetune.accuracy import page
 from perfbench.finetune.accuracy.config import AccuracyConfig, Entry
@@ -109,13 +109,13 @@ def _read_examples(
     for entry in _first_of_each_task(config):
         source = entry.config.task
         task = find(source.name, source.metric)
-        limits: dict[Split, int] = {}
-        for split, count in (("dev", source.dev_examples), ("test", source.test_examples)):
-            if count is not None:
-                limits[split] = count
-        splits = load_splits(task, source.source, ("dev", "test"), limits)
-        for split_examples in splits.values():
-            questions(task, split_examples, tokenizer, context)
+        counts: dict[Split, int | None] = {"dev": source.dev_examples, "test": source.test_examples}
+        if source.test_examples == 0:
+            raise FinetuneError(f"tasks: {entry.task}: expected test examples to judge by, got test_examples 0")
+        limits = {split: count for split, count in counts.items() if count is not None}
+        splits = load_splits(task, source.source, limits=limits)
+        for split in counts:
+            questions(task, splits[split], tokenizer, context)
         found[entry.task] = (task, splits)
     return found
 
@@ -137,7 +137,9 @@ def _train(
         out = folder.path / label / entry.method
         started = (out / "run.json").exists()
         console.print(f"{label}: {'going on with' if started else 'training'} {entry.method}")
-        for result in finetune(entry.config, out, resume=started, test=False, console=console):
+        # The test set is asked below, on every path.
+        untested = replace(entry.config, task=replace(entry.config.task, test_examples=0))
+        for result in finetune(untested, out, resume=started, console=console):
             seed_facts = {key: value for key, value in vars(result).items() if key not in ("seed", "adapter")}
             facts = {"sha256": _fingerprint(result.adapter), **seed_facts}
             _note(folder, label, entry.method, result.seed, facts)
