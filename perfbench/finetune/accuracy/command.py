@@ -16,7 +16,7 @@ from rich.console import Console
 from perfbench import backbone as backbones
 from perfbench.backbone_config import find_config
 from perfbench.device import device_kind
-from perfbench.errors import FinetuneError, RunDirectoryError
+from perfbench.errors import AdapterError, FinetuneError, RunDirectoryError
 from perfbench.finetune import small_backbone
 from perfbench.finetune.accuracy import page
 from perfbench.finetune.accuracy.config import AccuracyConfig, Entry
@@ -163,9 +163,13 @@ def _note(folder: AccuracyFolder, task: str, method: str, seed: int, facts: dict
 
 
 def _fingerprint(adapter: Path) -> str:
-    """Of the weights; "" where there is no such file, of which the reader will speak."""
+    """Of the weights. AdapterError where there are none."""
     file = adapter / WEIGHTS
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        reason = f"can't read the trained adapter ({error.strerror})"
+        raise AdapterError(f"{file}: {reason}; remove {adapter.parent.parent} to train it again") from None
 
 
 def _describe(data: Sequence[TaskData], folder: AccuracyFolder, shape: BackboneShape) -> None:

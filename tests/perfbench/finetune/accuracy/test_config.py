@@ -26,9 +26,9 @@ def test_each_method_meets_each_task_with_one_recipe(
     ]  # fmt: skip
     assert (config.methods, config.tasks) == (("lora", "lora-12"), ("a", "b"))
     plain, other = (entry.config for entry in config.entries[:2])
-    assert (plain.method, plain.options, plain.learning_rate) == ("lora", {}, 0.05)
+    assert (plain.method, plain.options, plain.learning_rate) == ("lora", {}, 0.1)
     assert (other.method, other.options, other.learning_rate) == ("lora", {"rank": 12}, 0.01)
-    assert (plain.seeds, plain.epochs, plain.batch) == ((0, 1), 2, 8)
+    assert (plain.seeds, plain.epochs, plain.batch) == ((0, 1), 1, 8)
     assert config.serving == Serving(requests=5)
     assert (config.reference, config.margin) == ("lora", 0.5)
 
