@@ -209,6 +209,7 @@
       x: axis(chart.data.x, { domain: xs, ticks: width < 420 ? 4 : 6, nice: false }),
       y: { label: chart.axis, labelArrow: "none", domain: ys, grid: true, ticks: 6 },
       color: { type: "identity" },
+      r: { type: "identity" },
       marks: [
         Plot.line(best, { x: "x", y: "y", stroke: SOFT, strokeDasharray: "4 3" }),
         Plot.ruleX(rows.filter((row) => row.low !== null), { x: "x", y1: "low", y2: "high", stroke: (row) => color(row.name), strokeOpacity: 0.7, strokeWidth: 1.5 }),

@@ -213,10 +213,13 @@ def _of_task(verdict: Verdict, task: str) -> Iterator[Chart]:
         "The line: lowest to highest seed.",
         {"unit": "%"},
     )
+    # Where all predictions are the trained model's, its difference stands for both.
+    equal = {(row.task, row.method, row.path) for row in verdict.paths if row.exact and not row.changed}
     differences = [
         (f"{row.method}, {path}", paired.difference * 100, paired.low * 100, paired.high * 100)
         for row in mine
         for path, paired in row.versus.items()
+        if (row.task, row.method, path) not in equal
     ]
     if differences:
         yield Chart(

@@ -25,9 +25,14 @@ def render(manifest: Mapping[str, Any], verdict: Verdict, console: Console | Non
         rows = [row for row in verdict.methods if row.task == task]
         cells = [words.method_cells(row, manifest, verdict.reference) for row in rows]
         console.print(_table(words.METHOD_HEADS, cells, text=(0, 7)))
-        served = [words.path_cells(row) for row in verdict.paths if row.task == task]
-        if served:
-            console.print(_table(words.PATH_HEADS, served, text=(0, 1, 6)))
+        served = [row for row in verdict.paths if row.task == task]
+        paths = dict.fromkeys(row.path for row in served)
+        summed_up = [words.summary_cells([row for row in served if row.path == path]) for path in paths]
+        if summed_up:
+            console.print(_table(words.SUMMARY_HEADS, summed_up, text=(0, 3, 5)))
+        for row in served:
+            if row.reason:
+                console.print(Text(f"{row.method} on {row.path}: {row.verdict}: {row.reason}"), soft_wrap=True)
     console.print()
     for line in (*words.left_out(manifest), *words.findings(verdict)):
         console.print(Text(line), soft_wrap=True)
@@ -35,9 +40,11 @@ def render(manifest: Mapping[str, Any], verdict: Verdict, console: Console | Non
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int]) -> Table:
+    """A column in which no row has anything is left out."""
     grid = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False)
-    for place, head in enumerate(heads):
-        grid.add_column(Text(head), justify="left" if place in text else "right")
+    shown = [place for place in range(len(heads)) if any(row[place] != words.NOTHING for row in rows)]
+    for place in shown:
+        grid.add_column(Text(heads[place]), justify="left" if place in text else "right")
     for row in rows:
-        grid.add_row(*map(Text, row))
+        grid.add_row(*(Text(row[place]) for place in shown))
     return grid

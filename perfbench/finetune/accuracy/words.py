@@ -7,7 +7,7 @@ from typing import Any
 
 from perfbench.finetune.accuracy.paths import AS_TRAINED
 from perfbench.finetune.accuracy.statistics import Paired
-from perfbench.finetune.accuracy.verdict import MethodRow, PathRow, Scores, Verdict
+from perfbench.finetune.accuracy.verdict import EXIT_CODES, MethodRow, PathRow, Scores, Verdict
 from perfbench.methods.registry import METHODS
 from perfbench.papers import POINTS_OVER_LORA, paper_score
 
@@ -100,7 +100,7 @@ def spread(scores: Scores | None) -> str:
     if scores is None:
         return NOTHING
     text = percent(scores.median)
-    return text if len(scores.seeds) == 1 else f"{text} ({percent(min(scores.seeds))} to {percent(max(scores.seeds))})"
+    return text if len(scores.seeds) == 1 else f"{text} ({percent(min(scores.seeds))}-{percent(max(scores.seeds))})"
 
 
 def points(paired: Paired) -> str:
@@ -108,28 +108,29 @@ def points(paired: Paired) -> str:
     return f"{paired.difference * 100:+.1f} [{paired.low * 100:+.1f}, {paired.high * 100:+.1f}]"
 
 
+METHOD_HEADS = (
+    "method", "trained\nparameters", "dev %", "test %", "paper\n%", "to the reference\npoints", "McNemar\np", "verdict",
+)  # fmt: skip
+
+
 def method_cells(row: MethodRow, manifest: Mapping[str, Any], reference: str) -> list[str]:
     """The row as METHOD_HEADS has it."""
     found = _trained(row)
     entry = _entry(manifest, row.task, row.method)
     adapters = list(manifest["adapters"][row.task][row.method].values())
-    p_value = NOTHING if found is None or found.p_value is None else f"{found.p_value:.2g}"
-    decides = f" ({row.decides})" if row.verdict != "pass" else ""
+    is_reference = row.method == reference
     return [
         row.method,
         f"{adapters[0]['trainable_parameters']:,}",
-        spread(row.dev),
+        NOTHING if row.dev is None else percent(row.dev.median),
         spread(row.test),
         _paper(entry),
-        "the reference" if row.method == reference else NOTHING if found is None else points(found),
-        p_value,
-        NOTHING if row.method == reference else row.verdict + decides,
+        "the reference" if is_reference else NOTHING if found is None else points(found),
+        NOTHING if found is None or found.p_value is None else f"{found.p_value:.2g}",
+        NOTHING if is_reference else row.verdict if row.verdict == "pass" else f"{row.verdict} ({row.decides})",
     ]
 
 
-METHOD_HEADS = (
-    "method", "trained\nparameters", "dev %", "test %", "paper\n%", "to the reference\npoints", "McNemar\np", "verdict",
-)  # fmt: skip
 PATH_HEADS = (
     "method", "path", "test %", "to as trained\npoints", "predictions\nchanged", "logits\ndiffer by", "verdict",
 )  # fmt: skip
@@ -137,16 +138,38 @@ PATH_HEADS = (
 
 def path_cells(row: PathRow) -> list[str]:
     """The row as PATH_HEADS has it."""
-    difference = row.identity.get("relative_difference")
     return [
         row.method,
         row.path,
-        spread(row.test),
+        percent(row.test.median),
         points(row.versus),
         f"{row.changed:,} of {row.answers:,}",
-        NOTHING if difference is None else f"{difference:.1e}",
+        _logits([row]),
         row.verdict if row.verdict == "pass" else f"{row.verdict}: {row.reason}",
     ]
+
+
+SUMMARY_HEADS = ("served on", "predictions\nchanged", "largest change\npoints", "of", "logits\ndiffer by", "verdict")
+
+
+def summary_cells(rows: Sequence[PathRow]) -> list[str]:
+    """All methods of a task on one path in one row, as SUMMARY_HEADS has it."""
+    largest = max(rows, key=lambda row: abs(row.versus.difference))
+    worst = min(rows, key=lambda row: list(EXIT_CODES).index(row.verdict))
+    return [
+        rows[0].path,
+        f"{sum(row.changed for row in rows):,} of {sum(row.answers for row in rows):,}",
+        points(largest.versus) if any(row.changed for row in rows) else "none",
+        largest.method if any(row.changed for row in rows) else NOTHING,
+        _logits(rows),
+        worst.verdict,
+    ]
+
+
+def _logits(rows: Sequence[PathRow]) -> str:
+    found = [row.identity.get("relative_difference") for row in rows]
+    known = [value for value in found if value is not None]
+    return f"{max(known):.1e}" if known else NOTHING
 
 
 def _entry(manifest: Mapping[str, Any], task: str, method: str) -> Mapping[str, Any]:
@@ -169,18 +192,17 @@ def _paper(entry: Mapping[str, Any]) -> str:
 
 def left_out(manifest: Mapping[str, Any]) -> Iterator[str]:
     """What was not served, and why."""
+    reasons: dict[str, list[str]] = {}
     for path in manifest["left_out"]:
-        yield f"Left out: {path['id']}: {path['reason']}."
-    served = {
-        method
-        for paths in manifest["paths"].values()
-        for path, methods in paths.items()
-        if not path.startswith(AS_TRAINED)
-        for method in methods
-    }
+        reasons.setdefault(path["reason"], []).append(path["id"])
+    for reason, paths in reasons.items():
+        yield f"Left out: {', '.join(paths)} ({reason})."
+    served = set()
+    for paths in manifest["paths"].values():
+        served |= {method for path, methods in paths.items() if not path.startswith(AS_TRAINED) for method in methods}
     trained = list(dict.fromkeys(entry["method"] for entry in manifest["config"]["entries"]))
     if never := [method for method in trained if method not in served]:
-        yield f"As trained only, because no bank serves them: {', '.join(never)}."
+        yield f"Judged as trained only, because no path here serves them: {', '.join(never)}."
 
 
 def legend(verdict: Verdict) -> str:
@@ -192,7 +214,7 @@ def legend(verdict: Verdict) -> str:
         "other items would turn out for these very adapters; other seeds are seen in the spread. No correction is made "
         f"for several comparisons. pass: the interval lies above -{verdict.margin * 100:g} points on every path; "
         "inferior: it lies below; inconclusive: it holds that value. McNemar: exact, for 0/1 scores of one seed. "
-        "Served in fp32 every prediction must be the trained model's; in other dtypes the interval of the difference must hold 0; and the "
-        "served logits of each tenant must be nearest to its own trained model's, not to another tenant's or the bare "
-        "backbone's."
+        "Served in fp32 every prediction must be the trained model's; in other dtypes the interval of the difference "
+        "must hold 0; and the served logits of each tenant must be nearest to its own trained model's, not to another "
+        "tenant's or the bare backbone's."
     )
