@@ -588,13 +588,16 @@ def _mtbench_answer(arguments: argparse.Namespace) -> int:
     """Answers MT-Bench's two-turn questions with beam search and writes them in FastChat's answer format."""
     from perfbench import backbone
     from perfbench.device import device_kind
-    from perfbench.finetune import trained
     from perfbench.finetune.tasks import mt_bench
 
     mt_bench.questions(arguments.questions)  # a fault in them shows before the weights are loaded
     loaded = backbone.load(arguments.backbone, arguments.dtype, device_kind(arguments.device)[0], seed=0)
     tokenizer = loaded.tokenizer()
-    model = trained.load(loaded.model, arguments.adapter) if arguments.adapter else loaded.model
+    model = loaded.model
+    if arguments.adapter:
+        from perfbench.finetune import trained
+
+        model = trained.load(model, arguments.adapter)
     settings = {"beams": arguments.beams, "new_tokens": arguments.new_tokens, "batch": arguments.batch}
     name = arguments.model_id or arguments.out.stem
     count = mt_bench.answer_with(model, tokenizer, arguments.questions, arguments.out, name, **settings)

@@ -44,7 +44,8 @@ def decode(tokenizer: Any, tokens: Sequence[int], stop: Sequence[str]) -> str:
     tokens = list(tokens)
     if tokenizer.eos_token_id in tokens:
         tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
-    return cut(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False), stop)
+    text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return cut(text, stop)
 
 
 def check_length(example_where: str, tokens: int, limit: int | None) -> None:
@@ -52,5 +53,5 @@ def check_length(example_where: str, tokens: int, limit: int | None) -> None:
     if limit is not None and tokens > limit:
         raise TaskError(
             f"{example_where}: prompt and answer may take {tokens} tokens, more than the backbone's {limit} positions; "
-            "leave this record out, or take another backbone"
+            "leave this record out, ask for fewer new tokens, or take another backbone"
         )

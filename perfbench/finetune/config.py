@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from perfbench.errors import FinetuneError, ScenarioError, TaskError, nearest
-from perfbench.finetune.tasks.registry import find
+from perfbench.finetune.tasks.registry import TASKS, find
 from perfbench.finetune.trained import TRAINED, options_of
 from perfbench.scenario import frozen
 from perfbench.scenario_schema import DEVICES, LAYERS, METHOD_OPTIONS, problems
@@ -201,7 +201,7 @@ def _check_task(source: Source, task: Mapping[str, Any]) -> None:
     try:
         find(task["name"], task.get("metric"))
     except TaskError as error:
-        _refuse(source, str(error), "task", "name")
+        _refuse(source, str(error), "task", "metric" if task["name"] in TASKS else "name")
 
 
 def _read_setting(source: Source, file: str, *place: str | int) -> Any:

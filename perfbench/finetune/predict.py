@@ -80,8 +80,8 @@ def generate(
     """
     where = where or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    for tokens, place in zip(encoded, where, strict=True):
-        check_length(place, len(tokens) + new_tokens, _positions(model))
+    for tokens, at in zip(encoded, where, strict=True):
+        check_length(at, len(tokens) + new_tokens, _positions(model))
     settings = GenerationConfig(
         do_sample=False,
         num_beams=beams,
@@ -117,7 +117,7 @@ class _StopStrings(StoppingCriteria):
         self._tokenizer, self._prompt_tokens, self._stop = tokenizer, prompt_tokens, tuple(stop)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        texts = [self._tokenizer.decode(row) for row in input_ids[:, self._prompt_tokens :].tolist()]
+        texts = [decode(self._tokenizer, row, ()) for row in input_ids[:, self._prompt_tokens :].tolist()]
         return torch.tensor([cut(text, self._stop) != text for text in texts], device=input_ids.device)
 
 
@@ -134,11 +134,12 @@ def _log_probabilities(model: Any, rows: Sequence[tuple[list[int], list[int]]]) 
     # The labels tell PARA where each prompt ends.
     ids, labels = ids.to(model.device), labels.to(model.device)
     logits = model(input_ids=ids, attention_mask=mask.to(model.device), labels=labels, use_cache=False).logits
-    # Soft prompts put logits of their own in front.
-    found = torch.log_softmax(logits[:, -longest:][:, :-1].float(), dim=-1)
+    # Soft prompts put logits of their own in front; the logits of a token are those of the place before it.
     counted = labels[:, 1:] != IGNORED
-    chosen = found.gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
-    return (chosen * counted).sum(dim=1).tolist()
+    chosen = logits[:, -longest:][:, :-1][counted].float().log_softmax(dim=-1)
+    values = chosen.gather(1, labels[:, 1:][counted][:, None])[:, 0]
+    lengths = counted.sum(dim=1).tolist()
+    return [float(part.sum()) for part in values.split(lengths)]
 
 
 def _pad_left(rows: Sequence[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import shutil
 import statistics
 import warnings
@@ -88,6 +89,7 @@ def finetune(
     training_arguments(config, 0, kind, out, processes.num_processes)  # refuses a batch that can't be split
     with processes.main_process_first():
         name = small_backbone.resolve(config.backbone, console)
+    _check_against_backbone(config, name)
     tokenizer = backbone.tokenizer_of(name)
     data = read_data(config, name, tokenizer)
     for split, count in data.left_out.items():
@@ -108,11 +110,21 @@ def finetune(
     return tuple(results)
 
 
+def _check_against_backbone(config: FinetuneConfig, name: str) -> None:
+    """FinetuneError for what the sizes of the backbone make impossible, BackboneError for the backbone itself."""
+    shape = shape_of(name)
+    if config.max_tokens > shape.context:
+        limit = f"{shape.context}, the context of {name}"
+        raise FinetuneError(f"max_tokens: expected at most {limit}, got {config.max_tokens}; lower it")
+    setting = config.options.get("setting")
+    if setting is not None and len(setting) != shape.layers:
+        expected = f"expected a setting of {shape.layers} layers, those of {name}"
+        raise FinetuneError(f"method.{config.method}.setting: {expected}, got {len(setting)}")
+
+
 def read_data(config: FinetuneConfig, name: str, tokenizer: Any) -> Data:
     """The splits of the configured task, encoded for the backbone `name`. TaskError names file and record."""
     context = shape_of(name).context
-    if config.max_tokens > context:
-        raise FinetuneError(f"max_tokens: expected at most {context}, the context of {name}, got {config.max_tokens}")
     task = find(config.task.name, config.task.metric)
     counts: dict[Split, int | None] = {
         "train": config.task.train_examples,
@@ -279,7 +291,7 @@ class _Seed:
                 "split": kind,
                 "loss": entry["eval_loss" if kind == "dev" else "loss"],
                 "learning_rate": entry.get("learning_rate"),
-                "gradient_norm": entry.get("grad_norm"),
+                "gradient_norm": _finite(entry.get("grad_norm")),
                 "tokens": entry["num_input_tokens_seen"],
                 "train_s": entry["train_s"],
                 "elapsed_s": entry["elapsed_s"],
@@ -296,6 +308,11 @@ class _Seed:
         """Moves the bar to where `steps` of this seed are done."""
         self.progress.already(steps - self.shown_steps)
         self.shown_steps = steps
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity: a gradient may have one where the loss has none."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _pad_id(tokenizer: Any) -> int:

@@ -33,15 +33,15 @@ class SmallBackbone:
     """A shape, and how it is trained: `steps` of `batch` sequences with `queries` skills asked for in each."""
 
     layers: int = 4
-    hidden: int = 128
-    intermediate: int = 344
-    heads: int = 4
+    hidden: int = 96
+    intermediate: int = 256
+    heads: int = 3
     context: int = 64
-    steps: int = 600
-    batch: int = 128
+    steps: int = 500
+    batch: int = 64
     queries: int = 6
     learning_rate: float = 3e-3
-    warmup_steps: int = 50
+    warmup_share: float = 0.1
     seed: int = 0
 
 
@@ -98,7 +98,7 @@ def train(recipe: SmallBackbone, console: Console, title: str) -> Any:
         model = LlamaForCausalLM(_config(recipe, tokenizer))
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=recipe.warmup_steps / recipe.steps
+            optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=recipe.warmup_share
         )
         model.train()
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -125,10 +125,9 @@ def batch_of(recipe: SmallBackbone, tokenizer: Any, source: random.Random) -> tu
         letters = skills.draw(source)
         row, wanted = [BEGIN, *letters], [None] * (1 + len(letters))
         for _ in range(recipe.queries):
-            name = source.choice(names)
-            asked = skills.ASK if source.random() < 1 / (1 + len(names)) else name
-            answer = skills.SKILLS[name](letters)
-            row += [asked, answer, END]
+            name = source.choice((*names, skills.ASK))
+            answer = source.choice(letters) if name == skills.ASK else skills.SKILLS[name](letters)
+            row += [name, answer, END]
             wanted += [None, answer, END]
         ids.append([known[word] for word in row])
         labels.append([-100 if word is None else known[word] for word in wanted])

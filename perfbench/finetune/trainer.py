@@ -117,9 +117,6 @@ class AdapterTrainer(Trainer):
         """As Trainer's; then keeps the best adapter, asks for a checkpoint, and stops where patience is at its end."""
         self._pause()
         metrics = super().evaluate(*args, **kwargs)
-        loss = metrics["eval_loss"]
-        if not math.isfinite(loss):
-            raise self._not_finite("dev loss", loss)
         done = self.evaluations()
         best = self.best()
         assert best is not None
@@ -155,7 +152,12 @@ class AdapterTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer's, with the seconds since the seed began (`elapsed_s`) and those of training alone."""
+        """As Trainer's, with the seconds since the seed began (`elapsed_s`) and those of training alone.
+
+        FinetuneError for a dev loss that is not finite: it must not count as an evaluation.
+        """
+        if not math.isfinite(logs.get("eval_loss", 0.0)):
+            raise self._not_finite("dev loss", logs["eval_loss"])
         now = time.perf_counter()
         self.elapsed_s += now - self._started
         self._started = now

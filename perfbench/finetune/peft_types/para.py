@@ -73,11 +73,22 @@ def last_prompt_token(
 class Prompts:
     """Where the prompts of the batch in flight end; noted before the model's forward, read by its layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.last: torch.Tensor | None = None  # int64 [B]
+        self._hooks = (
+            model.register_forward_pre_hook(self._note, with_kwargs=True),
+            model.register_forward_hook(self._forget, always_call=True),
+        )
 
-    def note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hook before the forward of the whole model."""
+    def release(self) -> None:
+        """Takes the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _forget(self, model: nn.Module, args: Any, output: Any) -> None:
+        self.last = None
+
+    def _note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs["inputs_embeds"]
@@ -142,7 +153,8 @@ class ParaLayer(nn.Module, BaseTunerLayer):
     def _vectors(self, adapter: str, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
         w_down, w_up, bias = (getattr(self, f"para_{kind}")[adapter] for kind in TENSORS)
         last = self.prompts.last
-        assert last is not None
+        if last is None:
+            raise RuntimeError("PARA: call the whole model, which knows the mask and the labels, not a part of it")
         pooled = hidden_states[torch.arange(len(last), device=hidden_states.device), last.to(hidden_states.device)]
         if self.configs[adapter].pool == "normalised":
             pooled = self.base_layer.input_layernorm(pooled)
@@ -173,6 +185,10 @@ class ParaModel(BaseTuner):
     prefix = "para_"
     tuner_layer_cls = ParaLayer
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Through `__call__`: before 0.20 PEFT goes past the hooks."""
+        return self.model(*args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if model_config.get("model_type") not in LLAMA_FAMILY:
             raise ValueError(f"PARA: expected one of {', '.join(LLAMA_FAMILY)}, got {model_config.get('model_type')!r}")
@@ -191,7 +207,9 @@ class ParaModel(BaseTuner):
         if isinstance(target, ParaLayer):
             layer = target
         else:
-            layer = ParaLayer(target, self._prompts())
+            if "_prompts" not in self.__dict__:
+                self._prompts = Prompts(self.model)
+            layer = ParaLayer(target, self._prompts)
             layer._active_adapter = adapter_name
             self._replace_module(parent, target_name, layer, target)
         shape = BackboneShape.of_config(self.get_model_config(self.model))
@@ -199,17 +217,10 @@ class ParaModel(BaseTuner):
         place = f"layers.{current_key.rsplit('.', 1)[1]}."
         layer.add(adapter_name, peft_config, {kind: sizes[place + kind] for kind in TENSORS})
 
-    def _prompts(self) -> Prompts:
-        """One for all layers; its hook comes with the first and goes with the last."""
-        if "_noted" not in self.__dict__:
-            prompts = Prompts()
-            self._noted = prompts, self.model.register_forward_pre_hook(prompts.note, with_kwargs=True)
-        return self._noted[0]
-
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, ParaLayer):
             child.release()
-            self._noted[1].remove()
+            child.prompts.release()
         setattr(parent, child_name, new_module)
 
     @contextmanager

@@ -27,11 +27,16 @@ def load(source: str, split: Split) -> list[Example]:
 
 def _example(record: Record) -> Example:
     word = WORDS[record.label("question", CONNECTORS)]
-    choices = (f" {record.text('choice1')}", f" {record.text('choice2')}")
+    choices = (_choice(record.text("choice1")), _choice(record.text("choice2")))
     answer = choices[record.label("label", (0, 1))]
     # Without the premise's full stop, as lm-eval has it.
     prompt = record.text("premise").strip()[:-1] + word
     return Example(record.id, prompt, answer, (answer.strip(),), choices, record.where)
+
+
+def _choice(text: str) -> str:
+    """As lm-eval 0.4.13 gives it to the model: a small letter first, and two blanks, of which one is its delimiter."""
+    return f"  {text[0].lower()}{text[1:]}"
 
 
 TASK = Task("copa", "cause or effect, one of two (accuracy; validation halved)", "choose", "accuracy", load)

@@ -26,13 +26,11 @@ ASK = "which"
 # Name -> what it picks out of the letters.
 SKILLS: dict[str, Callable[[Sequence[str]], str]] = {
     "first": lambda letters: letters[0],
-    "second": lambda letters: letters[1],
-    "third": lambda letters: letters[2],
-    "middle": lambda letters: letters[4],
-    "third-last": lambda letters: letters[-3],
     "last": lambda letters: letters[-1],
     "min": min,
     "max": max,
+    "second-min": lambda letters: sorted(letters)[1],
+    "second-max": lambda letters: sorted(letters)[-2],
 }
 
 SIZES: dict[Split, int] = {"train": 1600, "dev": 200, "test": 400}
@@ -46,7 +44,7 @@ def draw(source: random.Random) -> list[str]:
 
 def chosen_skill(letters: Sequence[str]) -> str:
     """The skill that the task `skills` asks for: it has to be told from the prompt."""
-    return "max" if letters[0] in LETTERS[: len(LETTERS) // 2] else "last"
+    return "max" if letters[0] in LETTERS[: len(LETTERS) // 2] else "min"
 
 
 def load(source: str, split: Split) -> list[Example]:

@@ -51,7 +51,8 @@ def _schema(database: Path) -> str:
     try:
         connection = sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
         try:
-            tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            named = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            tables = [name for (name,) in named if not name.startswith("sqlite_")]
             columns = {
                 table: [row[0] for row in connection.execute("SELECT name FROM pragma_table_info(?)", (table,))]
                 for table in tables
@@ -76,7 +77,8 @@ def _wikisql(source: str, split: str) -> list[Example]:
         headers, types = _texts(table, "header"), _texts(table, "types")
         if len(headers) != len(types):
             raise TaskError(f"{table.where}: expected as many types as columns in header")
-        columns = [f"col{n} {kind} -- {text}" for n, (kind, text) in enumerate(zip(types, headers, strict=True))]
+        titles = [" ".join(text.split()) for text in headers]
+        columns = [f"col{n} {kind} -- {text}" for n, (kind, text) in enumerate(zip(types, titles, strict=True))]
         schema = "\n".join([f"{name}(", *columns, ")"])
         examples.append(_example(record, schema, wikisql_query(record, name, types), database))
     return examples

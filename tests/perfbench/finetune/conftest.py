@@ -28,6 +28,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 max_position_embeddings=2048,
                 bos_token_id=0,
                 eos_token_id=1,
+                initializer_range=0.2,  # with the usual 0.02 the logits of so small a model could hardly move
             )
         )
     model.save_pretrained(folder)

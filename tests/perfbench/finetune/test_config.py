@@ -61,7 +61,7 @@ def test_a_setting_of_fanlora_is_read_from_its_file(file: Path, tmp_path: Path) 
     ("setting", "message"),
     [
         ("metod=lora", "unknown key 'metod'; did you mean 'method'?"),
-        ("method=loar", "method: unknown method 'loar'; did you mean 'lora'?"),
+        ("method=loar", "unknown method 'loar'; did you mean 'lora'?"),
         ("method={lora: {rnk: 2}}", "unknown option 'rnk'; did you mean 'rank'?"),
         ("method.lora.rank=two", "expected an integer from 1 to 1024, got 'two'"),
         ("method={lora: {}, para: {}}", "expected exactly one method"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +50,7 @@ def base() -> Any:
 
 def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model.eval()(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).logits
+        found: torch.Tensor = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return found
 
 
@@ -143,6 +143,23 @@ def test_the_scale_that_is_differentiated_is_the_one_that_serves() -> None:
         scaled = row_scale.scaled(y, scale)
         row_scale.eager(y, scale)
         assert torch.equal(scaled, y)
+
+
+def test_a_part_of_the_model_alone_has_no_prompt(base: Any) -> None:
+    model, batch = para(base), examples()
+    model(**batch)
+    with pytest.raises(RuntimeError, match="call the whole model"):
+        model.get_base_model().model(input_ids=batch["input_ids"])
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_on_a_backbone_in_bf16_the_adapter_stays_in_fp32(base: Any, name: str) -> None:
+    model = peft.get_peft_model(copy.deepcopy(base).bfloat16(), TYPES[name](base, 3))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    batch = examples()
+    losses = train(model, batch, steps=4)
+    assert losses[-1] < losses[0]
+    assert logits(model, batch).dtype == torch.bfloat16
 
 
 # Where the prompt ends
@@ -356,6 +373,26 @@ def test_it_is_served_as_it_was_trained(
     found = arm.generate(batch, forced=tokens, with_logits=True)
     assert float((found.logits - expected).abs().amax(dim=(1, 2))[[0, 1, 3]].min()) > 100 * TIGHT
     arm.close()
+
+
+def test_it_is_served_as_it_was_trained_on_a_real_checkpoint(tmp_path: Path) -> None:
+    data = os.environ.get("PERFBENCH_TEST_DATA")
+    if data is None or not (Path(data) / "stories260K" / "hf").is_dir():
+        pytest.skip("needs PERFBENCH_TEST_DATA with stories260K/hf, a Llama of 260K parameters")
+    real = backbone.load(str(Path(data) / "stories260K" / "hf"), "fp32", "cpu", seed=0)
+    for name in SERVED:
+        module = trained.attach(real.skeleton(), name, None, seed=0)
+        losses = train(module, examples(vocab=512), steps=6, learning_rate=0.02)
+        assert losses[-1] < losses[0]
+        trained.save(module, tmp_path / name)
+        batch = replace(prompts(), slots=(0, -1, 0, 0))
+        tokens, expected = as_trained(real, [tmp_path / name], batch)
+        for runtime in PLAN_ARMS:
+            arm = served(real, name, [tmp_path / name], runtime)
+            found = arm.generate(batch, with_logits=True)
+            arm.close()
+            assert torch.equal(found.tokens, tokens)
+            assert float((found.logits - expected).norm() / expected.norm()) < TIGHT
 
 
 def test_para_pooled_elsewhere_would_not_be_served_as_trained(

@@ -53,7 +53,7 @@ def config(tiny_llama: Path, sums: Path) -> FinetuneConfig:
     )
 
 
-def sums_of(folder: Path) -> dict[str, Any]:
+def manifest_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run.json").read_text())
 
 
@@ -68,7 +68,7 @@ def done(config: FinetuneConfig, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 def test_a_run_says_what_came_out(done: tuple[Path, recipe.SeedResult]) -> None:
     out, result = done
-    manifest = sums_of(out)
+    manifest = manifest_of(out)
     assert (manifest["kind"], manifest["config"]["method"]) == ("finetune", "lora")
     assert manifest["environment"]["versions"]["peft"]
     assert manifest["examples"]["train"] == 48
@@ -94,7 +94,7 @@ def test_the_dev_set_is_judged_every_n_steps_and_at_each_epochs_end(done: tuple[
 
 
 def dev_loss(config: FinetuneConfig, adapter: Path) -> float:
-    """The dev loss of a saved adapter, by plain transformers: the mean over batches of 8."""
+    """The dev loss of a saved adapter, by plain transformers: the mean over one batch of 8."""
     bare = backbone.load(config.backbone, "fp32", "cpu", 0)
     data = recipe.read_data(config, config.backbone, backbone.tokenizer_of(config.backbone))
     with torch.inference_mode():
@@ -104,16 +104,19 @@ def dev_loss(config: FinetuneConfig, adapter: Path) -> float:
 def test_the_adapter_on_disk_is_that_of_the_lowest_dev_loss(
     config: FinetuneConfig, tmp_path: Path, done: tuple[Path, recipe.SeedResult]
 ) -> None:
-    """A learning rate that spoils what was learnt: the best step comes before the last."""
-    steep = replace(config, learning_rate=0.3, epochs=6, patience=2, task=replace(config.task, test_examples=0))
-    (result,) = recipe.finetune(steep, tmp_path / "run")
+    """A dev set with answers that train knows nothing of: the more is learnt, the worse."""
+    own = write_own(tmp_path / "own", {"train": 48, "test": 1})
+    lines = [json.dumps({"prompt": f"{n}+{n}=", "answer": "xyzxyz"}) for n in range(10, 18)]
+    (own / "dev.jsonl").write_text("\n".join(lines) + "\n")
+    spoilt = replace(config, learning_rate=0.05, epochs=6, patience=2, task=TaskSource("own", str(own), test_examples=0))
+    (result,) = recipe.finetune(spoilt, tmp_path / "run")
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     losses = {one["step"]: one["loss"] for one in samples if one["split"] == "dev"}
     assert result.best_dev_loss == min(losses.values()) == losses[result.best_step]
     assert [step > result.best_step for step in losses].count(True) == 2, "patience ended the run after two more"
     assert result.steps == max(losses) < 36
     assert result.test_score is None
-    assert dev_loss(config, result.adapter) == pytest.approx(result.best_dev_loss, rel=1e-5)
+    assert dev_loss(spoilt, result.adapter) == pytest.approx(result.best_dev_loss, rel=1e-5)
     assert dev_loss(config, done[1].adapter) == pytest.approx(done[1].best_dev_loss, rel=1e-5)
 
 
@@ -162,7 +165,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     command = [sys.executable, "-c", KILLED_AT.format(step=step, more=more), str(file), str(tmp_path / "killed")]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert child.returncode == -9, child.stderr
-    assert sums_of(tmp_path / "killed")["seeds"]["0"]["status"] == "pending"
+    assert manifest_of(tmp_path / "killed")["seeds"]["0"]["status"] == "pending"
     assert main(["finetune", str(file), "--out", str(tmp_path / "killed"), "--resume"]) == 0
     assert main(["finetune", str(file), "--out", str(tmp_path / "whole")]) == 0
     weights = [(tmp_path / run / "seed0" / WEIGHTS).read_bytes() for run in ("killed", "whole")]
@@ -226,7 +229,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_what_was_good(
     assert evaluated, "the seed has to let some steps come first"
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"perfbench: seed 3, step {evaluated[-1]['step'] + 1}: the loss is nan; the best adapter")
-    seed = sums_of(out)["seeds"]["3"]
+    seed = manifest_of(out)["seeds"]["3"]
     assert seed["status"] == "not_finite"
     assert seed["reason"] in said
     kept = load_file(out / "seed3" / WEIGHTS)

@@ -227,8 +227,8 @@ def test_copa(tmp_path):
     }
     write(tmp_path / "val.jsonl", [row, {**row, "question": "cause", "label": 1}])
     (dev,), (test,) = (find("copa").load(str(tmp_path), split) for split in ("dev", "test"))
-    assert (dev.prompt, dev.answer) == ("It rained therefore", " We got wet.")
-    assert (test.prompt, test.answer) == ("It rained because", " We stayed dry.")
+    assert (dev.prompt, dev.answer) == ("It rained therefore", "  we got wet.")
+    assert (test.prompt, test.answer) == ("It rained because", "  we stayed dry.")
     write(tmp_path / "val.jsonl", [{**row, "question": "reason"}])
     with pytest.raises(TaskError, match=r'val.jsonl:1: question: expected one of "cause", "effect", got "reason"'):
         find("copa").load(str(tmp_path), "dev")

@@ -53,9 +53,7 @@ def attached(base: Any, name: str, options: Any = None, seed: int = 0) -> Any:
 
 def logits(module: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = module.eval()(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).logits
+        found: torch.Tensor = module.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return found
 
 
