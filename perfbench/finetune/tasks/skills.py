@@ -2,12 +2,12 @@
 
 A sequence is eight different letters, the name of a skill, and the letter that the skill picks:
 
-    c t a k z e m b max z       d r u h w p i s first d
+    c t a k z e m b max z        d r u h w p i s first d
 
-`small_backbone` trains a model on these. It also sees the word `which` in a skill's place, with an answer by any of the
-skills, so that it knows what is asked for but not by which skill. The task `skills` asks `which`, and is answered by
-`last` where the first letter is in the alphabet's first half, else by `first`: a model that was not tuned is right
-about as often as one that guesses.
+`small_backbone` trains a model on these. In a skill's place it also sees the word `which`, answered by any letter of the
+prompt: it knows that a letter is asked for, but not which. The task `skills` asks `which`; the answer is `max` where the
+first letter is in the alphabet's first half, else `min`. So a model that was not tuned can only guess, and one that is
+tuned has to tell from the prompt which of its skills to use.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def draw(source: random.Random) -> list[str]:
 
 
 def chosen_skill(letters: Sequence[str]) -> str:
-    """The skill that the task `skills` asks for: it has to be told from the prompt."""
+    """The skill that the task `skills` asks for."""
     return "max" if letters[0] in LETTERS[: len(LETTERS) // 2] else "min"
 
 
