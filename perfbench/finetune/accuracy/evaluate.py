@@ -155,6 +155,7 @@ def _serve_all(
     """All tenants of one task on one path, in as few banks as can hold them."""
     items: list[Item] = []
     identities: dict[str, dict[str, Any]] = {}
+    examples = {example.id: example for example in one.examples["test"]}
     exact = path.must_equal(as_trained(setting.dtype))
     for group in banks([with_plan(tenant, backbone.shape) for tenant in tenants]):
         arm, slots = serve(path, backbone, group)
@@ -173,8 +174,7 @@ def _serve_all(
         finally:
             arm.close()
         for (index, identifier), prediction in predictions(given, one.task).items():
-            example = next(example for example in one.examples["test"] if example.id == identifier)
-            items.append(_item(one, group[index], path, "test", example, prediction))
+            items.append(_item(one, group[index], path, "test", examples[identifier], prediction))
     folder.add(items, identities)
 
 

@@ -58,4 +58,5 @@ def served(serving: Serving, config: Mapping[str, Any], device_kind: str) -> Ite
 
 def is_served(method: str) -> bool:
     """Whether a bank can serve adapters of this method; what is only ever trained is judged as trained."""
-    return method in METHODS and METHODS[method].served_by == "plan"
+    known = METHODS.get(method)
+    return known is not None and known.module is not None and known.served_by == "plan"

@@ -73,7 +73,8 @@ class Verdict:
     @property
     def exit_code(self) -> int:
         """1 wins over 3."""
-        codes = {EXIT_CODES[row.verdict] for row in (*self.methods, *self.paths)}
+        verdicts = [row.verdict for row in self.methods] + [row.verdict for row in self.paths]
+        codes = {EXIT_CODES[verdict] for verdict in verdicts}
         return 1 if 1 in codes else max(codes, default=3)
 
     def to_json(self) -> dict[str, Any]:
@@ -173,5 +174,5 @@ def _versus(ours: Mapping[str, Answers], theirs: Mapping[str, Answers], seed: in
         odd = sorted(ours.keys() ^ theirs.keys())[0]
         raise ValueError(f"{odd}: answered on one side only")
     ids = sorted(ours)
-    sides = [[[score for _, score in answers[i].values()] for i in ids] for answers in (ours, theirs)]
-    return compare(*sides, seed=seed)
+    scores = [[[score for _, score in answers[i].values()] for i in ids] for answers in (ours, theirs)]
+    return compare(scores[0], scores[1], seed)
