@@ -29,7 +29,11 @@ def render(manifest: Mapping[str, Any], verdict: Verdict, console: Console | Non
         paths = dict.fromkeys(row.path for row in served)
         summed_up = [words.summary_cells([row for row in served if row.path == path]) for path in paths]
         if summed_up:
-            console.print(_table(words.SUMMARY_HEADS, summed_up, text=(0, 3, 5)))
+            console.print(_table(words.SUMMARY_HEADS, summed_up, text=(0, 4)))
+        for one in rows:
+            if one.verdict != "pass":
+                decides = words.points(one.versus[one.decides])
+                console.print(Text(f"{one.method}: {one.verdict} on {one.decides}: {decides} points"), soft_wrap=True)
         for row in served:
             if row.reason:
                 console.print(Text(f"{row.method} on {row.path}: {row.verdict}: {row.reason}"), soft_wrap=True)

@@ -84,7 +84,7 @@ def test_a_run_that_is_none_is_refused(finished: Finished, tmp_path: Path) -> No
 
 def test_the_table_fits_a_terminal_and_ends_with_the_answer(finished: Finished) -> None:
     said = StringIO()
-    console = Console(width=100, file=said)
+    console = Console(width=80, file=said)
     table.render(AccuracyFolder.open(finished[1]).manifest, finished[2], console)
     lines = said.getvalue().splitlines()
     assert lines[-1].startswith("PASS.")
