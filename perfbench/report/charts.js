@@ -188,7 +188,7 @@
     });
   }
 
-  // Points with a size; those on the front are ringed and joined. Names stand beside their points, pushed apart.
+  // Points with a size; those on the front are ringed. Names stand beside their points, pushed apart.
   function scatter(chart, width) {
     const rows = chart.rows.map(([name, x, y, low, high, size, front]) => ({ name, x, y, low, high, size, front: front === "yes" }));
     const height = Math.max(300, Math.min(380, width * 0.62)), most = Math.max(...rows.map((row) => row.size ?? 0));
@@ -203,7 +203,7 @@
     const labels = rows.map((row) => ({ row, at: (row.y - ys[0]) / (ys[1] - ys[0]) * inner })).sort((a, b) => a.at - b.at);
     for (let place = 1; place < labels.length; place++) labels[place].at = Math.max(labels[place].at, labels[place - 1].at + 17);
     for (const label of labels) label.y = ys[0] + label.at / inner * (ys[1] - ys[0]);
-    const best = rows.filter((row) => row.front).sort((a, b) => a.x - b.x);
+    const best = rows.filter((row) => row.front);
     return Plot.plot({
       ...base(chart, width), height, marginLeft: 52, marginTop: 22, marginBottom: 48,
       x: axis(chart.data.x, { domain: xs, ticks: width < 420 ? 4 : 6, nice: false }),
@@ -211,7 +211,6 @@
       color: { type: "identity" },
       r: { type: "identity" },
       marks: [
-        Plot.line(best, { x: "x", y: "y", stroke: SOFT, strokeDasharray: "4 3" }),
         Plot.ruleX(rows.filter((row) => row.low !== null), { x: "x", y1: "low", y2: "high", stroke: (row) => color(row.name), strokeOpacity: 0.7, strokeWidth: 1.5 }),
         Plot.dot(rows, { x: "x", y: "y", r: radius, fill: (row) => color(row.name), fillOpacity: 0.8 }),
         Plot.dot(best, { x: "x", y: "y", r: (row) => radius(row) + 4, stroke: INK, strokeWidth: 1.5 }),

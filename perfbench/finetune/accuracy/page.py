@@ -171,7 +171,7 @@ def _scatter(task: str, title: str, points: Sequence[tuple[Point, MethodRow]]) -
             )
             for point, row in points
         ],
-        f"{title}. Ringed and joined: the Pareto front of score, speed and peak memory, by medians; differences "
+        f"{title}. Ringed: the Pareto front of score, speed and peak memory, by medians; differences "
         "within their intervals are ties. The line through a point: lowest to highest seed.",
         {"x": "decode tokens/s, higher is better"},
     )  # fmt: skip
