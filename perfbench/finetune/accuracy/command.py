@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -177,10 +177,7 @@ def _describe(data: Sequence[TaskData], folder: AccuracyFolder, shape: BackboneS
     folder can't be served: before the long part."""
     for one in data:
         for tenant in one.tenants:
-            facts: Mapping[str, Any] = folder.manifest["adapters"][one.label][tenant.label][str(tenant.seed)]
+            facts = folder.manifest["adapters"][one.label][tenant.label][str(tenant.seed)]
             plan = with_plan(tenant, shape).plan if is_served(tenant.method) else None
-            size = None if plan is None else plan_bytes(plan, torch.bfloat16)
-            folder.manifest["adapters"][one.label][tenant.label][str(tenant.seed)] = facts | {
-                "method": tenant.method,
-                "bytes_per_tenant_16_bit": size,
-            }
+            facts["method"] = tenant.method
+            facts["bytes_per_tenant_16_bit"] = None if plan is None else plan_bytes(plan, torch.bfloat16)

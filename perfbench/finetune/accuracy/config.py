@@ -158,7 +158,7 @@ def _build(source: Source, path: Path) -> AccuracyConfig:
             f"expected one of the methods as the reference, got {reference!r}; {nearest(reference, methods)}",
             "reference",
         )
-    serving = {
+    serving: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in values.get("serve", {}).items()
     }
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-_") or "accuracy"

@@ -33,7 +33,7 @@ from perfbench.finetune.accuracy.serve import (
 )
 from perfbench.finetune.metrics import METRICS
 from perfbench.finetune.predict import predict
-from perfbench.finetune.tasks.task import Example, Task
+from perfbench.finetune.tasks.task import Example, Split, Task
 from perfbench.progress import RunProgress
 
 SEED = 0  # of the order in which items and tenants are mixed
@@ -45,7 +45,7 @@ class TaskData:
 
     label: str
     task: Task
-    examples: Mapping[str, Sequence[Example]]  # split -> its examples
+    examples: Mapping[Split, Sequence[Example]]
     tenants: Sequence[Tenant]
 
     @property
@@ -109,7 +109,8 @@ def _answers_of(model: Any, one: TaskData, tenant: Tenant, path: ServingPath, se
     # PEFT puts soft prompts before the padding, so with them a prompt has to be alone.
     soft = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     batch = 1 if soft else setting.requests
-    for split in ("dev", "test"):
+    splits: tuple[Split, ...] = ("dev", "test")
+    for split in splits:
         examples = one.examples[split]
         with warnings.catch_warnings():
             # Without padding the positions that PEFT ignores are those that the model counts itself.

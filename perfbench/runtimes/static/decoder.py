@@ -265,11 +265,13 @@ class Decoder:
         stacked, own = generator.stacked, self.adapters.own if self.adapters else None
         vectors = self._vectors(pooled, stacked.w_down, stacked.w_up, stacked.bias_minus_one, own)
         for place in generator.places:
-            scale = None if place.columns is None else vectors[:, place.columns]
+            if place.columns is not None:
+                place.to.copy_(vectors[:, place.columns])
             if place.stored is not None:
                 stored = place.stored if own is None else each_request_s(place.stored, own)
-                scale = stored if scale is None else row_scale.one_after_the_other(stored, scale)
-            place.to.copy_(scale)
+                place.to.copy_(
+                    stored if place.columns is None else row_scale.one_after_the_other(stored, place.to)
+                )
 
     def _rotation(self, attention_mask: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin [Q x C, D] of the tokens after `past`; padding takes the place of the first token."""
