@@ -65,14 +65,14 @@ def judge(
     _check_url(endpoint.url)
     asked = {question.question_id: question for question in questions(folder)}
     said, references = _answers(answers, asked), _references(folder, asked)
-    prompts = {record.text("name"): record for record in read_jsonl(find_file(folder, "judge_prompts.jsonl"))}
+    prompts = _prompts(folder)
     done = _done(out, endpoint.model)
     for question in asked.values():
         model, turns = said[question.question_id]
         for turn in range(1, len(turns) + 1):
             name = _prompt_name(question, turn)
             if name not in prompts:
-                raise TaskError(f"{folder}/judge_prompts.jsonl: no prompt {name!r}; take FastChat's file")
+                raise TaskError(f"judge_prompts.jsonl: no prompt {name!r}; take FastChat's file")
             system = str(prompts[name].get("system_prompt"))
             user = _fill(prompts[name].text("prompt_template"), question, turns, references.get(question.question_id))
             at = (question.question_id, turn)
@@ -191,6 +191,14 @@ def _line(body: bytes) -> str:
 
 def _seconds(header: str | None) -> float:
     return float(header) if header and header.isdecimal() else 0.0
+
+
+def _prompts(folder: str) -> dict[str, Record]:
+    """FastChat has judge_prompts.jsonl beside mt_bench; in it is as good."""
+    beside = Path(folder).resolve().parent / "judge_prompts.jsonl"
+    inside = Path(folder) / "judge_prompts.jsonl"
+    path = beside if beside.is_file() and not inside.is_file() else find_file(folder, "judge_prompts.jsonl")
+    return {record.text("name"): record for record in read_jsonl(path)}
 
 
 def _prompt_name(question: Question, turn: int) -> str:

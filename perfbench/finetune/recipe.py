@@ -220,7 +220,7 @@ class _Seed:
         if self.processes.is_main_process:
             self.folder.cut_samples(self.seed, found[1] if found else 0)
         try:
-            trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
+            trainer.go_on(found[0] if found else None)
         except NotFinite as error:
             entry.update(status="not_finite", reason=str(error))
             if self.processes.is_main_process:

@@ -123,7 +123,8 @@ def batch_of(recipe: SmallBackbone, tokenizer: Any, source: random.Random) -> tu
     ids, labels = [], []
     for _ in range(recipe.batch):
         letters = skills.draw(source)
-        row, wanted = [BEGIN, *letters], [None] * (1 + len(letters))
+        row = [BEGIN, *letters]
+        wanted: list[str | None] = [None] * len(row)
         for _ in range(recipe.queries):
             name = source.choice((*names, skills.ASK))
             answer = source.choice(letters) if name == skills.ASK else skills.SKILLS[name](letters)

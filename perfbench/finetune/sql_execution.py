@@ -65,7 +65,7 @@ def run_query(
             env={},
         )
     except subprocess.TimeoutExpired:
-        raise QueryError(f"ran longer than {seconds} s") from None
+        raise QueryError(f"ran longer than {seconds} s, and did not let itself be interrupted") from None
     if done.returncode != 0:
         last = done.stderr.strip().rpartition("\n")[2] or f"signal {-done.returncode}"
         raise QueryError(f"its process ended with {last}")

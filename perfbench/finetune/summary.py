@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,17 +21,21 @@ def render(manifest: Mapping[str, Any], console: Console | None = None) -> None:
         console.print(config["question"], markup=False, highlight=False)
     task, examples = config["task"]["name"], manifest["examples"]
     title = f"{config['method']} on {task}: {config['backbone']} {config['dtype']}, {examples['train']} examples"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.HORIZONTALS, show_edge=False)
+    table.collapse_padding, table.pad_edge = True, False
     metric = test["metric"] if test else "test"
     for name in ("seed", metric, "dev loss", "best step", "of", "to best", "tokens/s", "peak"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for seed, found in seeds.items():
         table.add_row(seed, *_cells(found))
     console.print(table)
     console.print(conclusion(manifest), markup=False, highlight=False, soft_wrap=True)
     here = machine(manifest["environment"], manifest["environment"]["device_kind"])
     console.print(
-        f"dev loss: the lowest, at best step; to best: seconds until then. On {here}.", markup=False, highlight=False
+        f"dev loss: the lowest, at best step; to best: seconds until then. On {here}.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -132,13 +132,16 @@ def attach(model: Any, name: str, options: Any, seed: int) -> Any:
     """Puts method `name` on a Hugging Face model and returns the module to train; only its parameters want gradients.
 
     The same seed gives the same initial values; the global random state stays as it is. FinetuneError on an unknown
-    method or option.
+    method or option, and on one that does not fit the model.
     """
     method, options = find(name), options_of(name, options)
     shape = BackboneShape.of_config(model.config.to_dict())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = method.attach(model, shape, options)
+        try:
+            module = method.attach(model, shape, options)
+        except ValueError as error:
+            raise FinetuneError(f"method.{name}: {str(error).splitlines()[0]}") from None
     if not isinstance(module, peft.PeftModel):
         module.perfbench_method = (name, options)  # what `save` writes
     return module
@@ -180,10 +183,15 @@ def _trainable(module: Any) -> dict[str, torch.Tensor]:
 
 
 def save(module: Any, folder: Path) -> None:
-    """Writes the adapter; each file appears whole or not at all. AdapterError where it can't be written."""
+    """Writes the adapter; each file appears whole or not at all. AdapterError where it can't be written.
+
+    A baseline that PEFT does not know is saved from a module that is trained, not from one loaded to be used.
+    """
     folder = Path(folder)
     if not isinstance(module, peft.PeftModel):
         name, options = module.perfbench_method
+        if not _trainable(module):
+            raise AdapterError(f"{folder}: nothing of the module is trainable; load it with trainable=True to save it")
         config = {
             "peft_type": _OURS,
             "method": name,
@@ -266,7 +274,7 @@ def _check(folder: Path, kind: Any, shape: BackboneShape) -> None:
     if "prompt_embeddings" in tensors:
         kv = 2 * shape.layers * shape.kv_heads * shape.head_dim
         width = kv if kind == PeftType.PREFIX_TUNING else shape.hidden
-        size = (config["num_virtual_tokens"], width)
+        size = (int(config.get("num_virtual_tokens") or 0), width)
         adapter_folder.expect_size(path, "prompt_embeddings", tensors["prompt_embeddings"], size)
         return
     for name, tensor in tensors.items():

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from perfbench.errors import FinetuneError
 from perfbench.finetune import trained
@@ -26,6 +26,7 @@ from perfbench.finetune.config import FinetuneConfig
 WEIGHTS = "trainable.safetensors"
 # Written last: a checkpoint without it was torn by a kill.
 COMPLETE = "complete"
+TRAINER_STATE = "trainer_state.json"
 LOG_EVERY_STEPS = 10
 
 
@@ -113,6 +114,20 @@ class AdapterTrainer(Trainer):
         """The first evaluation with the lowest dev loss; None before any."""
         return min(self.evaluations(), key=lambda entry: entry["eval_loss"], default=None)
 
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations brought no lower dev loss."""
+        done, best = self.evaluations(), self.best()
+        return best is not None and len(done) - 1 - done.index(best) >= self.patience
+
+    def go_on(self, checkpoint: Path | None) -> None:
+        """Trains, from `checkpoint` on where there is one; nothing is left to do where it ended by patience."""
+        if checkpoint is not None:
+            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+            self.start_clock()
+            if self.out_of_patience():
+                return
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's; then keeps the best adapter, asks for a checkpoint, and stops where patience is at its end."""
         self._pause()
@@ -125,7 +140,7 @@ class AdapterTrainer(Trainer):
                 self.save_best(self.accelerator.unwrap_model(self.model))
             self.accelerator.wait_for_everyone()
         self.control.should_save = True
-        if len(done) - 1 - done.index(best) >= self.patience:
+        if self.out_of_patience():
             self.control.should_training_stop = True
         if self.is_world_process_zero():
             self.passed(self.state.global_step, {**done[-1], "is_best": best is done[-1]})
@@ -252,6 +267,6 @@ def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
     """The newest whole checkpoint in `folder` and its step; None where there is none."""
     for path in reversed(checkpoints_in(folder)):
         if (path / COMPLETE).exists():
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            state = json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
             return path, state["global_step"]
     return None

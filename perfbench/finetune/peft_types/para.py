@@ -141,6 +141,8 @@ class ParaLayer(nn.Module, BaseTunerLayer):
             cache = kwargs.get("past_key_values")
             if cache is None or cache.get_seq_length(self.base_layer.self_attn.layer_idx) == 0:
                 self.kept = self._vectors(adapter, hidden_states)
+            elif self.kept is None:
+                raise RuntimeError("PARA: the cache was filled without this adapter; process the prompt again with it")
         # As an argument, so that a checkpointed layer that is computed again in the backward has its own vectors.
         return self.base_layer(hidden_states, *args, para_vectors=self.kept, **kwargs)
 

@@ -4,10 +4,10 @@ A sequence is eight different letters, the name of a skill, and the letter that 
 
     c t a k z e m b max z        d r u h w p i s first d
 
-`small_backbone` trains a model on these. In a skill's place it also sees the word `which`, answered by any letter of the
-prompt: it knows that a letter is asked for, but not which. The task `skills` asks `which`; the answer is `max` where the
-first letter is in the alphabet's first half, else `min`. So a model that was not tuned can only guess, and one that is
-tuned has to tell from the prompt which of its skills to use.
+`small_backbone` trains a model on these. In a skill's place it also sees the word `which`, answered by any letter of
+the prompt: it knows that a letter is asked for, but not which. The task `skills` asks `which`; the answer is `max`
+where the first letter is in the alphabet's first half, else `min`. So a model that was not tuned can only guess, and
+one that is tuned has to tell from the prompt which of its skills to use.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
                 server.requests.append((self.path, dict(self.headers), body))
                 answer = server.reply(len(server.requests) - 1, body)
                 if answer is None:
@@ -178,6 +178,14 @@ def test_each_turn_is_rated_and_the_means_are_fastchats(server, folder, answers,
     assert "{answer}" in first  # braces of an answer are no field
 
 
+def test_the_prompts_may_stand_beside_the_folder_as_in_fastchat(server, folder, answers, tmp_path):
+    (folder / "judge_prompts.jsonl").rename(folder.parent / "judge_prompts.jsonl")
+    assert judge.judge(str(folder), answers, tmp_path / "judgments.jsonl", server.endpoint()).judged == 4
+    (folder.parent / "judge_prompts.jsonl").unlink()
+    with pytest.raises(TaskError, match=r"expected a file judge_prompts.jsonl; the folder has"):
+        judge.judge(str(folder), answers, tmp_path / "judgments.jsonl", server.endpoint())
+
+
 def test_it_goes_on_where_it_stopped(server, folder, answers, tmp_path):
     out = tmp_path / "judgments.jsonl"
     server.reply = lambda number, body: (200, {}, completion("[[6]]")) if number < 2 else (400, {}, b"out of credit")
@@ -241,9 +249,10 @@ def test_an_endpoint_that_is_not_there(server):
         judge.ask(judge.Endpoint(url, "m", tries=2, wait_s=0.01), "s", "u", "question 1")
 
 
-def test_a_redirect_is_not_followed_so_the_key_stays(server):
-    server.reply = lambda number, body: (307, {"Location": "/elsewhere"}, b"")
-    with pytest.raises(TaskError, match="HTTP 307"):
+@pytest.mark.parametrize("status", [302, 307])
+def test_a_redirect_is_not_followed_so_the_key_stays(server, status):
+    server.reply = lambda number, body: (status, {"Location": "/elsewhere"}, b"")
+    with pytest.raises(TaskError, match=f"HTTP {status}"):
         judge.ask(server.endpoint(key="secret"), "s", "u", "question 1")
     assert [path for path, _, _ in server.requests] == ["/v1/chat/completions"]
 
@@ -297,6 +306,20 @@ def test_the_commands(server, folder, answers, tmp_path, capsys, monkeypatch):
     assert server.requests[0][1]["Authorization"] == "Bearer mine"
     assert main([*command, "--url", "nowhere"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_real_model_answers(stories260k, folder, tmp_path, capsys):
+    out = tmp_path / "answers.jsonl"
+    command = ["mtbench", "answer", str(stories260k), "--questions", str(folder), "--out", str(out), "--device", "cpu"]
+    assert main([*command, "--new-tokens", "6"]) == 0
+    assert capsys.readouterr().out == f"{out}: 2 answers of answers\n"
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [len(line["choices"][0]["turns"]) for line in lines] == [2, 2]
+    assert lines[0]["generate_params"] == {"do_sample": False, "beams": 3, "new_tokens": 6, "batch": 4}
+    kept = out.read_bytes()
+    assert main([*command, "--new-tokens", "500"]) == 2
+    assert "question.jsonl:1, turn 1: prompt and answer may take" in capsys.readouterr().err
+    assert out.read_bytes() == kept
 
 
 def test_the_real_prompts_are_filled_as_fastchat_fills_them(test_data):

@@ -108,7 +108,8 @@ def test_the_adapter_on_disk_is_that_of_the_lowest_dev_loss(
     own = write_own(tmp_path / "own", {"train": 48, "test": 1})
     lines = [json.dumps({"prompt": f"{n}+{n}=", "answer": "xyzxyz"}) for n in range(10, 18)]
     (own / "dev.jsonl").write_text("\n".join(lines) + "\n")
-    spoilt = replace(config, learning_rate=0.05, epochs=6, patience=2, task=TaskSource("own", str(own), test_examples=0))
+    task = TaskSource("own", str(own), test_examples=0)
+    spoilt = replace(config, learning_rate=0.05, epochs=6, patience=2, task=task)
     (result,) = recipe.finetune(spoilt, tmp_path / "run")
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     losses = {one["step"]: one["loss"] for one in samples if one["split"] == "dev"}
@@ -123,7 +124,8 @@ def test_the_adapter_on_disk_is_that_of_the_lowest_dev_loss(
 def test_a_seed_decides_everything(
     config: FinetuneConfig, done: tuple[Path, recipe.SeedResult], tmp_path: Path
 ) -> None:
-    again, other = recipe.finetune(replace(config, seeds=(0, 1)), tmp_path / "run")
+    task = replace(config.task, test_examples=0)
+    again, other = recipe.finetune(replace(config, seeds=(0, 1), task=task), tmp_path / "run")
     bytes_of = [(result.adapter / "adapter_model.safetensors").read_bytes() for result in (done[1], again, other)]
     assert bytes_of[0] == bytes_of[1] != bytes_of[2]
 
@@ -157,9 +159,10 @@ AdapterTrainer._save_rng_state = torn
 
 @pytest.mark.parametrize(("method", "step", "more"), [("lora", 7, ""), ("para", 99, TORN)])
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    config: FinetuneConfig, tmp_path: Path, method: str, step: int, more: str
+    config: FinetuneConfig, done: tuple[Path, Any], tmp_path: Path, method: str, step: int, more: str
 ) -> None:
     fields = {key: value for key, value in config.to_json().items() if key not in ("options", "name", "method")}
+    fields["task"] = {"name": "own", "source": config.task.source, "test_examples": 0}
     file = tmp_path / "finetune.yaml"
     file.write_text(json.dumps(fields | {"method": {method: {"rank": 2}}}))
     command = [sys.executable, "-c", KILLED_AT.format(step=step, more=more), str(file), str(tmp_path / "killed")]
@@ -167,16 +170,37 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert child.returncode == -9, child.stderr
     assert manifest_of(tmp_path / "killed")["seeds"]["0"]["status"] == "pending"
     assert main(["finetune", str(file), "--out", str(tmp_path / "killed"), "--resume"]) == 0
-    assert main(["finetune", str(file), "--out", str(tmp_path / "whole")]) == 0
-    weights = [(tmp_path / run / "seed0" / WEIGHTS).read_bytes() for run in ("killed", "whole")]
+    whole = done[0] if method == config.method else tmp_path / "whole"
+    if not whole.exists():
+        assert main(["finetune", str(file), "--out", str(whole)]) == 0
+    assert (tmp_path / "killed" / "seed0" / WEIGHTS).read_bytes() == (whole / "seed0" / WEIGHTS).read_bytes()
+
+    def losses(run: Path) -> list[tuple[int, float]]:
+        samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+        return [(one["step"], one["loss"]) for one in samples if one["split"] == "dev"]
+
+    assert losses(tmp_path / "killed") == losses(whole), "each evaluation stands there once"
+
+
+def test_what_ended_by_patience_is_not_trained_further(
+    config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between the last checkpoint and the note that the seed is done."""
+    impatient = replace(config, learning_rate=0.5, patience=1, epochs=6, task=replace(config.task, test_examples=0))
+    (whole,) = recipe.finetune(impatient, tmp_path / "whole")
+    assert whole.steps < 36
+
+    def stopped(kind: str) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "_peak_bytes", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            recipe.finetune(impatient, tmp_path / "stopped")
+    (again,) = recipe.finetune(impatient, tmp_path / "stopped", resume=True)
+    assert (again.steps, again.best_step, again.best_dev_loss) == (whole.steps, whole.best_step, whole.best_dev_loss)
+    weights = [(result.adapter / "adapter_model.safetensors").read_bytes() for result in (whole, again)]
     assert weights[0] == weights[1]
-
-    def losses(run: str) -> list[tuple[int, str, float]]:
-        lines = (tmp_path / run / "samples.jsonl").read_text().splitlines()
-        found = [json.loads(line) for line in lines]
-        return [(one["step"], one["split"], one["loss"]) for one in found if one["split"] == "dev"]
-
-    assert losses("killed") == losses("whole"), "each evaluation stands there once"
 
 
 def test_a_finished_run_is_not_trained_again(

@@ -118,7 +118,7 @@ def test_a_hostile_query_is_refused_and_changes_nothing(name, database, tmp_path
     [
         ("attach", "not authorized"),
         ("load_extension", "not authorized"),
-        ("endless", "ran longer than 1 s"),
+        ("endless", "ran longer than 1 s$"),
         ("endless rows", "more than 10000 rows"),
         ("randomblob", "not authorized"),
     ],

@@ -211,6 +211,40 @@ def test_options_come_from_a_mapping_a_dataclass_or_nowhere() -> None:
     assert trained.options_of("fanlora", None) == FanLoraOptions()
 
 
+OPTIONS_THAT_DO_NOT_FIT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "depth": ("fanlora", {"setting": [["q"]]}, "the setting has 1 layers, the backbone 2"),
+    "pool": ("para", {"pool": "mean"}, "pool: expected one of residual, normalised, got 'mean'"),
+    "rank": ("lora", {"rank": 0}, "`r` should be a positive integer"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS_THAT_DO_NOT_FIT)
+def test_options_that_do_not_fit_are_refused_in_one_line(base: Any, case: str) -> None:
+    name, options, message = OPTIONS_THAT_DO_NOT_FIT[case]
+    with pytest.raises(FinetuneError, match=message) as raised:
+        attached(base, name, options)
+    assert str(raised.value).startswith(f"method.{name}: ")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_baseline_that_was_loaded_to_be_used_is_not_saved_empty(base: Any, tmp_path: Path) -> None:
+    trained.save(attached(base, "houlsby"), tmp_path)
+    with pytest.raises(AdapterError, match="nothing of the module is trainable"):
+        trained.save(trained.load(copy.deepcopy(base), tmp_path), tmp_path)
+
+
+def test_a_setting_may_leave_a_layer_empty(base: Any, tmp_path: Path) -> None:
+    batch, module = examples(), attached(base, "fanlora", {"rank": 2, "setting": [[], ["q", "down"]]})
+    train(module, batch, steps=3)
+    trained.save(module, tmp_path)
+    again = trained.load(copy.deepcopy(base), tmp_path)
+    assert torch.equal(logits(again, batch), logits(module, batch))
+    assert {n.split(".lora_")[0] for n, _ in again.named_parameters() if "lora_" in n} == {
+        "base_model.model.model.layers.1.self_attn.q_proj",
+        "base_model.model.model.layers.1.mlp.down_proj",
+    }
+
+
 def test_unknown_names_and_options_are_refused_with_the_nearest(base: Any) -> None:
     with pytest.raises(FinetuneError, match="unknown method 'parra'; did you mean 'para'"):
         trained.attach(base, "parra", None, 0)
