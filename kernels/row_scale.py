@@ -29,6 +29,11 @@ def eager(y: torch.Tensor, scale_minus_one: torch.Tensor) -> None:
     y.addcmul_(y, scale_minus_one.unsqueeze(1))
 
 
+def one_after_the_other(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """l - 1 of two scales on the same output, (1 + one)(1 + other) - 1; exact where either is 0."""
+    return torch.addcmul(one + other, one, other)
+
+
 def scaled(y: torch.Tensor, scale_minus_one: torch.Tensor) -> torch.Tensor:
     """The same as a new tensor, so that it can be differentiated."""
     return torch.addcmul(y, y, scale_minus_one.unsqueeze(1))

@@ -162,6 +162,14 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("--resume", action="store_true", help="go on with the run in --out")
     finetune.set_defaults(command=_finetune)
 
+    accuracy = commands.add_parser("accuracy", help="does accuracy hold, as served?", description=_accuracy.__doc__)
+    accuracy.add_argument("config", type=Path, help="a YAML file, such as scenarios/accuracy/cpu.yaml")
+    accuracy.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field")
+    accuracy.add_argument("--out", type=Path, metavar="DIR", help="default: runs/accuracy-<name>-<time>")
+    accuracy.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    accuracy.add_argument("--run", type=Path, metavar="RUN", help="a run directory with these methods' speeds")
+    accuracy.set_defaults(command=_accuracy)
+
     about = "Writes a model's answers to MT-Bench, and has a judge rate them."
     mtbench = commands.add_parser("mtbench", help="MT-Bench's answers and ratings", description=about)
     _add_mtbench_options(mtbench)
@@ -577,6 +585,31 @@ def _finetune(arguments: argparse.Namespace) -> int:
         render(FinetuneFolder.open(out).manifest)
         print(f"results: {out}", file=sys.stderr)
     return 0
+
+
+def _accuracy(arguments: argparse.Namespace) -> int:
+    """Trains each method on each task, asks every test item as trained and as served, and judges each method against a
+    reference, and what is served against what was trained. Exit codes: 0 pass, 1 a method is inferior or is not served
+    as it was trained, 2 invalid input, 3 inconclusive."""
+    from datetime import UTC, datetime
+
+    from perfbench.finetune.accuracy import command, config, table
+    from perfbench.finetune.accuracy.run_folder import PAGE
+
+    if arguments.resume and not arguments.out:
+        raise PerfbenchError("--resume: say with --out which run directory to go on with")
+    resolved = config.load(arguments.config, arguments.set)
+    out = arguments.out or Path("runs") / f"accuracy-{resolved.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    try:
+        folder, verdict = command.execute(resolved, out, resume=arguments.resume, run=arguments.run)
+    except KeyboardInterrupt:
+        settings = "".join(f" --set {setting}" for setting in arguments.set)
+        again = f"perfbench accuracy {arguments.config}{settings} --out {out} --resume"
+        print(f"interrupted; go on with: {again}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    table.render(folder.manifest, verdict)
+    print(f"results: {out}; the page: {out / PAGE}", file=sys.stderr)
+    return verdict.exit_code
 
 
 def _sides(arguments: argparse.Namespace) -> tuple[Path, Path]:

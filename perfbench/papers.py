@@ -96,6 +96,60 @@ PARAMETERS: dict[str, PaperCount] = {
 }
 
 
+@dataclass(frozen=True)
+class PaperScores:
+    """Test scores in percent of one table, (method, task) -> score; `backbones`: names of the published weights that
+    it was measured on. Only tables of public backbones and tasks are here."""
+
+    title: str
+    backbones: tuple[str, ...]
+    scores: Mapping[tuple[str, str], float]
+
+
+# How many points PARA and FanLoRA are above LoRA in the papers' tables, over all tasks and backbones: least and most.
+POINTS_OVER_LORA = (0.8, 1.6)
+# Both papers predict with beam size 3.
+SCORED_BEAMS = 3
+SCORES: tuple[PaperScores, ...] = (
+    PaperScores(
+        title="PARA, Table 5: LLaMA-2 13B",
+        backbones=("Llama-2-13b", "Llama-2-13b-hf"),
+        scores={
+            ("ia3", "boolq"): 89.6, ("ia3", "squad"): 90.6, ("lora", "boolq"): 90.0, ("lora", "squad"): 90.9,
+            ("adalora", "boolq"): 90.2, ("adalora", "squad"): 91.6, ("para", "boolq"): 90.9, ("para", "squad"): 92.1,
+        },
+    ),
+    PaperScores(
+        title="PARA, Table 5: Gemma 2B",
+        backbones=("gemma-2b",),
+        scores={
+            ("ia3", "boolq"): 82.7, ("ia3", "squad"): 78.1, ("lora", "boolq"): 82.8, ("lora", "squad"): 78.4,
+            ("adalora", "boolq"): 83.0, ("adalora", "squad"): 78.8, ("para", "boolq"): 83.6, ("para", "squad"): 79.7,
+        },
+    ),
+    PaperScores(
+        title="FanLoRA, other backbones: LLaMA-2 7B",
+        backbones=("Llama-2-7b", "Llama-2-7b-hf"),
+        scores={("adalora", "boolq"): 84.9, ("fanlora", "boolq"): 86.4},
+    ),
+    PaperScores(
+        title="FanLoRA, other backbones: Qwen1.5 7B",
+        backbones=("Qwen1.5-7B",),
+        scores={("adalora", "boolq"): 85.7, ("fanlora", "boolq"): 87.1},
+    ),
+)  # fmt: skip
+
+
+def paper_score(backbone: str, method: str, task: str, beams: int) -> tuple[float, str] | None:
+    """(score in percent, the table's title) of the paper that ran just this; None where none did. The backbone is
+    known by its name, the last part of its hub id or of the path of its folder."""
+    name = backbone.rstrip("/").rpartition("/")[2].lower()
+    for table in SCORES:
+        if beams == SCORED_BEAMS and name in map(str.lower, table.backbones) and (method, task) in table.scores:
+            return table.scores[method, task], table.title
+    return None
+
+
 def find_paper(name: str) -> Paper:
     """The paper's table called `name`. Raises ScenarioError with the nearest name on an unknown one."""
     if name not in PAPERS:

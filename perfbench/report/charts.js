@@ -188,7 +188,41 @@
     });
   }
 
-  const KINDS = { bars, dots: bars, stack, lines, histogram, drift, history };
+  // Points with a size; those on the front are ringed. Names stand beside their points, pushed apart.
+  function scatter(chart, width) {
+    const rows = chart.rows.map(([name, x, y, low, high, size, front]) => ({ name, x, y, low, high, size, front: front === "yes" }));
+    const height = Math.max(300, Math.min(380, width * 0.62)), most = Math.max(...rows.map((row) => row.size ?? 0));
+    const pad = (values) => {
+      const low = Math.min(...values), high = Math.max(...values), more = (high - low || Math.abs(high) * 0.1 || 1) * 0.14;
+      return [low - more, high + more];
+    };
+    const ys = pad(rows.flatMap((row) => [row.low ?? row.y, row.high ?? row.y])), xs = pad(rows.map((row) => row.x));
+    const radius = (row) => row.size && most ? 3 + 9 * Math.sqrt(row.size / most) : 5;
+    const text = (row) => row.size ? `${row.name} · ${number(row.size)} MiB` : row.name;
+    const inner = height - 70, left = (row) => (row.x - xs[0]) / (xs[1] - xs[0]) > 0.55;
+    const labels = rows.map((row) => ({ row, at: (row.y - ys[0]) / (ys[1] - ys[0]) * inner })).sort((a, b) => a.at - b.at);
+    for (let place = 1; place < labels.length; place++) labels[place].at = Math.max(labels[place].at, labels[place - 1].at + 17);
+    for (const label of labels) label.y = ys[0] + label.at / inner * (ys[1] - ys[0]);
+    const best = rows.filter((row) => row.front);
+    return Plot.plot({
+      ...base(chart, width), height, marginLeft: 52, marginTop: 22, marginBottom: 48,
+      x: axis(chart.data.x, { domain: xs, ticks: width < 420 ? 4 : 6, nice: false }),
+      y: { label: chart.axis, labelArrow: "none", domain: ys, grid: true, ticks: 6 },
+      color: { type: "identity" },
+      r: { type: "identity" },
+      marks: [
+        Plot.ruleX(rows.filter((row) => row.low !== null), { x: "x", y1: "low", y2: "high", stroke: (row) => color(row.name), strokeOpacity: 0.7, strokeWidth: 1.5 }),
+        Plot.dot(rows, { x: "x", y: "y", r: radius, fill: (row) => color(row.name), fillOpacity: 0.8 }),
+        Plot.dot(best, { x: "x", y: "y", r: (row) => radius(row) + 4, stroke: INK, strokeWidth: 1.5 }),
+        ...[true, false].map((before) => Plot.text(labels.filter((label) => left(label.row) === before), {
+          x: (label) => label.row.x, y: "y", text: (label) => text(label.row), textAnchor: before ? "end" : "start",
+          dx: before ? -20 : 20, fill: (label) => color(label.row.name), fontWeight: 600, stroke: "var(--ground)", strokeWidth: 4,
+        })),
+      ],
+    });
+  }
+
+  const KINDS = { bars, dots: bars, stack, lines, histogram, drift, history, scatter };
 
   const element = (tag, text, into, attributes = {}) => {
     const made = document.createElement(tag);

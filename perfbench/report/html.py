@@ -148,7 +148,7 @@ def _colors(points: Sequence[Point]) -> dict[str, int]:
 
 def _environment(runs: Sequence[Run]) -> dict[str, Any]:
     """What the runs ran on, a column for each; rows that differ are marked."""
-    flat = [_flatten(run.manifest["environment"]) for run in runs]
+    flat = [flatten(run.manifest["environment"]) for run in runs]
     names = list(dict.fromkeys(name for one in flat for name in one))
     cells = {name: [one.get(name, "-") for one in flat] for name in names}
     rows = [{"name": name, "cells": values, "differs": len(set(values)) > 1} for name, values in cells.items()]
@@ -157,7 +157,7 @@ def _environment(runs: Sequence[Run]) -> dict[str, Any]:
     return {"title": "The environment", "heads": ["", *(run.label for run in runs)], "rows": rows, "note": note}
 
 
-def _flatten(value: Any, name: str = "") -> dict[str, str]:
+def flatten(value: Any, name: str = "") -> dict[str, str]:
     """{"a.b": text} of nested data; lists of plain values as one text, what is empty left out."""
     if isinstance(value, Mapping):
         inner: Any = value.items()
@@ -169,5 +169,5 @@ def _flatten(value: Any, name: str = "") -> dict[str, str]:
         return {} if value in (None, "", []) else {name: text}
     found: dict[str, str] = {}
     for key, member in inner:
-        found |= _flatten(member, f"{name}.{key}" if name else str(key))
+        found |= flatten(member, f"{name}.{key}" if name else str(key))
     return found

@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from perfbench.backbone import Backbone
 from perfbench.kernels import low_rank, row_scale, vector_generator
+from perfbench.kernels.row_scale import one_after_the_other
 from perfbench.methods.bank import Bank
 from perfbench.methods.plan import Generator, LayerPlan
 from perfbench.methods.shape import MODULE_PATHS
@@ -49,6 +50,7 @@ class PromptVectors:
     def __init__(self, modules: dict[str, AdaptedLinear], kernels: str):
         self.modules = modules
         self.own: Generator | None = None  # of each group of requests, while a batch is bound
+        self.stored: dict[str, torch.Tensor] = {}  # module -> the scale that it has beside, of the same groups
         self.last_prompt_token: torch.Tensor | None = None  # [Q]
         self.beams = 1
         self._generate: Callable[..., torch.Tensor] = vector_generator.FORMS[kernels]
@@ -68,7 +70,8 @@ class PromptVectors:
         vectors = self._generate(pooled, own.w_down, own.w_up, own.bias_minus_one)
         sizes = [self.modules[name].weight.shape[0] for name in own.modules]
         for name, vector in zip(own.modules, vectors.split(sizes, dim=1), strict=True):
-            self.modules[name].scale_minus_one = vector
+            stored = self.stored.get(name)
+            self.modules[name].scale_minus_one = vector if stored is None else one_after_the_other(stored, vector)
 
 
 class PlanArm:
@@ -112,13 +115,14 @@ class PlanArm:
             last = (batch.attention_mask * positions).argmax(dim=1)  # right for left and for right padding
             for i, vectors in self._vectors.items():
                 vectors.own, vectors.last_prompt_token, vectors.beams = taken[i].generator, last, batch.beams
+                vectors.stored = taken[i].scale_minus_one
 
     def _release(self) -> None:
         for linears in self._linears:
             for module in linears.values():
                 module.pair = module.scale_minus_one = None
         for vectors in self._vectors.values():
-            vectors.own = vectors.last_prompt_token = None
+            vectors.own, vectors.last_prompt_token, vectors.stored = None, None, {}
 
     def tensors(self) -> list[torch.Tensor]:
         """The bank's stacks."""

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from perfbench import backbone
+from perfbench.arms import PLAN_ARMS
 from perfbench.errors import AdapterError
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.plan import AdapterPlan, plan_bytes
 from perfbench.methods.registry import METHODS, FanLoraOptions, LoraOptions, ParaOptions
 from perfbench.runtimes.generation import Batch
-from perfbench.runtimes.transformers_plan import PlanArm
 
 SERVED = tuple(name for name, method in METHODS.items() if method.served_by == "plan" and name != "none")
 TOLERANCE = 1e-5
@@ -35,12 +35,14 @@ def make_bank(tiny: backbone.Backbone, plans: Sequence[AdapterPlan], capacity: i
     return Bank(union_layout(plans), capacity, tiny.dtype, tiny.device)
 
 
-def logits(tiny: backbone.Backbone, bank: Bank | None, slots: tuple[int, ...]) -> torch.Tensor:
+def logits(
+    tiny: backbone.Backbone, bank: Bank | None, slots: tuple[int, ...], runtime: str = "transformers"
+) -> torch.Tensor:
     """[Q, N, V] of the same prompt for every slot, in one batch."""
     ids = torch.arange(3, 12).repeat(len(slots), 1)
     forced = torch.arange(20, 23).repeat(len(slots), 1)
     batch = Batch(ids, torch.ones_like(ids), slots, beams=1, new_tokens=3)
-    return PlanArm(tiny, bank, "eager").generate(batch, forced=forced, with_logits=True).logits
+    return PLAN_ARMS[runtime](tiny, bank, "eager").generate(batch, forced=forced, with_logits=True).logits
 
 
 def contents(bank: Bank) -> list[torch.Tensor]:
@@ -121,11 +123,19 @@ MIXED = {
         ("fanlora", FanLoraOptions(rank=2, setting=((), ("k", "o"), ()))),
     ],
     "generators": [("para", ParaOptions(rank=rank)) for rank in (2, 7, 4)],
+    # Scales on the same outputs, stored for one tenant and generated for another, beside low-rank pairs.
+    "scales": [("ia3", METHODS["ia3"].options()), ("para", ParaOptions()), ("lora", LoraOptions())],
+    "other-scales": [
+        ("para", ParaOptions()),
+        ("ia3-original", METHODS["ia3-original"].options()),
+        ("fanlora", FanLoraOptions()),
+    ],
 }
 
 
+@pytest.mark.parametrize("runtime", PLAN_ARMS)
 @pytest.mark.parametrize("mix", MIXED)
-def test_unlike_adapters_in_one_bank_are_what_each_is_alone(tiny: backbone.Backbone, mix: str) -> None:
+def test_unlike_adapters_in_one_bank_are_what_each_is_alone(tiny: backbone.Backbone, mix: str, runtime: str) -> None:
     plans = [make_plan(tiny, method, options, seed) for seed, (method, options) in enumerate(MIXED[mix])]
     bank = make_bank(tiny, plans, capacity=4)
     for other in (2, 0, 1):
@@ -134,7 +144,7 @@ def test_unlike_adapters_in_one_bank_are_what_each_is_alone(tiny: backbone.Backb
     for slot in (0, 1, 2):
         bank.evict(slot)
     slots = [bank.admit(plan) for plan in plans]
-    together = logits(tiny, bank, (*slots, -1))
+    together = logits(tiny, bank, (*slots, -1), runtime)
     for plan, found in zip(plans, together, strict=False):
         own = make_bank(tiny, [plan], capacity=1)
         own.admit(plan)

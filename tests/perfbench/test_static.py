@@ -12,7 +12,8 @@ import torch
 from perfbench import backbone, backbone_config, workload
 from perfbench.errors import BackboneError
 from perfbench.kernels import qkv_epilogue, row_scale
-from perfbench.methods.bank import Bank
+from perfbench.methods import parameters
+from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.registry import METHODS
 from perfbench.runtimes.generation import PAD, Batch, end
 from perfbench.runtimes.static.arm import StaticArm
@@ -117,6 +118,34 @@ def test_triton_s_kernels_generate_what_plain_torch_does(
     assert torch.equal(triton.generate(batch).tokens, tokens)
     expected, found = (arm.generate(batch, forced=tokens, with_logits=True).logits for arm in (eager, triton))
     assert float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max()) < 1e-5
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["growing", "captured"])
+@pytest.mark.parametrize("kernels", ["eager", "triton"])
+def test_tenants_of_unlike_methods_share_a_bank(
+    kernels: str, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(IA)3 scales some of what PARA scales too: each gets its own alone, beside pairs and the bare backbone."""
+    pytest.importorskip("triton", reason="triton is not there for this platform")
+    base = load(TINY | {"num_hidden_layers": 1}, "fp32", monkeypatch)
+    plans = []
+    for method in ("para", "ia3", "lora"):
+        options = METHODS[method].options()
+        values = parameters.make(method, base.shape, options, seed=1)
+        plans.append(parameters.implementation(method).plan(values, base.shape, options))
+    bank = Bank(union_layout(plans), 3, base.dtype, base.device)
+    slots = [bank.admit(plan) for plan in plans]
+    ids = torch.randint(3, 256, (5, 3), generator=torch.Generator().manual_seed(4))
+    batch = Batch(ids, torch.ones_like(ids), (*slots, -1, slots[1]), 1, new_tokens=2)
+    arm = StaticArm(base, bank, kernels, capture=(lambda step: step) if captured else None)
+    found = arm.generate(batch, forced=ids[:, :2], with_logits=True).logits
+    for request, slot in enumerate(batch.slots):
+        own = None if slot == -1 else Bank(union_layout([plans[slot]]), 1, base.dtype, base.device)
+        if own is not None:
+            own.admit(plans[slot])
+        alone = replace(batch.alone(request), slots=(-1 if own is None else 0,))
+        expected = PlanArm(base, own, "eager").generate(alone, forced=ids[request : request + 1, :2], with_logits=True)
+        assert float((found[request] - expected.logits[0]).norm() / expected.logits.norm()) < 1e-5, request
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -34,12 +35,21 @@ class Bound:
     scale: Scale | None = None
 
 
+class Place(NamedTuple):
+    """Where the scale of one module stands once a prompt was read: `to` [requests, D_out]. It is made of the generated
+    vectors' `columns`, of the `stored` scales [T, D_out], or of both where tenants of both kinds share a bank."""
+
+    to: torch.Tensor
+    columns: slice | None
+    stored: torch.Tensor | None
+
+
 @dataclass(frozen=True)
 class BoundGenerator:
-    """The generator of one layer for T adapters, and where its vectors go: (their columns, the scales' columns)."""
+    """The generator of one layer for T adapters, and what its vectors, and scales stored beside it, become."""
 
     stacked: Generator
-    places: tuple[tuple[slice, torch.Tensor], ...]
+    places: tuple[Place, ...]
 
 
 @dataclass(frozen=True)
@@ -124,14 +134,14 @@ class Adapters:
             if paired:
                 self._bind_pairs(bound[name], mine, source, layer.projections[name].with_tail, paired, columns)
             scaled = [module for module in modules if module in mine.scale_minus_one]
-            if scaled:
+            if scaled and mine.generator is None:
                 scales = [mine.scale_minus_one[module] for module in scaled]
                 minus_one = neighbours(scales) if adjacent(scaled, modules) else None
                 if minus_one is None:
                     minus_one, places = self._stretch(shape, modules, scaled, len(self._rest))
                     self._copies += zip(places, scales, strict=True)
                 bound[name].scale = Scale(minus_one, columns[scaled[0]], self.own)
-        return BoundLayer(bound, self._bind_generator(mine.generator, bound, shape, requests))
+        return BoundLayer(bound, self._bind_generator(mine, bound, shape, requests))
 
     def _bind_pairs(
         self,
@@ -165,21 +175,24 @@ class Adapters:
         bound.expansion = Expansion(tuple(parts), alike, self.own)
 
     def _bind_generator(
-        self, generator: Generator | None, bound: dict[str, Bound], shape: BackboneShape, requests: int
+        self, mine: LayerPlan, bound: dict[str, Bound], shape: BackboneShape, requests: int
     ) -> BoundGenerator | None:
-        """The vectors are each request's own, whoever shares its adapter."""
+        """The vectors are each request's own, whoever shares its adapter, and so are then the scales of the layer."""
+        generator, stored = mine.generator, mine.scale_minus_one
         if generator is None:
             return None
         columns = first_columns(shape, generator.modules)
-        found: list[tuple[slice, torch.Tensor]] = []
+        found: list[Place] = []
         for name, modules in SHARED_INPUT.items():
-            scaled = [module for module in modules if module in generator.modules]
+            scaled = [module for module in modules if module in generator.modules or module in stored]
             if scaled:
                 minus_one, places = self._stretch(shape, modules, scaled, requests)
                 self._generated.append(minus_one)
                 bound[name].scale = Scale(minus_one, first_columns(shape, modules)[scaled[0]])
-                for module, place in zip(scaled, places, strict=True):
-                    found.append((slice(columns[module], columns[module] + place.shape[1]), place))
+                for module, to in zip(scaled, places, strict=True):
+                    start = columns.get(module)
+                    own = None if start is None else slice(start, start + to.shape[1])
+                    found.append(Place(to, own, stored.get(module)))
         return BoundGenerator(generator, tuple(found))
 
     def _stretch(
@@ -191,6 +204,11 @@ class Adapters:
         sizes = {module: shape.features(module)[1] for module in between}
         stretch = self._rest.new_zeros(rows, sum(sizes.values()))
         return stretch, [stretch[:, columns[module] : columns[module] + sizes[module]] for module in scaled]
+
+
+def each_request_s(stacked: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """[requests, D]: the row of `stacked` [T, D] that each request has by `own` int64 [requests], zeros for -1."""
+    return stacked[own.clamp(min=0)].masked_fill_((own < 0).unsqueeze(1), 0.0)
 
 
 def first_columns(shape: BackboneShape, modules: Sequence[str]) -> dict[str, int]:

@@ -13,11 +13,12 @@ from perfbench.kernels import (
     low_rank,
     qkv_epilogue,
     residual_rmsnorm,
+    row_scale,
     swiglu_epilogue,
     vector_generator,
 )
 from perfbench.runtimes.generation import Batch
-from perfbench.runtimes.static.adapters import BARE, Adapters, BoundGenerator
+from perfbench.runtimes.static.adapters import BARE, Adapters, BoundGenerator, each_request_s
 from perfbench.runtimes.static.cache import KVCache
 from perfbench.runtimes.static.capture import Step
 from perfbench.runtimes.static.product import product, product_with_tail, takes_tail
@@ -259,11 +260,18 @@ class Decoder:
         return self._norm(residual, y, h, bound["down"].expansion, following, weights.eps)
 
     def _generate_scales(self, generator: BoundGenerator, pooled: torch.Tensor) -> None:
-        """PARA's vectors for the layer's projections, from its input at the last prompt tokens [Q, hidden]."""
+        """The scales of the layer's projections: PARA's vectors, from its input at the last prompt tokens [Q, hidden],
+        and what other tenants of the batch have stored."""
         stacked, own = generator.stacked, self.adapters.own if self.adapters else None
         vectors = self._vectors(pooled, stacked.w_down, stacked.w_up, stacked.bias_minus_one, own)
-        for columns, place in generator.places:
-            place.copy_(vectors[:, columns])
+        for place in generator.places:
+            if place.columns is not None:
+                place.to.copy_(vectors[:, place.columns])
+            if place.stored is not None:
+                stored = place.stored if own is None else each_request_s(place.stored, own)
+                place.to.copy_(
+                    stored if place.columns is None else row_scale.one_after_the_other(stored, place.to)
+                )
 
     def _rotation(self, attention_mask: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin [Q x C, D] of the tokens after `past`; padding takes the place of the first token."""

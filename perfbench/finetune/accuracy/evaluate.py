@@ -1,0 +1,211 @@
+"""Every test item on every path: first as trained, then through each arm that serves."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from perfbench import backbone as backbones
+from perfbench.backbone import Backbone
+from perfbench.finetune import trained
+from perfbench.finetune.accuracy.identity import NONE, judge, probe
+from perfbench.finetune.accuracy.paths import ServingPath, as_trained, is_served
+from perfbench.finetune.accuracy.run_folder import AccuracyFolder, Item
+from perfbench.finetune.accuracy.serve import (
+    Asked,
+    AsTrained,
+    Question,
+    Tenant,
+    answer,
+    banks,
+    mixed,
+    predictions,
+    probes,
+    questions,
+    serve,
+    with_plan,
+)
+from perfbench.finetune.metrics import METRICS
+from perfbench.finetune.predict import predict
+from perfbench.finetune.tasks.task import Example, Split, Task
+from perfbench.progress import RunProgress
+
+SEED = 0  # of the order in which items and tenants are mixed
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task under its label, what is asked of dev and test, and the trained adapters of every method and seed."""
+
+    label: str
+    task: Task
+    examples: Mapping[Split, Sequence[Example]]
+    tenants: Sequence[Tenant]
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Labels of those that were trained, in order."""
+        return tuple(dict.fromkeys(tenant.label for tenant in self.tenants))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all evaluations share. name: of the backbone, as it is loaded; device: such as `cuda`."""
+
+    name: str
+    device: str
+    dtype: str
+    tokenizer: Any
+    requests: int
+    beams: int
+
+    def backbone(self, dtype: str) -> Backbone:
+        """The backbone in `dtype`, afresh; what held another one before should be gone by now."""
+        gc.collect()
+        return backbones.load(self.name, dtype, self.device, seed=0)
+
+
+Logits = dict[str, dict[str, torch.Tensor]]  # task -> tenant's name, or NONE -> logits on the probes
+
+
+def evaluate_trained(
+    data: Sequence[TaskData], setting: Setting, folder: AccuracyFolder, progress: RunProgress
+) -> Logits:
+    """Answers of every adapter as trained, one tenant at a time, to dev and test items that are not there yet; and the
+    logits, on a few probes, of those that can be served, to know them again by."""
+    path = as_trained(setting.dtype)
+    backbone = setting.backbone(setting.dtype)
+    found: Logits = {}
+    for one in data:
+        asked = probes(one.task, one.examples["test"], setting.tokenizer)
+        found[one.label] = probe(AsTrained(backbone.skeleton()), asked, {NONE: -1}, backbone)
+        for method in one.methods:
+            items: list[Item] = []
+            done = folder.is_done(one.label, path.id, method)
+            for tenant in (tenant for tenant in one.tenants if tenant.label == method):
+                if done and not is_served(tenant.method):
+                    continue
+                progress.say(f"{one.label} {tenant.name}", "as trained")
+                # What is never served may train the backbone's own weights: it gets some of its own.
+                model = backbone.skeleton() if is_served(tenant.method) else setting.backbone(setting.dtype).model
+                model = trained.load(model, tenant.folder)
+                if is_served(tenant.method):
+                    found[one.label] |= probe(AsTrained(model), asked, {tenant.name: 0}, backbone)
+                if not done:
+                    items += _answers_of(model, one, tenant, path, setting)
+                progress.advance()
+            if not done:
+                folder.add(items)
+    return found
+
+
+def _answers_of(model: Any, one: TaskData, tenant: Tenant, path: ServingPath, setting: Setting) -> Iterator[Item]:
+    # PEFT puts soft prompts before the padding, so with them a prompt has to be alone.
+    soft = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    batch = 1 if soft else setting.requests
+    splits: tuple[Split, ...] = ("dev", "test")
+    for split in splits:
+        examples = one.examples[split]
+        with warnings.catch_warnings():
+            # Without padding the positions that PEFT ignores are those that the model counts itself.
+            warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
+            given = predict(model, setting.tokenizer, one.task, examples, batch=batch, beams=setting.beams)
+        for example, prediction in zip(examples, given, strict=True):
+            yield _item(one, tenant, path, split, example, prediction)
+
+
+def evaluate_served(
+    data: Sequence[TaskData],
+    paths: Sequence[ServingPath],
+    logits: Logits,
+    setting: Setting,
+    folder: AccuracyFolder,
+    progress: RunProgress,
+) -> None:
+    """Answers of every adapter that can be served, all tenants of a task mixed, on each path where they are not there
+    yet; and whether each tenant was served its own adapter."""
+    for dtype in dict.fromkeys(path.dtype for path in paths):
+        backbone = None
+        for path in (path for path in paths if path.dtype == dtype):
+            for one in data:
+                tenants = [tenant for tenant in one.tenants if is_served(tenant.method)]
+                if all(folder.is_done(one.label, path.id, tenant.label) for tenant in tenants):
+                    progress.already(_batches(one, tenants, setting))
+                    continue
+                backbone = backbone or setting.backbone(dtype)
+                progress.say(f"{one.label} {path.id}", f"{len(tenants)} tenants mixed")
+                _serve_all(one, tenants, path, logits[one.label], backbone, setting, folder, progress)
+
+
+def _serve_all(
+    one: TaskData,
+    tenants: Sequence[Tenant],
+    path: ServingPath,
+    trained_logits: Mapping[str, torch.Tensor],
+    backbone: Backbone,
+    setting: Setting,
+    folder: AccuracyFolder,
+    progress: RunProgress,
+) -> None:
+    """All tenants of one task on one path, in as few banks as can hold them."""
+    items: list[Item] = []
+    identities: dict[str, dict[str, Any]] = {}
+    examples = {example.id: example for example in one.examples["test"]}
+    exact = path.must_equal(as_trained(setting.dtype))
+    for group in banks([with_plan(tenant, backbone.shape) for tenant in tenants]):
+        arm, slots = serve(path, backbone, group)
+        try:
+            asked = probes(one.task, one.examples["test"], setting.tokenizer)
+            named = {tenant.name: slot for tenant, slot in zip(group, slots, strict=True)}
+            served = probe(arm, asked, named, backbone)
+            for method in dict.fromkeys(tenant.label for tenant in group):
+                own = [tenant.name for tenant in group if tenant.label == method]
+                identities[method] = asdict(judge(served, trained_logits, own, exact=exact))
+            given: list[tuple[Asked, Any]] = []
+            for pairs in mixed(len(group), _questions(one, setting, backbone), setting.requests, SEED):
+                results = answer(arm, one.task, pairs, slots, backbone, setting.tokenizer, setting.beams)
+                given += zip(pairs, results, strict=True)
+                progress.advance()
+        finally:
+            arm.close()
+        for (index, identifier), prediction in predictions(given, one.task).items():
+            items.append(_item(one, group[index], path, "test", examples[identifier], prediction))
+    folder.add(items, identities)
+
+
+def _questions(one: TaskData, setting: Setting, backbone: Backbone) -> list[Question]:
+    return questions(one.task, one.examples["test"], setting.tokenizer, backbone.shape.context)
+
+
+def _item(one: TaskData, tenant: Tenant, path: ServingPath, split: str, example: Example, prediction: str) -> Item:
+    return {
+        "task": one.label,
+        "method": tenant.label,
+        "seed": tenant.seed,
+        "split": split,
+        "path": path.id,
+        "id": example.id,
+        "prediction": prediction,
+        "score": float(METRICS[one.task.metric](prediction, example)),
+    }
+
+
+def steps(data: Sequence[TaskData], paths: Sequence[ServingPath], setting: Setting) -> int:
+    """How often the two functions above move the progress bar."""
+    found = 0
+    for one in data:
+        served = [tenant for tenant in one.tenants if is_served(tenant.method)]
+        found += len(one.tenants) + len(paths) * _batches(one, served, setting)
+    return found
+
+
+def _batches(one: TaskData, tenants: Sequence[Tenant], setting: Setting) -> int:
+    each = 1 if one.task.kind == "generate" else None
+    asked = sum(each or len(example.choices) for example in one.examples["test"])
+    return -(-len(tenants) * asked // setting.requests)
