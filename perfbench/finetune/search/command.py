@@ -66,7 +66,9 @@ def search(config: SearchConfig, out: Path, *, resume: bool = False, console: Co
     for seed, adapter in zip(config.training.seeds, adapters, strict=True):
         model, rank = gates.load(bare, adapter)
         sha256 = hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()
-        manifest["seeds"][str(seed)] = {"adapter": str(adapter), "adapter_sha256": sha256, "rank": rank}
+        # Relative where it is part of the search, so that its folder can be moved.
+        place = adapter.relative_to(out) if adapter.is_relative_to(out) else adapter
+        manifest["seeds"][str(seed)] = {"adapter": str(place), "adapter_sha256": sha256, "rank": rank}
         one = _Seed(config, out / f"seed{seed}", seed, model, rank, sha256, examples, console)
         by_seed[seed] = one.scores()
         check = check or one.check

@@ -182,7 +182,9 @@ def test_step_one_trains_the_adapters(file, tmp_path):
     found = command.search(config.load(path), out)
     assert [one["rank"] for one in found.manifest["seeds"].values()] == [2, 2]
     adapters = [out / "training" / f"seed{seed}" / "adapter" for seed in (3, 4)]
-    assert [one["adapter"] for one in found.manifest["seeds"].values()] == list(map(str, adapters))
+    places = [one["adapter"] for one in found.manifest["seeds"].values()]
+    assert [out / place for place in places] == adapters
+    assert not Path(places[0]).is_absolute()
     again = path.with_name("again.yaml")
     again.write_text(path.read_text() + f"adapters: [{adapters[0]}, {adapters[1]}]\n")
     assert command.search(config.load(again), tmp_path / "again").scores == found.scores
