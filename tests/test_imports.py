@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 RUNTIME = {"arms", "backbone", "workload", "measure", "measured_roof", "memory", "counts", "check", "worker"}
 RUNTIME |= {"ab_worker"}
 RUNTIME |= {f"profiling.{name}" for name in ("memory_timeline", "probes", "profile_worker", "ranges")}
-TOP = {"__main__", "cli", "inputs", "params", "profiling.profile", "roof_table", "run"}
+TOP = {"__main__", "cli", "commands", "inputs", "params", "profiling.profile", "roof_table", "run"}
 TOP |= {f"verify.{name}" for name in ("command", "grid", "worker")}
 # methods/<name>.py that a scenario is checked with, so they load no torch.
 REGISTRY = {"__init__", "registry", "shape"}

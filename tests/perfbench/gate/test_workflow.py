@@ -11,7 +11,7 @@ import pytest
 import yaml
 from runs import ROOT
 
-from perfbench.cli import _parser
+from perfbench.cli import parser
 from perfbench.gate import policy
 from perfbench.gate.command import writes_of
 
@@ -37,7 +37,7 @@ def test_every_command_of_the_workflow_parses(monkeypatch: pytest.MonkeyPatch, t
     (tmp_path / "perfbench-out").mkdir()
     monkeypatch.chdir(tmp_path)
     for command in found:
-        arguments = _parser().parse_args(command)
+        arguments = parser().parse_args(command)
         assert (ROOT / arguments.scenario).is_file()
         assert (ROOT / arguments.policy).is_file()
         assert len(writes_of(arguments.write)) == 4
@@ -68,4 +68,4 @@ def test_every_command_of_readme_parses() -> None:
     found = commands_in(section.split("```sh\n")[1].split("```")[0])
     assert [command[0] for command in found] == ["ab", "run", "gate", "gate"]
     for command in found:
-        _parser().parse_args(command)
+        parser().parse_args(command)

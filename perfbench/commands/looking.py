@@ -1,0 +1,131 @@
+"""The commands that show: pages, history, profiles."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from perfbench.commands.arguments import EXIT_BAD_INPUT, add_set, port, positive
+from perfbench.errors import PerfbenchError
+
+
+def add(commands: Any) -> None:
+    """Adds them to the command line."""
+    report = commands.add_parser("report", help="one page of one or several runs", description=_report.__doc__)
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
+    report.add_argument("--format", choices=("html", "markdown", "csv", "parquet"), default="html")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html; markdown and csv are printed")
+    report.add_argument("--samples", action="store_true", help="csv and parquet: a row for each repetition")
+    report.set_defaults(command=_report)
+
+    history = commands.add_parser("history", help="how a figure moved over runs", description=_history.__doc__)
+    history.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run directories, or folders of them")
+    history.add_argument("--store", type=Path, default=Path("runs/history.sqlite"), metavar="FILE")
+    history.add_argument("--figure", default="decode_tokens_per_s", metavar="NAME", help="`perfbench list` has them")
+    history.add_argument("--case", default="*", metavar="GLOB", help="only the cases whose id matches")
+    history.add_argument("--machine", default="", metavar="TEXT", help="only machines whose name contains it")
+    history.add_argument("--format", choices=("table", "csv"), default="table")
+    history.add_argument("--html", type=Path, metavar="FILE", help="write a page with a plot of each series")
+    history.set_defaults(command=_history)
+
+    profile = commands.add_parser("profile", help="where a case's time goes", description=_profile.__doc__)
+    profile.add_argument("scenario", type=Path, help="a YAML file, such as scenarios/multitenant.yaml")
+    profile.add_argument("--case", required=True, metavar="ID", help="a case id, or a pattern that fits one alone")
+    profile.add_argument("--steps", type=positive, default=4, metavar="N", help="decode steps (default: 4)")
+    add_set(profile)
+    profile.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default: runs/<scenario>-profile-...)")
+    profile.set_defaults(command=_profile)
+
+    view = commands.add_parser("view", help="open a profile in the browser", description=_view.__doc__)
+    view.add_argument("folder", type=Path, metavar="DIR", help="what `perfbench profile` wrote, or a folder of traces")
+    view.add_argument("--port", type=port, default=0, metavar="N", help="on 127.0.0.1 (default: one that is free)")
+    view.add_argument("--no-browser", action="store_true", help="only serve, and print the address")
+    view.add_argument("--tensorboard", action="store_true", help="with TensorBoard and torch-tb-profiler instead")
+    view.set_defaults(command=_view)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    """Writes an HTML page that opens offline: verdicts, charts with intervals, environment. Or Markdown for a pull
+    request, CSV, Parquet. Exit code 2 where a run can't be read or the file can't be written."""
+    from perfbench.report.read import read_runs
+    from perfbench.report.write import render, write
+
+    content = render(read_runs(arguments.runs), arguments.format, samples=arguments.samples)
+    printed = arguments.format in ("markdown", "csv")
+    out = arguments.out or (None if printed else Path(f"report.{arguments.format}"))
+    if out is None:
+        sys.stdout.write(content.decode())
+        return 0
+    write(out, content)
+    print(f"{out}: {len(content) / 1e6:.2f} MB", file=sys.stderr)
+    return 0
+
+
+def _history(arguments: argparse.Namespace) -> int:
+    """Imports runs into a store of one file, where each counts once however often it is given, and shows how a figure
+    moved from run to run and where its level changed. Exit code 2 where a run can't be read; the rest is imported."""
+    from collections import Counter
+
+    from perfbench import history, history_view
+    from perfbench.report.write import write
+
+    found, outcomes = history.find_runs(arguments.runs), Counter[str]()
+    with history.open_store(arguments.store, create=bool(found)) as store:
+        for path in found:
+            try:
+                outcome = store.add(path)
+            except PerfbenchError as error:
+                outcome = "refused"
+                print(f"perfbench: {error}", file=sys.stderr)
+            if outcome == "unfinished":
+                print(f"{path}: still being written, or stopped; imported once it is finished", file=sys.stderr)
+            outcomes[outcome] += 1
+        if found:
+            counted = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+            print(f"{len(found)} runs: {counted}", file=sys.stderr)
+        series = store.series(arguments.figure, arguments.case, arguments.machine)
+    if arguments.html:
+        write(arguments.html, history_view.to_html(series).encode())
+        print(f"{arguments.html}: {len(series)} plots", file=sys.stderr)
+    elif arguments.format == "csv":
+        sys.stdout.write(history_view.to_csv(series))
+    else:
+        history_view.render(series)
+    return EXIT_BAD_INPUT if outcomes["refused"] else 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    """Profiles a few steps of one case beside the bare backbone, prints where the adapter's time goes, and writes
+    traces for `perfbench view`, Perfetto and TensorBoard. Exit codes: 0, 1 the case failed its check, 2 bad input."""
+    from rich.console import Console
+
+    from perfbench import cases, inputs, scenario
+    from perfbench.device import device_kind
+    from perfbench.profiling import profile
+    from perfbench.profiling.profile_table import render
+
+    notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    document = scenario.load(arguments.scenario, arguments.set)
+    resolved = scenario.resolve(document, *device_kind(document.device))
+    for note in resolved.notes:
+        notes.print(note)
+    scenario.check_against_backbone(resolved)
+    comparison = profile.choose(cases.expand(resolved), arguments.case)
+    steps = profile.decode_steps(comparison, arguments.steps)
+    inputs.check([comparison])
+    out = arguments.out or profile.default_out(resolved, comparison)
+    found = profile.execute(resolved, comparison, steps, out, notes.print)
+    render(found)
+    notes.print(f"traces: {out}; look at them with: perfbench view {out}")
+    return 0 if all(arm["check"]["status"] == "ok" for arm in found["arms"].values()) else 1
+
+
+def _view(arguments: argparse.Namespace) -> int:
+    """Opens a profile's tables, memory and timeline in the browser, served on 127.0.0.1 only, until Ctrl-C."""
+    from perfbench.profiling import view
+
+    if arguments.tensorboard:
+        return view.tensorboard(arguments.folder, arguments.port)
+    return view.serve(arguments.folder, arguments.port, browser=not arguments.no_browser)

@@ -1,0 +1,208 @@
+"""The commands that measure, and those that say what there is to measure."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from perfbench.commands.arguments import add_out, add_set, interrupted, out_of, positive
+from perfbench.errors import PerfbenchError
+
+
+def add(commands: Any) -> None:
+    """Adds them to the command line."""
+    run = commands.add_parser("run", help="measure a scenario", description=_run.__doc__)
+    run.add_argument("scenario", type=Path, help="a YAML file, such as scenarios/multitenant.yaml")
+    add_set(run)
+    run.add_argument("--case", metavar="GLOB", help="only the cases whose id matches, and `none` beside them")
+    run.add_argument("--processes", type=positive, metavar="N", help="repeat all of it in N fresh processes")
+    run.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    add_out(run, "runs/<scenario>-<time>")
+    run.set_defaults(command=_run)
+
+    show = commands.add_parser("show", help="print a run's table again", description=_show.__doc__)
+    show.add_argument("run", type=Path, help="a run directory")
+    show.add_argument("--format", choices=("table", "markdown", "csv", "json"), default="table")
+    show.set_defaults(command=_show)
+
+    verify = commands.add_parser("verify", help="prove that what is fast is right", description=_verify.__doc__)
+    verify.add_argument("--full", action="store_true", help="the whole grid of speeds, without a limit of time")
+    verify.add_argument("--minutes", type=positive, metavar="N", help="end after N minutes (default: 8, on a CPU 2)")
+    add_out(verify, "runs/verify-<time>")
+    verify.set_defaults(command=_verify)
+
+    validate = commands.add_parser("validate", help="check scenario files", description=_validate.__doc__)
+    validate.add_argument("files", nargs="*", type=Path)
+    validate.add_argument("--schema", action="store_true", help="print the JSON Schema of a scenario, for editors")
+    validate.set_defaults(command=_validate)
+
+    listing = commands.add_parser("list", help="what there is to choose from", description=_list.__doc__)
+    listing.set_defaults(command=_list)
+
+    params = commands.add_parser("params", help="adapter sizes on a backbone", description=_params.__doc__)
+    params.add_argument("backbone", nargs="?", default="llama2-7b", help="a named shape, folder or hub id")
+    params.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="what bytes are counted in")
+    params.set_defaults(command=_params)
+
+    roof = commands.add_parser("roof", help="the least possible time on a device", description=_roof.__doc__)
+    roof.add_argument("backbone", nargs="?", default="llama2-7b", help="a named shape, folder or hub id")
+    roof.add_argument("--device", default="a40", help="such as a40 or h200; `here` measures this machine")
+    roof.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16")
+    roof.add_argument("--requests", type=positive, nargs="+", default=[1, 8, 64], metavar="N")
+    roof.add_argument("--tenants", type=positive, metavar="N", help="default: one for each request")
+    roof.add_argument("--prompt-tokens", type=positive, default=274, metavar="N")
+    roof.add_argument("--new-tokens", type=positive, default=32, metavar="N")
+    roof.add_argument("--beams", type=positive, default=1, metavar="N")
+    roof.set_defaults(command=_roof)
+
+    doctor = commands.add_parser("doctor", help="what this machine can do", description=_doctor.__doc__)
+    doctor.set_defaults(command=_doctor)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Measures every case of a scenario and prints the table. Exit codes: 0 all measured, 1 some case failed its
+    check, 2 bad input, 4 some case crashed or ran out of memory."""
+    from rich.console import Console
+
+    from perfbench import cases, scenario
+    from perfbench.device import device_kind
+    from perfbench.table import render
+
+    notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    processes = [f"processes={arguments.processes}"] if arguments.processes else []
+    document = scenario.load(arguments.scenario, arguments.set + processes)
+    resolved = scenario.resolve(document, *device_kind(document.device))
+    for note in resolved.notes:
+        notes.print(note)
+    scenario.check_against_backbone(resolved)
+    comparisons = cases.expand(resolved)
+    if arguments.case:
+        comparisons = cases.select(comparisons, arguments.case)
+    ids = [case.id for comparison in comparisons for case in comparison.cases]
+    work = f"{len(ids)} cases, {resolved.repetitions} repetitions each"
+    if resolved.processes > 1:
+        work += f" in each of {resolved.processes} processes"
+    if arguments.dry_run:
+        print("\n".join(ids))
+        notes.print(f"{work}; nothing was run")
+        return 0
+    from perfbench import inputs, run
+
+    out = out_of(arguments, run.default_out(resolved), "run directory")
+    inputs.check(comparisons)
+    notes.print(f"{work} -> {out}")
+    try:
+        directory = run.execute(resolved, comparisons, out, resume=arguments.resume)
+    except KeyboardInterrupt:
+        case = ["--case", arguments.case] if arguments.case else []
+        again = ["--processes", str(arguments.processes)] if arguments.processes else []
+        return interrupted(["run", arguments.scenario, *case, *again], arguments, out)
+    render(directory.manifest, "table")
+    notes.print(f"results: {out}")
+    return directory.exit_code()
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    """Prints a run's table as it was printed at its end, or as Markdown, CSV or JSON. Same exit codes as `run`."""
+    from perfbench.result import RunDirectory
+    from perfbench.table import render
+
+    directory = RunDirectory.open(arguments.run)
+    text = render(directory.manifest, arguments.format)
+    if text is not None:
+        print(text)
+    return directory.exit_code()
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    """Checks kernels, runtimes and isolation here, then measures speeds: under eight minutes on a GPU, under two on a
+    CPU, where a small shape stands in. Exit codes: 0 all passed (what is skipped is named), 1 some check failed, 2 bad
+    input."""
+    from rich.console import Console
+
+    from perfbench.device import device_kind
+    from perfbench.verify import command, report
+
+    notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    out = out_of(arguments, command.default_out(), "folder")
+    kind, name = device_kind("auto")
+    name = name if kind == "cuda" else "the CPU"
+    try:
+        found = command.verify(
+            kind, name, out, full=arguments.full, minutes=arguments.minutes, resume=arguments.resume, notes=notes
+        )
+    except KeyboardInterrupt:
+        return interrupted(["verify", *(["--full"] if arguments.full else [])], arguments, out)
+    report.render(found)
+    notes.print(f"results: {out / report.JSON}, {out / report.MARKDOWN}")
+    return report.exit_code(found)
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    """Checks scenario files for every kind of device, without torch or a network. Exit code 2 if one is bad."""
+    import json
+
+    from perfbench.scenario_schema import SCHEMA
+    from perfbench.validation import validate
+
+    if arguments.schema:
+        print(json.dumps(SCHEMA, indent=2))
+        return 0
+    if not arguments.files:
+        raise PerfbenchError("validate: expected at least one scenario file, or --schema")
+    return validate(arguments.files)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    """Prints the methods, backbones, runtimes, kernel sets, metrics, shipped scenarios and fine-tuning tasks."""
+    from perfbench.finetune.tasks.registry import TASKS
+    from perfbench.listing import render
+
+    render(tasks={name: task.summary for name, task in TASKS.items()})
+    return 0
+
+
+def _params(arguments: argparse.Namespace) -> int:
+    """Prints parameters and bytes of one tenant's adapter for every method, beside the papers'; allocates nothing."""
+    from perfbench.params import render
+
+    render(arguments.backbone, arguments.dtype)
+    return 0
+
+
+def _roof(arguments: argparse.Namespace) -> int:
+    """Prints what each method could reach at most, from bytes and operations over a device's speeds; runs nothing."""
+    from perfbench.roof import find_device
+    from perfbench.roof_table import Question, render
+
+    if arguments.device == "here":
+        from perfbench.measured_roof import measure_here
+
+        device = measure_here(arguments.dtype)
+    else:
+        device = find_device(arguments.device)
+    render(
+        Question(
+            backbone=arguments.backbone,
+            dtype=arguments.dtype,
+            requests=tuple(arguments.requests),
+            tenants=arguments.tenants,
+            prompt_tokens=arguments.prompt_tokens,
+            new_tokens=arguments.new_tokens,
+            beams=arguments.beams,
+        ),
+        device,
+    )
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    """Says what this machine can and can't do, and how to mend it. Exit code 0 where perfbench can run."""
+    from rich.console import Console
+
+    from perfbench import doctor
+
+    found = doctor.checks()
+    Console().print(doctor.render(found))
+    return 1 if any(check.status == "missing" for check in found) else 0

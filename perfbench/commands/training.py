@@ -1,0 +1,161 @@
+"""The commands that train, and judge what was trained."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from perfbench.commands.arguments import add_out, add_set, interrupted, out_of, positive, stamped
+from perfbench.errors import PerfbenchError
+
+
+def add(commands: Any) -> None:
+    """Adds them to the command line."""
+    finetune = commands.add_parser("finetune", help="train a method on a task", description=_finetune.__doc__)
+    finetune.add_argument("config", type=Path, help="a YAML file, such as scenarios/finetune/boolq_para.yaml")
+    add_set(finetune)
+    add_out(finetune, "runs/finetune-<name>-<time>")
+    finetune.set_defaults(command=_finetune)
+
+    fanlora = commands.add_parser("fanlora", help="FanLoRA: which modules a layer keeps", description=_search.__doc__)
+    search = fanlora.add_subparsers(metavar="COMMAND", required=True).add_parser(
+        "search", help="choose a setting by the scores of LoRA modules", description=_search.__doc__
+    )
+    search.add_argument("config", type=Path, help="a YAML file, such as scenarios/fanlora/alpaca_cpu.yaml")
+    add_set(search)
+    add_out(search, "runs/<name>-search-<time>")
+    search.set_defaults(command=_search)
+
+    accuracy = commands.add_parser("accuracy", help="does accuracy hold, as served?", description=_accuracy.__doc__)
+    accuracy.add_argument("config", type=Path, help="a YAML file, such as scenarios/accuracy/cpu.yaml")
+    add_set(accuracy)
+    add_out(accuracy, "runs/accuracy-<name>-<time>")
+    accuracy.add_argument("--run", type=Path, metavar="RUN", help="a run directory with these methods' speeds")
+    accuracy.set_defaults(command=_accuracy)
+
+    about = "Writes a model's answers to MT-Bench, and has a judge rate them."
+    mtbench = commands.add_parser("mtbench", help="MT-Bench's answers and ratings", description=about)
+    _add_mtbench_options(mtbench)
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    """Trains one method on one task with every seed and prints the test metric's median and spread. Goes on after a
+    kill with --resume; several GPUs through torchrun or accelerate launch. Exit codes: 0, or 2 for bad input and for a
+    loss that is not finite."""
+    import os
+
+    from perfbench.finetune import config, recipe
+    from perfbench.finetune.run_folder import FinetuneFolder
+    from perfbench.finetune.summary import render
+
+    if not arguments.out and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise PerfbenchError("--out: say where all processes write")
+    resolved = config.load(arguments.config, arguments.set)
+    out = out_of(arguments, stamped(f"finetune-{resolved.name}"), "run directory")
+    try:
+        recipe.finetune(resolved, out, resume=arguments.resume)
+    except KeyboardInterrupt:
+        return interrupted(["finetune", arguments.config], arguments, out)
+    if int(os.environ.get("RANK", 0)) == 0:
+        render(FinetuneFolder.open(out).manifest)
+        print(f"results: {out}", file=sys.stderr)
+    return 0
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    """Trains LoRA on every linear of every layer, scores each module on the examples held out, and writes the setting
+    that keeps the best of each layer: a file for `methods: fanlora: {setting: FILE}`. Exit code 0, or 2 for bad
+    input."""
+    from perfbench.finetune.search import command, config
+
+    chosen = config.load(arguments.config, arguments.set)
+    out = out_of(arguments, stamped(f"{chosen.training.name}-search"), "search")
+    try:
+        command.search(chosen, out, resume=arguments.resume)
+    except KeyboardInterrupt:
+        return interrupted(["fanlora", "search", arguments.config], arguments, out)
+    return 0
+
+
+def _accuracy(arguments: argparse.Namespace) -> int:
+    """Trains each method on each task, asks every test item as trained and as served, and judges each method against a
+    reference, and what is served against what was trained. Exit codes: 0 pass, 1 a method is inferior or is not served
+    as it was trained, 2 invalid input, 3 inconclusive."""
+    from perfbench.finetune.accuracy import command, config, table
+    from perfbench.finetune.accuracy.run_folder import PAGE
+
+    resolved = config.load(arguments.config, arguments.set)
+    out = out_of(arguments, stamped(f"accuracy-{resolved.name}"), "run directory")
+    try:
+        folder, verdict = command.execute(resolved, out, resume=arguments.resume, run=arguments.run)
+    except KeyboardInterrupt:
+        run = ["--run", arguments.run] if arguments.run else []
+        return interrupted(["accuracy", arguments.config, *run], arguments, out)
+    table.render(folder.manifest, verdict)
+    print(f"results: {out}; the page: {out / PAGE}", file=sys.stderr)
+    return verdict.exit_code
+
+
+def _add_mtbench_options(parser: argparse.ArgumentParser) -> None:
+    steps = parser.add_subparsers(metavar="STEP", required=True)
+    answer = steps.add_parser("answer", help="write a model's answers", description=_mtbench_answer.__doc__)
+    answer.add_argument("backbone", help="a folder or hub id with weights and tokenizer")
+    answer.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter folder (default: the bare backbone)")
+    answer.add_argument("--questions", required=True, metavar="DIR", help="FastChat's data/mt_bench")
+    answer.add_argument("--out", type=Path, required=True, metavar="FILE", help="such as model_answer/mine.jsonl")
+    answer.add_argument("--model-id", metavar="NAME", help="default: the name of --out")
+    answer.add_argument("--beams", type=positive, default=3, metavar="N", help="default: 3, as in the papers")
+    answer.add_argument("--new-tokens", type=positive, default=1024, metavar="N", help="at most (default: 1024)")
+    answer.add_argument("--batch", type=positive, default=4, metavar="N", help="questions at a time (default: 4)")
+    answer.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    answer.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    answer.set_defaults(command=_mtbench_answer)
+
+    judge = steps.add_parser("judge", help="have them rated", description=_mtbench_judge.__doc__)
+    judge.add_argument("answers", type=Path, help="what `answer` wrote")
+    judge.add_argument("--questions", required=True, metavar="DIR", help="the same, with judge_prompts.jsonl")
+    judge.add_argument("--out", type=Path, required=True, metavar="FILE", help="where each judgment is appended")
+    judge.add_argument("--url", required=True, help="of the endpoint, such as http://127.0.0.1:8000/v1")
+    judge.add_argument("--model", required=True, help="the judge's name there")
+    judge.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="has the key")
+    judge.set_defaults(command=_mtbench_judge)
+
+
+def _mtbench_answer(arguments: argparse.Namespace) -> int:
+    """Answers MT-Bench's two-turn questions with beam search and writes them in FastChat's answer format."""
+    from perfbench import backbone
+    from perfbench.device import device_kind
+    from perfbench.finetune.tasks import mt_bench
+
+    mt_bench.questions(arguments.questions)  # a fault in them shows before the weights are loaded
+    loaded = backbone.load(arguments.backbone, arguments.dtype, device_kind(arguments.device)[0], seed=0)
+    tokenizer = loaded.tokenizer()
+    model = loaded.model
+    if arguments.adapter:
+        from perfbench.finetune import trained
+
+        model = trained.load(model, arguments.adapter)
+    settings = {"beams": arguments.beams, "new_tokens": arguments.new_tokens, "batch": arguments.batch}
+    name = arguments.model_id or arguments.out.stem
+    count = mt_bench.answer_with(model, tokenizer, arguments.questions, arguments.out, name, **settings)
+    print(f"{arguments.out}: {count} answers of {name}")
+    return 0
+
+
+def _mtbench_judge(arguments: argparse.Namespace) -> int:
+    """Has an OpenAI-compatible endpoint rate each answer from 1 to 10, as FastChat does, and prints the mean. Nothing
+    but the questions, references and answers is sent, and to that address alone. Given again, it goes on."""
+    import os
+
+    from perfbench.finetune import judge
+
+    endpoint = judge.Endpoint(arguments.url, arguments.model, os.environ.get(arguments.key_variable, ""))
+    found = judge.judge(
+        arguments.questions, arguments.answers, arguments.out, endpoint, lambda text: print(text, file=sys.stderr)
+    )
+    turns = ", ".join(f"turn {turn}: {score:.2f}" for turn, score in found.turns.items())
+    mean = "none" if found.score is None else f"{found.score:.2f} ({turns})"
+    print(f"mean rating by {arguments.model}: {mean}; {found.judged} judged, {found.unrated} without a rating")
+    return 0
