@@ -13,6 +13,7 @@ import os
 import random
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -29,6 +30,9 @@ from perfbench.gate.revisions import Revision, prove_own_code
 PROTOCOL = 1
 ARMS = ("baseline", "candidate", "control")
 REVISION_OF = {"baseline": "baseline", "candidate": "candidate", "control": "baseline"}
+
+# An arm that says nothing for so long hangs: longer than a large model takes to load.
+SILENT_S = 1800.0
 
 # Arm -> what it is held against.
 AGAINST = {"candidate": ("baseline", "control"), "control": ("baseline",)}
@@ -64,6 +68,7 @@ class ArmProcess:
     def __init__(self, arm: str, revision: Revision, job: Mapping[str, Any], log: BinaryIO):
         self.arm, self.revision = arm, revision
         self.case: str | None = None
+        self._hung = False
         # -P and the worktree in front: neither the current folder nor an installed perfbench can come first.
         environment = os.environ | {"PYTHONPATH": str(revision.folder)}
         self._process = subprocess.Popen(
@@ -108,6 +113,10 @@ class ArmProcess:
         samples: list[dict[str, Any]] = event["samples"]
         return samples
 
+    def _give_up(self) -> None:
+        self._hung = True
+        self._process.kill()
+
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # how it ended is told by the next event
@@ -116,10 +125,14 @@ class ArmProcess:
 
     def _event(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        patience = threading.Timer(SILENT_S, self._give_up)
+        patience.start()
         line = self._process.stdout.readline()
+        patience.cancel()
         if not line.endswith(b"\n"):
             code = self._process.wait()
-            raise ArmCrashed(self.arm, self.case, f"the process ended with exit code {code}; see worker.log")
+            ended = f"said nothing for {SILENT_S:g} s" if self._hung else f"the process ended with exit code {code}"
+            raise ArmCrashed(self.arm, self.case, f"{ended}; see worker.log")
         event: dict[str, Any] = json.loads(line)
         if event["event"] == "error":
             if event["kind"] == "bad_input":

@@ -16,6 +16,7 @@ from runs import ROOT
 
 from perfbench.cli import main
 from perfbench.errors import ComparisonError, PerfbenchError
+from perfbench.gate import pairs as pairs_module
 from perfbench.gate import revisions as revisions_module
 from perfbench.gate.pairs import ARMS, balanced_orders, measure_pair, pair_slowdown
 from perfbench.gate.revisions import Revision, prove_own_code, repository_of, revisions
@@ -50,7 +51,7 @@ for number, line in enumerate(sys.stdin):
     turn = json.loads(line)
     emit("phase", case=turn["case"], text="timing")
     if CRASH and number == 3:
-        os.kill(os.getpid(), 11)
+        os.kill(os.getpid(), CRASH)
     ms = MS + 0.01 * (number % 7)
     sample = {"total_ms": 2 * ms, "ttft_ms": ms, "itl_ms": [ms], "decode_tokens_per_s": 2e3 / ms,
               "tokens_per_s": 2e3 / ms, "energy_mj": None, "void": None}
@@ -89,7 +90,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "slower": SAME.replace("100.0", "110.0"),
         "far-faster": SAME.replace("100.0", "40.0"),
         "one-more": SAME.replace("7", "8"),
-        "crashing": SAME.replace("False", "True"),
+        "crashing": SAME.replace("False", "11"),
+        "hanging": SAME.replace("False", "19"),  # SIGSTOP
         "failing": SAME.replace('"ok"', '"check_failed"'),
         "refusing": SAME.replace('"ok"', '"refused"'),
         "without-lora": SAME.replace(', "c/lora"', ""),
@@ -156,6 +158,14 @@ def test_what_becomes_of_a_candidate(
 def test_a_baseline_that_crashes_is_our_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ab("again", tmp_path / "out", baseline="crashing") == 4
     assert capsys.readouterr().out.startswith("HARNESS FAULT: the ")
+
+
+def test_a_candidate_that_hangs_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pairs_module, "SILENT_S", 2.0)
+    assert ab("hanging", tmp_path / "out") == 1
+    assert "crashed (said nothing for 2 s; see worker.log) in the candidate" in capsys.readouterr().out
 
 
 def test_an_exact_failure_needs_no_pair(tmp_path: Path) -> None:
