@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 TABLE = re.compile(r"<!-- table: (\S+) -->\n(.*?)\n<!-- /table -->", re.DOTALL)
+POWER = re.compile(r"<!-- power: (\S+) -->\n(.*?)\n<!-- /power -->", re.DOTALL)
 
 
 def commands_of(readme: str) -> list[str]:
@@ -131,6 +132,22 @@ def test_the_table_is_what_the_committed_run_says(readme):
     if tracked:  # a source archive has no git
         assert {path for path, _ in tables} <= set(tracked.splitlines())
     assert stale_tables(readme) == []
+
+
+def test_the_gates_power_is_what_was_measured(readme):
+    """The table is that of the JSON file, and the JSON file what the recorded pairs give with its seed."""
+    from perfbench.gate import policy, power
+
+    ((path, shown),) = POWER.findall(readme)
+    found = json.loads((ROOT / path).read_text(encoding="utf-8"))
+    assert shown.strip() == power.render(found).strip()
+    pairs = power.read_pairs((ROOT / path).with_name("pairs.jsonl"))
+    assert len(pairs) >= 60
+    again = power.experiment(
+        pairs, policy.load(ROOT / ".github" / "perfbench-policy.yaml"), effects=[row["effect"] for row in found["rows"]],
+        sessions=found["sessions"], size=found["first_batch"], seed=found["seed"],
+    )  # fmt: skip
+    assert json.loads(json.dumps(again)) == found
 
 
 def test_a_changed_digit_in_the_table_is_found(readme):
