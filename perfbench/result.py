@@ -44,6 +44,15 @@ _MANIFEST_FIELDS = {
 _COMPARISON_FIELDS = ("id", "backbone", "dtype", "device", "runtime", "workload", "case_ids")
 
 
+def is_finetune(path: Path) -> bool:
+    """Whether the folder holds what `perfbench finetune` wrote; False too where nothing there can be read."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("kind") == "finetune"
+
+
 def pending_case(
     case_id: str, comparison: str, arm: str, method: str, options: Mapping[str, Any], kernels: str
 ) -> dict[str, Any]:
@@ -319,6 +328,10 @@ def _check_manifest(manifest: Any, file: Path) -> None:
         raise RunDirectoryError(
             f"{file}: schema_version: expected {SCHEMA_VERSION}, got {manifest.get('schema_version')!r}; "
             f"read it with the perfbench that wrote it ({manifest.get('perfbench_version')}), or {_ELSEWHERE}"
+        )
+    if "kind" in manifest:
+        raise RunDirectoryError(
+            f"{file.parent}: a run of `perfbench {manifest['kind']}`, which has no cases; `perfbench show` prints it"
         )
     for field, kind in _MANIFEST_FIELDS.items():
         if not isinstance(manifest.get(field), kind):

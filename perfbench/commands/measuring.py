@@ -104,10 +104,19 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    """Prints a run's table as it was printed at its end, or as Markdown, CSV or JSON. Same exit codes as `run`."""
-    from perfbench.result import RunDirectory
+    """Prints a run's table as it was printed at its end, or as Markdown, CSV or JSON; a fine-tuning's as it was
+    printed. Same exit codes as `run`."""
+    from perfbench.result import RunDirectory, is_finetune
     from perfbench.table import render
 
+    if is_finetune(arguments.run):
+        from perfbench.finetune import summary
+        from perfbench.finetune.run_folder import FinetuneFolder
+
+        if arguments.format != "table":
+            raise PerfbenchError(f"--format: expected table, all there is of a fine-tuning, got {arguments.format}")
+        summary.render(FinetuneFolder.open(arguments.run).manifest)
+        return 0
     directory = RunDirectory.open(arguments.run)
     text = render(directory.manifest, arguments.format)
     if text is not None:

@@ -85,6 +85,17 @@ def test_a_run_says_what_came_out(done: tuple[Path, recipe.SeedResult]) -> None:
     assert not (out / "seed0" / "checkpoints").exists()
 
 
+def test_show_prints_it_and_what_compares_speeds_refuses_it(
+    done: tuple[Path, recipe.SeedResult], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, result = done
+    assert main(["show", str(out)]) == 0
+    assert f"{result.best_dev_loss:.4f}" in capsys.readouterr().out
+    assert main(["show", str(out), "--format", "csv"]) == 2
+    assert main(["compare", str(out), str(ROOT / "results" / "cpu-multitenant")]) == 2
+    assert "a run of `perfbench finetune`, which has no cases" in capsys.readouterr().err
+
+
 def test_the_dev_set_is_judged_every_n_steps_and_at_each_epochs_end(done: tuple[Path, recipe.SeedResult]) -> None:
     samples = [json.loads(line) for line in (done[0] / "samples.jsonl").read_text().splitlines()]
     assert [one["step"] for one in samples if one["split"] == "dev"] == [4, 6, 8, 12]
