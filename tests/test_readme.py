@@ -143,10 +143,11 @@ def test_the_gates_power_is_what_was_measured(readme):
     assert shown.strip() == power.render(found).strip()
     pairs = power.read_pairs((ROOT / path).with_name("pairs.jsonl"))
     assert len(pairs) >= 60
+    rules = policy.load(ROOT / ".github" / "perfbench-policy.yaml")
+    effects = [row["effect"] for row in found["rows"]]
     again = power.experiment(
-        pairs, policy.load(ROOT / ".github" / "perfbench-policy.yaml"), effects=[row["effect"] for row in found["rows"]],
-        sessions=found["sessions"], size=found["first_batch"], seed=found["seed"],
-    )  # fmt: skip
+        pairs, rules, effects=effects, sessions=found["sessions"], size=found["first_batch"], seed=found["seed"]
+    )
     assert json.loads(json.dumps(again)) == found
 
 
