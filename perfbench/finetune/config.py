@@ -80,6 +80,25 @@ _EXPONENT = re.compile(r"\d+(\.\d+)?[eE]-?\d{1,3}")
 _COUNT = {"type": "integer", "minimum": 1}
 _EXAMPLES = {"type": ["integer", "null"], "minimum": 1, "description": "at most so many; default: all"}
 _TEXT = {"type": "string", "minLength": 1}
+_SIZE = {"type": "integer", "minimum": 1, "maximum": 1 << 16}
+
+# Method -> option -> what it may be, of those that are only ever trained; scenario_schema has the others'.
+BASELINE_OPTIONS: dict[str, dict[str, Any]] = {
+    "adalora": {"initial_rank": _SIZE, "rank": _SIZE},
+    "prompt-tuning": {"tokens": _SIZE},
+    "p-tuning": {"tokens": _SIZE, "dim": _SIZE},
+    "p-tuning-v2": {"tokens": _SIZE},
+    "houlsby": {"bottleneck": _SIZE},
+    "learned-adapter": {"bottleneck": _SIZE},
+    "bitfit": {},
+    "ssp": {
+        "rank": _SIZE,
+        "bottleneck": _SIZE,
+        "budget": {"type": ["integer", "null"], "minimum": 1},
+        "search_share": {"type": "number", "minimum": 0.01, "maximum": 1},
+    },
+    "full": {},
+}
 
 # The only place that lists keys, types and ranges; names of tasks and methods come from their registries.
 SCHEMA: dict[str, Any] = {
@@ -113,7 +132,7 @@ SCHEMA: dict[str, Any] = {
         "max_tokens": {"type": "integer", "minimum": 2},
         "too_long": {"type": "string", "enum": list(TOO_LONG), "title": "too_long"},
         "learning_rate": {"type": "number", "exclusiveMinimum": 0},
-        "warmup_share": {"type": "number", "minimum": 0, "maximum": 1},
+        "warmup_share": {"type": "number", "minimum": 0, "maximum": 0.99},
         "epochs": _COUNT,
         "batch": _COUNT,
         "accumulate": _COUNT,
@@ -181,11 +200,10 @@ def _method(source: Source, value: Any, path: Path) -> tuple[str, dict[str, Any]
         _refuse(source, f"unknown method {name!r}; {nearest(name, TRAINED)}", *place)
     if not isinstance(options, dict):
         _refuse(source, f"expected a mapping of options, got {options!r}", *place)
-    if name in METHOD_OPTIONS:
-        known = {key: schema for key, schema in METHOD_OPTIONS[name].items() if key != "adapters"}
-        schema = {"type": "object", "properties": known, "additionalProperties": False, "title": "option"}
-        if found := problems(options, schema):
-            _refuse(source, found[0].message, *place, *found[0].place)
+    known = {key: schema for key, schema in (METHOD_OPTIONS | BASELINE_OPTIONS)[name].items() if key != "adapters"}
+    schema = {"type": "object", "properties": known, "additionalProperties": False, "title": "option"}
+    if found := problems(options, schema):
+        _refuse(source, found[0].message, *place, *found[0].place)
     options = dict(options)
     if isinstance(options.get("setting"), str):
         options["setting"] = _read_setting(source, _located(options["setting"], path), *place, "setting")
@@ -193,7 +211,7 @@ def _method(source: Source, value: Any, path: Path) -> tuple[str, dict[str, Any]
     try:
         options_of(name, options)
     except FinetuneError as error:
-        _refuse(source, str(error), *place)
+        _refuse(source, str(error).removeprefix(f"method.{name}: "), "method", name)
     return name, options
 
 
