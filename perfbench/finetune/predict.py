@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
@@ -76,7 +78,7 @@ def generate(
     """The text that follows each prompt: at most `new_tokens`, up to the end-of-sequence token and the stop strings.
 
     No sampling and no penalty, whatever the checkpoint's own generation settings say. where: of each prompt, for
-    messages.
+    messages. Soft prompts are asked one prompt at a time, whatever `batch` says.
     """
     where = where or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
@@ -94,7 +96,11 @@ def generate(
         early_stopping=False,
     )
     texts = [""] * len(prompts)
-    with _evaluating(model):
+    # PEFT puts soft prompts before the padding, where the model was not trained to find them.
+    batch = 1 if _is_soft(model) else batch
+    with _evaluating(model), warnings.catch_warnings():
+        # Without padding the positions that PEFT ignores are those that the model counts itself.
+        warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
         for places in _batches([len(tokens) for tokens in encoded], batch):
             ids, mask = _pad_left([encoded[place] for place in places], model.device)
             # With beams a row changes its hypothesis, so there the text is cut afterwards alone.
@@ -140,6 +146,11 @@ def _log_probabilities(model: Any, rows: Sequence[tuple[list[int], list[int]]]) 
     values = chosen.gather(1, labels[:, 1:][counted][:, None])[:, 0]
     lengths = counted.sum(dim=1).tolist()
     return [float(part.sum()) for part in values.split(lengths)]
+
+
+def _is_soft(model: Any) -> bool:
+    """Whether trained tokens, or their keys and values, stand before the prompt."""
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
 
 
 def _pad_left(rows: Sequence[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

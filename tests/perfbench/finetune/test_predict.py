@@ -180,6 +180,21 @@ def test_logits_of_soft_prompts_are_left_out(model, tokenizer):
         assert scores == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_soft_prompts_stand_before_the_prompt_and_not_before_padding(model, tokenizer, kind):
+    torch.manual_seed(1)
+    config = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[kind]
+    tuned = peft.get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    embedding = next(p for p in tuned.parameters() if p.requires_grad)
+    torch.nn.init.normal_(embedding)
+    alone = [predict.predict(tuned, tokenizer, generating(), [example])[0] for example in EXAMPLES]
+    assert len(set(alone)) > 1
+    assert predict.predict(tuned, tokenizer, generating(), EXAMPLES, batch=3) == alone
+    assert predict.predict(tuned, tokenizer, CHOOSE, EXAMPLES, batch=9) == [
+        predict.predict(tuned, tokenizer, CHOOSE, [example], batch=1)[0] for example in EXAMPLES
+    ]
+
+
 def test_a_record_longer_than_the_backbone_is_named(model, tokenizer):
     long = Example("9", "x" * 60, " yes", ("yes",), (" no", " yes"), "big.jsonl:9")
     says = r"^big.jsonl:9: prompt and answer may take 6\d tokens, more than the backbone's 64 positions"
