@@ -90,7 +90,9 @@ def evaluate_trained(
                 if done and not is_served(tenant.method):
                     continue
                 progress.say(f"{one.label} {tenant.name}", "as trained")
-                # What is never served may train the backbone's own weights: it gets some of its own.
+                # What is never served may train the backbone's own weights: it gets some of its own, once the last
+                # model has left its memory.
+                model = None
                 model = backbone.skeleton() if is_served(tenant.method) else setting.backbone(setting.dtype).model
                 model = trained.load(model, tenant.folder)
                 if is_served(tenant.method):
@@ -107,9 +109,7 @@ def _answers_of(model: Any, one: TaskData, tenant: Tenant, path: ServingPath, se
     splits: tuple[Split, ...] = ("dev", "test")
     for split in splits:
         examples = one.examples[split]
-        given = predict(
-            model, setting.tokenizer, one.task, examples, batch=setting.requests, beams=setting.beams
-        )
+        given = predict(model, setting.tokenizer, one.task, examples, batch=setting.requests, beams=setting.beams)
         for example, prediction in zip(examples, given, strict=True):
             yield _item(one, tenant, path, split, example, prediction)
 
