@@ -60,6 +60,17 @@ SCHEMA: dict[str, Any] = {
     "required": ["backbone", "methods", "tasks", "margin"],
     "additionalProperties": False,
 }
+# What one method alone may be trained with; the rest is that of all, for they are served and compared together. Values
+# are checked with the fine-tuning.
+_ALONE = (
+    "learning_rate", "warmup_share", "epochs", "batch", "accumulate", "evaluate_every", "patience", "max_tokens",
+    "too_long",
+)  # fmt: skip
+_TRAIN: dict[str, Any] = {
+    "type": "object",
+    "properties": {name: {} for name in _ALONE},
+    "additionalProperties": False,
+}
 _OWN = ("methods", "tasks", "reference", "margin", "serve")
 
 
@@ -203,7 +214,10 @@ def _one(source: Source, method: int, task: int) -> Source:
         if isinstance(options, dict):
             options.pop("label", None)
             # What this method alone is trained with, such as its learning rate.
-            for key, value in options.pop("train", {}).items():
+            own = options.pop("train", {})
+            if found := problems(own, _TRAIN):
+                _refuse(source, found[0].message, "methods", method, name, "train", *found[0].place)
+            for key, value in own.items():
                 one.values[key] = value
                 one.origins[(key,)] = source.origin(("methods", method, name, "train", key))
     return one

@@ -84,6 +84,8 @@ def load(path: str | Path, settings: Sequence[str] = ()) -> SearchConfig:
     path = Path(path)
     try:
         source = read(path)
+        if not isinstance(source.values, dict):
+            raise _refusal(source, "expected a mapping of fields")
         for text in settings:
             key, separator, value = text.partition("=")
             if not separator or not value.strip() or not key.strip():
