@@ -345,11 +345,16 @@ def _history(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    """Prints the methods, backbones, runtimes, kernel sets, metrics, shipped scenarios and fine-tuning tasks."""
+    """Prints the methods, backbones, runtimes, kernel sets, metrics, shipped scenarios, and the methods and tasks of
+    fine-tuning."""
     from perfbench.finetune.tasks.registry import TASKS
+    from perfbench.finetune.trained import TRAINED
     from perfbench.listing import render
 
-    render(tasks={name: task.summary for name, task in TASKS.items()})
+    render(
+        tasks={name: task.summary for name, task in TASKS.items()},
+        trained={name: method.summary for name, method in TRAINED.items()},
+    )
     return 0
 
 
@@ -376,10 +381,7 @@ def _search(arguments: argparse.Namespace) -> int:
     try:
         command.search(chosen, out, resume=arguments.resume)
     except KeyboardInterrupt:
-        sets = "".join(f" --set {text!r}" for text in arguments.set)
-        again = f"perfbench fanlora search {arguments.config}{sets} --out {out} --resume"
-        print(f"interrupted; go on with: {again}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _say_how_to_go_on("fanlora search", arguments, out)
     return 0
 
 
@@ -556,6 +558,18 @@ def _ab(arguments: argparse.Namespace) -> int:
     return verdict_of(report, writes_of(arguments.write))
 
 
+def _say_how_to_go_on(command: str, arguments: argparse.Namespace, out: Path) -> int:
+    """After Ctrl-C: the command that resumes, as a shell takes it; the exit code."""
+    import shlex
+
+    settings = [word for setting in arguments.set for word in ("--set", setting)]
+    words = ["perfbench", *command.split(), str(arguments.config), *settings, "--out", str(out), "--resume"]
+    run = getattr(arguments, "run", None)
+    words += ["--run", str(run)] if run else []
+    print(f"interrupted; go on with: {shlex.join(words)}", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
 def _finetune(arguments: argparse.Namespace) -> int:
     """Trains one method on one task with every seed and prints the test metric's median and spread. Goes on after a
     kill with --resume; several GPUs through torchrun or accelerate launch. Exit codes: 0, or 2 for bad input and for a
@@ -575,12 +589,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
     try:
         recipe.finetune(resolved, out, resume=arguments.resume)
     except KeyboardInterrupt:
-        settings = "".join(f" --set {setting}" for setting in arguments.set)
-        print(
-            f"interrupted; go on with: perfbench finetune {arguments.config}{settings} --out {out} --resume",
-            file=sys.stderr,
-        )
-        return EXIT_INTERRUPTED
+        return _say_how_to_go_on("finetune", arguments, out)
     if int(os.environ.get("RANK", 0)) == 0:
         render(FinetuneFolder.open(out).manifest)
         print(f"results: {out}", file=sys.stderr)
@@ -603,10 +612,7 @@ def _accuracy(arguments: argparse.Namespace) -> int:
     try:
         folder, verdict = command.execute(resolved, out, resume=arguments.resume, run=arguments.run)
     except KeyboardInterrupt:
-        settings = "".join(f" --set {setting}" for setting in arguments.set)
-        again = f"perfbench accuracy {arguments.config}{settings} --out {out} --resume"
-        print(f"interrupted; go on with: {again}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _say_how_to_go_on("accuracy", arguments, out)
     table.render(folder.manifest, verdict)
     print(f"results: {out}; the page: {out / PAGE}", file=sys.stderr)
     return verdict.exit_code

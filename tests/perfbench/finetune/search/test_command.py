@@ -145,7 +145,7 @@ def test_interrupted_it_says_how_to_go_on(file, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert main(["fanlora", "search", str(file), "--set", "k_max=1", "--out", str(out)]) == 130
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"interrupted; go on with: perfbench fanlora search {file} --set 'k_max=1' --out {out} --resume"
+    assert said == f"interrupted; go on with: perfbench fanlora search {file} --set k_max=1 --out {out} --resume"
 
 
 def test_what_was_measured_on_something_else_is_not_mixed_in(file, done, tmp_path, capsys):
