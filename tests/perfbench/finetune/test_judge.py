@@ -139,6 +139,19 @@ def test_answers_are_in_fastchats_format(answers):
     assert not list(answers.parent.glob("*.part"))
 
 
+@pytest.mark.parametrize("place", ["file/answers.jsonl", "folder"])
+def test_a_place_that_cant_be_written_is_refused_before_anything_is_answered(folder, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+
+    def generate(prompts, where):
+        raise AssertionError("asked")
+
+    with pytest.raises(TaskError, match="can't be written"):
+        mt_bench.answer(str(folder), tmp_path / place, "mine", generate, {})
+    assert sorted(path.name for path in tmp_path.iterdir() if path != folder) == ["file", "folder"]
+
+
 def test_the_second_turn_sees_the_first_and_its_answer(folder, tmp_path):
     seen: list[tuple[str, str]] = []
 
