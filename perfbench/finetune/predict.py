@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from peft import PeftModel
 from transformers import GenerationConfig
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
+from perfbench.errors import FinetuneError
 from perfbench.finetune.choices import check_length, choose, cut, decode, encode_choices
 from perfbench.finetune.tasks.task import Example, Task
 
@@ -45,7 +47,10 @@ def predict(
 
 @torch.inference_mode()
 def choice_scores(model: Any, tokenizer: Any, examples: Sequence[Example], *, batch: int = 8) -> list[list[float]]:
-    """For each example, each choice's sum of log-probabilities (fp32) of its tokens after the prompt."""
+    """For each example, each choice's sum of log-probabilities (fp32) of its tokens after the prompt.
+
+    FinetuneError, with the record, where one is NaN.
+    """
     rows = []
     for index, example in enumerate(examples):
         for prompt, choice in encode_choices(tokenizer, example):
@@ -56,6 +61,9 @@ def choice_scores(model: Any, tokenizer: Any, examples: Sequence[Example], *, ba
         for places in _batches([len(prompt) + len(choice) for _, prompt, choice in rows], batch):
             found = _log_probabilities(model, [rows[place][1:] for place in places])
             for place, value in zip(places, found, strict=True):
+                if math.isnan(value):  # which of the choices would win then is chance
+                    where = examples[rows[place][0]].where
+                    raise FinetuneError(f"{where}: the model's log-probabilities are not numbers; use dtype fp32")
                 sums[place] = value
     scores: list[list[float]] = [[] for _ in examples]
     for (index, _, _), value in zip(rows, sums, strict=True):

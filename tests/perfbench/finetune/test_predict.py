@@ -12,7 +12,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from perfbench.errors import TaskError
+from perfbench.errors import FinetuneError, TaskError
 from perfbench.finetune import choices, predict
 from perfbench.finetune.tasks.task import Example, Task
 
@@ -203,6 +203,12 @@ def test_a_record_longer_than_the_backbone_is_named(model, tokenizer):
     says = r"^big.jsonl:9: prompt and answer may take 73 tokens"
     with pytest.raises(TaskError, match=says):
         predict.predict(model, tokenizer, generating(), [*EXAMPLES, long])
+
+
+def test_scores_that_are_no_numbers_choose_nothing(model, tokenizer):
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(FinetuneError, match=r"x:\d: the model's log-probabilities are not numbers"):
+        predict.predict(model, tokenizer, CHOOSE, EXAMPLES)
 
 
 def test_a_choice_without_a_token_is_named(model, tokenizer):
