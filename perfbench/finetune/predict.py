@@ -15,11 +15,11 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 from perfbench.errors import FinetuneError
 from perfbench.finetune.choices import check_length, choose, cut, decode, encode_choices
+from perfbench.finetune.encoding import IGNORED
 from perfbench.finetune.tasks.task import Example, Task
 
 # Stands in padding, whatever the vocabulary has there: it is masked.
 PAD = 0
-IGNORED = -100
 
 
 def predict(
