@@ -19,9 +19,13 @@ from perfbench.yaml_source import read
 SCENARIOS = Path(__file__).parent / "scenarios"
 
 
-def render(console: Console | None = None, tasks: Mapping[str, str] | None = None) -> None:
-    """Prints one table each of methods, backbones, runtimes, kernel sets, scenarios, metrics, and `tasks`
-    (name -> summary), which its caller has from a room above this one."""
+def render(
+    console: Console | None = None,
+    tasks: Mapping[str, str] | None = None,
+    trained: Mapping[str, str] | None = None,
+) -> None:
+    """Prints one table each of methods, backbones, runtimes, kernel sets, scenarios, metrics, `trained` methods and
+    `tasks` (name -> summary), which its caller has from a room above this one."""
     console = console or Console()
     _print(console, "methods", ((name, method.summary) for name, method in METHODS.items()))
     shapes = (
@@ -31,10 +35,14 @@ def render(console: Console | None = None, tasks: Mapping[str, str] | None = Non
     _print(console, "backbones", (*shapes, ("FOLDER or HUB/ID", "any Llama-family checkpoint in safetensors")))
     _print(console, "runtimes", RUNTIMES.items())
     _print(console, "kernels", KERNELS.items())
-    files = sorted(SCENARIOS.glob("*.yaml"))
-    _print(console, "scenarios", ((f"scenarios/{p.name}", str(read(p).values.get("question", ""))) for p in files))
+    files = sorted(SCENARIOS.rglob("*.yaml"), key=lambda path: (len(path.relative_to(SCENARIOS).parts), path))
+    names = (f"scenarios/{path.relative_to(SCENARIOS)}" for path in files)
+    questions = (str(read(path).values.get("question", "")) for path in files)
+    _print(console, "scenarios", zip(names, questions, strict=True))
     metrics = ((name, f"{metric.definition} [{metric.unit}]") for name, metric in METRICS.items())
     _print(console, "metrics", metrics)
+    if trained:
+        _print(console, "methods that can be trained", trained.items())
     if tasks:
         _print(console, "tasks", tasks.items())
 

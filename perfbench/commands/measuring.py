@@ -164,11 +164,16 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    """Prints the methods, backbones, runtimes, kernel sets, metrics, shipped scenarios and fine-tuning tasks."""
+    """Prints the methods, backbones, runtimes, kernel sets, metrics, shipped scenarios, and the methods and tasks of
+    fine-tuning."""
     from perfbench.finetune.tasks.registry import TASKS
+    from perfbench.finetune.trained import TRAINED
     from perfbench.listing import render
 
-    render(tasks={name: task.summary for name, task in TASKS.items()})
+    render(
+        tasks={name: task.summary for name, task in TASKS.items()},
+        trained={name: method.summary for name, method in TRAINED.items()},
+    )
     return 0
 
 

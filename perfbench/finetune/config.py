@@ -80,6 +80,25 @@ _EXPONENT = re.compile(r"\d+(\.\d+)?[eE]-?\d{1,3}")
 _COUNT = {"type": "integer", "minimum": 1}
 _EXAMPLES = {"type": ["integer", "null"], "minimum": 1, "description": "at most so many; default: all"}
 _TEXT = {"type": "string", "minLength": 1}
+_SIZE = {"type": "integer", "minimum": 1, "maximum": 1 << 16}
+
+# Method -> option -> what it may be, of those that are only ever trained; scenario_schema has the others'.
+BASELINE_OPTIONS: dict[str, dict[str, Any]] = {
+    "adalora": {"initial_rank": _SIZE, "rank": _SIZE},
+    "prompt-tuning": {"tokens": _SIZE},
+    "p-tuning": {"tokens": _SIZE, "dim": _SIZE},
+    "p-tuning-v2": {"tokens": _SIZE},
+    "houlsby": {"bottleneck": _SIZE},
+    "learned-adapter": {"bottleneck": _SIZE},
+    "bitfit": {},
+    "ssp": {
+        "rank": _SIZE,
+        "bottleneck": _SIZE,
+        "budget": {"type": ["integer", "null"], "minimum": 1},
+        "search_share": {"type": "number", "minimum": 0.01, "maximum": 1},
+    },
+    "full": {},
+}
 
 # The only place that lists keys, types and ranges; names of tasks and methods come from their registries.
 SCHEMA: dict[str, Any] = {
@@ -113,7 +132,7 @@ SCHEMA: dict[str, Any] = {
         "max_tokens": {"type": "integer", "minimum": 2},
         "too_long": {"type": "string", "enum": list(TOO_LONG), "title": "too_long"},
         "learning_rate": {"type": "number", "exclusiveMinimum": 0},
-        "warmup_share": {"type": "number", "minimum": 0, "maximum": 1},
+        "warmup_share": {"type": "number", "minimum": 0, "maximum": 0.99},
         "epochs": _COUNT,
         "batch": _COUNT,
         "accumulate": _COUNT,
@@ -133,18 +152,32 @@ def load(path: str | Path, settings: Sequence[str] = ()) -> FinetuneConfig:
     unknown task or method and a FanLoRA setting that can't be read.
     """
     path = Path(path)
+    return from_source(read_source(path, settings, "a fine-tuning file"), path)
+
+
+def read_source(path: Path, settings: Sequence[str], what: str) -> Source:
+    """The mapping in the YAML file at `path` with `settings` laid over it, not checked further; `what` it is, for
+    messages. FinetuneError in one line, with the line."""
     try:
         source = read(path)
         if not isinstance(source.values, dict):
-            _refuse(source, "expected a mapping of fields")
+            refuse(source, "expected a mapping of fields")
         for text in settings:
             key, separator, value = text.partition("=")
             if not separator or not value.strip() or not key.strip():
                 raise FinetuneError(f"--set {text}: expected key=value, such as seeds=[0]")
             assign(source, key.strip().split("."), parse(value, f"--set {' '.join(text.split())}"))
     except ScenarioError as error:  # the reader's words are about YAML, except for this one
-        raise FinetuneError(str(error).replace("a scenario file", "a fine-tuning file")) from None
-    return from_source(source, path)
+        raise FinetuneError(str(error).replace("a scenario file", what)) from None
+    return source
+
+
+def check(source: Source, schema: dict[str, Any]) -> None:
+    """FinetuneError for the first fault, in the order of the file, of what `schema` refuses."""
+    if found := problems(source.values, schema):
+        written = list(source.origins)
+        first = min(found, key=lambda problem: written.index(problem.place) if problem.place in written else 1 << 30)
+        refuse(source, first.message, *first.place)
 
 
 def from_source(source: Source, path: Path) -> FinetuneConfig:
@@ -153,10 +186,7 @@ def from_source(source: Source, path: Path) -> FinetuneConfig:
     rate = source.values.get("learning_rate")
     if isinstance(rate, str) and _EXPONENT.fullmatch(rate):  # to YAML 1.1, 1e-4 is a string
         source.values["learning_rate"] = float(rate)
-    if found := problems(source.values, SCHEMA):
-        written = list(source.origins)
-        first = min(found, key=lambda problem: written.index(problem.place) if problem.place in written else 1 << 30)
-        _refuse(source, first.message, *first.place)
+    check(source, SCHEMA)
     values = dict(source.values)
     method, options = _method(source, values.pop("method"), path)
     task = dict(values.pop("task"))
@@ -165,7 +195,7 @@ def from_source(source: Source, path: Path) -> FinetuneConfig:
         task["source"] = _located(task["source"], path)
     if values.get("batch", 16) % values.get("accumulate", 1):
         got = f"{values.get('batch', 16)} / {values.get('accumulate', 1)}"
-        _refuse(source, f"expected batch to be a multiple of accumulate, got {got}", "accumulate")
+        refuse(source, f"expected batch to be a multiple of accumulate, got {got}", "accumulate")
     if "learning_rate" in values:
         values["learning_rate"] = float(values["learning_rate"])
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-_") or "finetune"
@@ -178,14 +208,13 @@ def _method(source: Source, value: Any, path: Path) -> tuple[str, dict[str, Any]
     name, options = (value, {}) if isinstance(value, str) else next(iter(value.items()))
     place: Place = ("method",) if isinstance(value, str) else ("method", name)
     if name not in TRAINED:
-        _refuse(source, f"unknown method {name!r}; {nearest(name, TRAINED)}", *place)
+        refuse(source, f"unknown method {name!r}; {nearest(name, TRAINED)}", *place)
     if not isinstance(options, dict):
-        _refuse(source, f"expected a mapping of options, got {options!r}", *place)
-    if name in METHOD_OPTIONS:
-        known = {key: schema for key, schema in METHOD_OPTIONS[name].items() if key != "adapters"}
-        schema = {"type": "object", "properties": known, "additionalProperties": False, "title": "option"}
-        if found := problems(options, schema):
-            _refuse(source, found[0].message, *place, *found[0].place)
+        refuse(source, f"expected a mapping of options, got {options!r}", *place)
+    known = {key: schema for key, schema in (METHOD_OPTIONS | BASELINE_OPTIONS)[name].items() if key != "adapters"}
+    schema = {"type": "object", "properties": known, "additionalProperties": False, "title": "option"}
+    if found := problems(options, schema):
+        refuse(source, found[0].message, *place, *found[0].place)
     options = dict(options)
     if isinstance(options.get("setting"), str):
         options["setting"] = _read_setting(source, _located(options["setting"], path), *place, "setting")
@@ -193,7 +222,7 @@ def _method(source: Source, value: Any, path: Path) -> tuple[str, dict[str, Any]
     try:
         options_of(name, options)
     except FinetuneError as error:
-        _refuse(source, str(error), *place)
+        refuse(source, str(error).removeprefix(f"method.{name}: "), "method", name)
     return name, options
 
 
@@ -201,7 +230,7 @@ def _check_task(source: Source, task: Mapping[str, Any]) -> None:
     try:
         find(task["name"], task.get("metric"))
     except TaskError as error:
-        _refuse(source, str(error), "task", "metric" if task["name"] in TASKS else "name")
+        refuse(source, str(error), "task", "metric" if task["name"] in TASKS else "name")
 
 
 def _read_setting(source: Source, file: str, *place: str | int) -> Any:
@@ -209,10 +238,10 @@ def _read_setting(source: Source, file: str, *place: str | int) -> Any:
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        _refuse(source, f"{file}: expected a JSON file, can't read it: {error}", *place)
+        refuse(source, f"{file}: expected a JSON file, can't read it: {error}", *place)
     layers = content.get("layers") if isinstance(content, dict) else None
     if found := problems(layers, LAYERS):
-        _refuse(source, f"{file}: layers{dotted(('', *found[0].place))}: {found[0].message}", *place)
+        refuse(source, f"{file}: layers{dotted(('', *found[0].place))}: {found[0].message}", *place)
     return layers
 
 
@@ -222,7 +251,7 @@ def _located(name: str, config: Path) -> str:
     return str(beside) if not Path(name).expanduser().exists() and beside.exists() else name
 
 
-def _refuse(source: Source, message: str, *place: str | int) -> NoReturn:
+def refuse(source: Source, message: str, *place: str | int) -> NoReturn:
     """Raises FinetuneError: where `place` was written, its name, the message."""
     origin, name = source.origin(place), dotted(place)
     known = not name or origin.startswith(f"--set {name}=")

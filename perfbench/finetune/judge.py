@@ -28,6 +28,8 @@ NO_RATING = -1
 MAX_TOKENS = 2048
 LONGEST_WAIT_S = 60.0
 LARGEST_REPLY_BYTES = 4 * 2**20
+# What a line of --out begins with, as `judge` writes it.
+_FIRST = b'{"judge": '
 _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 
 
@@ -82,9 +84,9 @@ def judge(
                 continue
             reply = ask(endpoint, system, user, f"question {question.question_id}, turn {turn}")
             judgment = {
+                "judge": [endpoint.model, name],
                 "question_id": question.question_id,
                 "model": model,
-                "judge": [endpoint.model, name],
                 "user_prompt": user,
                 "judgment": reply,
                 "score": rating(reply),
@@ -170,8 +172,12 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 def _check_url(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.netloc and (parts.port is None or parts.port > 0)
+    except ValueError:  # a bracket left open, a port that is none
+        known = False
+    if not known:
         raise TaskError(f"judge: expected an address such as http://127.0.0.1:8000/v1, got {url!r}")
 
 
@@ -259,26 +265,39 @@ def _choices(path: Path) -> Iterator[tuple[int, str, list[str]]]:
 
 
 def _done(out: Path, judge_model: str) -> dict[tuple[int, int], Record]:
-    """(question_id, turn) -> the judgment that `out` has already; a last line that was cut off is taken away."""
+    """(question_id, turn) -> the judgment that `out` has already. A last line that was cut off is taken away, once the
+    file has shown that it is this judge's: a wrong --out loses nothing."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("ab+") as file:
             file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+            text = file.read()
+            found = _judgments(out, judge_model)
+            end = text.rfind(b"\n") + 1
+            if not (text[end:].startswith(_FIRST) or _FIRST.startswith(text[end:])):
+                raise TaskError(f"{out}: its last line is no judgment; give another file for --out")
+            file.truncate(end)
     except OSError as error:
         raise TaskError(f"{out}: can't be written: {error.strerror}") from None
+    return found
+
+
+def _judgments(out: Path, judge_model: str) -> dict[tuple[int, int], Record]:
+    """Those of the file's whole lines."""
     found: dict[tuple[int, int], Record] = {}
-    for record in read_jsonl(out):
-        by = record.get("judge")
+    for record in read_jsonl(out, torn=True):
+        by, at = record.get("judge"), (record.get("question_id"), record.get("turn"))
         if not isinstance(by, list) or by[:1] != [judge_model]:
             raise TaskError(f"{record.where}: is a judgment by {by!r}, not {judge_model}; give another file for --out")
-        found[record.get("question_id"), record.get("turn")] = record
+        if not all(isinstance(number, int) for number in at):
+            raise TaskError(f"{record.where}: expected integers as question_id and turn, got {at[0]!r} and {at[1]!r}")
+        found[at] = record
     return found
 
 
 def _append(out: Path, judgment: dict[str, Any]) -> None:
     try:
         with out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(judgment, ensure_ascii=False) + "\n")
+            file.write(json.dumps(judgment) + "\n")  # ASCII, so that no character can be cut in two
     except OSError as error:
         raise TaskError(f"{out}: can't be written: {error.strerror}") from None

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
+from perfbench.errors import FinetuneError
 from perfbench.finetune.choices import check_length, choose, cut, decode, encode_choices
+from perfbench.finetune.encoding import IGNORED
 from perfbench.finetune.tasks.task import Example, Task
 
 # Stands in padding, whatever the vocabulary has there: it is masked.
 PAD = 0
-IGNORED = -100
 
 
 def predict(
@@ -43,7 +47,10 @@ def predict(
 
 @torch.inference_mode()
 def choice_scores(model: Any, tokenizer: Any, examples: Sequence[Example], *, batch: int = 8) -> list[list[float]]:
-    """For each example, each choice's sum of log-probabilities (fp32) of its tokens after the prompt."""
+    """For each example, each choice's sum of log-probabilities (fp32) of its tokens after the prompt.
+
+    FinetuneError, with the record, where one is NaN.
+    """
     rows = []
     for index, example in enumerate(examples):
         for prompt, choice in encode_choices(tokenizer, example):
@@ -54,6 +61,9 @@ def choice_scores(model: Any, tokenizer: Any, examples: Sequence[Example], *, ba
         for places in _batches([len(prompt) + len(choice) for _, prompt, choice in rows], batch):
             found = _log_probabilities(model, [rows[place][1:] for place in places])
             for place, value in zip(places, found, strict=True):
+                if math.isnan(value):  # which of the choices would win then is chance
+                    where = examples[rows[place][0]].where
+                    raise FinetuneError(f"{where}: the model's log-probabilities are not numbers; use dtype fp32")
                 sums[place] = value
     scores: list[list[float]] = [[] for _ in examples]
     for (index, _, _), value in zip(rows, sums, strict=True):
@@ -76,7 +86,7 @@ def generate(
     """The text that follows each prompt: at most `new_tokens`, up to the end-of-sequence token and the stop strings.
 
     No sampling and no penalty, whatever the checkpoint's own generation settings say. where: of each prompt, for
-    messages.
+    messages. Soft prompts are asked one prompt at a time, whatever `batch` says.
     """
     where = where or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
@@ -94,7 +104,11 @@ def generate(
         early_stopping=False,
     )
     texts = [""] * len(prompts)
-    with _evaluating(model):
+    # PEFT puts soft prompts before the padding, where the model was not trained to find them.
+    batch = 1 if _is_soft(model) else batch
+    with _evaluating(model), warnings.catch_warnings():
+        # Without padding the positions that PEFT ignores are those that the model counts itself.
+        warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
         for places in _batches([len(tokens) for tokens in encoded], batch):
             ids, mask = _pad_left([encoded[place] for place in places], model.device)
             # With beams a row changes its hypothesis, so there the text is cut afterwards alone.
@@ -140,6 +154,11 @@ def _log_probabilities(model: Any, rows: Sequence[tuple[list[int], list[int]]]) 
     values = chosen.gather(1, labels[:, 1:][counted][:, None])[:, 0]
     lengths = counted.sum(dim=1).tolist()
     return [float(part.sum()) for part in values.split(lengths)]
+
+
+def _is_soft(model: Any) -> bool:
+    """Whether trained tokens, or their keys and values, stand before the prompt."""
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
 
 
 def _pad_left(rows: Sequence[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

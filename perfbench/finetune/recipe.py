@@ -89,7 +89,7 @@ def finetune(
     training_arguments(config, 0, kind, out, processes.num_processes)  # refuses a batch that can't be split
     with processes.main_process_first():
         name = small_backbone.resolve(config.backbone, console)
-    _check_against_backbone(config, name)
+    check_against_backbone(config, name)
     tokenizer = backbone.tokenizer_of(name)
     data = read_data(config, name, tokenizer)
     for split, count in data.left_out.items():
@@ -110,7 +110,7 @@ def finetune(
     return tuple(results)
 
 
-def _check_against_backbone(config: FinetuneConfig, name: str) -> None:
+def check_against_backbone(config: FinetuneConfig, name: str) -> None:
     """FinetuneError for what the sizes of the backbone make impossible, BackboneError for the backbone itself."""
     shape = shape_of(name)
     if config.max_tokens > shape.context:

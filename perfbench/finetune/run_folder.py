@@ -136,7 +136,3 @@ class FinetuneFolder:
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(file)
-
-    def seed_folder(self, seed: int) -> Path:
-        """Where what `seed` trains is kept."""
-        return self.path / f"seed{seed}"

@@ -110,7 +110,7 @@ def find(name: str) -> TrainedMethod:
 def options_of(name: str, options: Any) -> Any:
     """The options of method `name`: `options` itself, or made of a mapping, or the default ones of None.
 
-    FinetuneError on an unknown key, and on `adapters`, which is for serving.
+    FinetuneError on an unknown key, on values that exclude each other, and on `adapters`, which is for serving.
     """
     made_of = find(name).options
     if options is None:
@@ -120,7 +120,10 @@ def options_of(name: str, options: Any) -> Any:
         for key in options:
             if key not in known:
                 raise FinetuneError(f"method.{name}: unknown option {key!r}; {nearest(str(key), known)}")
-        options = made_of(**options)
+        try:
+            options = made_of(**options)
+        except ValueError as error:
+            raise FinetuneError(f"method.{name}: {error}") from None
     if not isinstance(options, made_of):
         raise TypeError(f"{name}: expected {made_of.__name__}, got {type(options).__name__}")
     if getattr(options, "adapters", None) is not None:

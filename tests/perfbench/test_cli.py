@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -76,13 +77,34 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["required"]
 
 
-def test_list_names_every_method_and_scenario(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_names_every_method_and_scenario(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from perfbench.finetune.trained import TRAINED
     from perfbench.methods.registry import METHODS
 
+    monkeypatch.setenv("COLUMNS", "120")
     assert main(["list"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in METHODS)
-    assert all(path.stem in said for path in SCENARIOS)
+    assert all(f" {name} " in said for name in TRAINED)
+    assert all(str(path.relative_to(ROOT)) in said for path in (ROOT / "scenarios").rglob("*.yaml"))
+
+
+def test_what_resumes_a_run_is_said_as_a_shell_takes_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from perfbench.finetune import recipe
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "finetune", interrupted)
+    file = ROOT / "scenarios" / "finetune" / "skills_para.yaml"
+    words = ["finetune", str(file), "--set", "method={para: {rank: 2}}", "--out", str(tmp_path / "my run")]
+    assert main(words) == 130
+    said = capsys.readouterr().err.removeprefix("interrupted; go on with: ")
+    assert shlex.split(said) == ["perfbench", *words, "--resume"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from perfbench.finetune.accuracy.paths import LeftOut, ServingPath, as_trained, 
 from perfbench.finetune.accuracy.run_folder import PAGE, AccuracyFolder
 from perfbench.finetune.accuracy.serve import Tenant, questions, with_plan
 from perfbench.finetune.accuracy.verdict import Verdict, judge
-from perfbench.finetune.recipe import finetune
+from perfbench.finetune.recipe import check_against_backbone, finetune
 from perfbench.finetune.tasks.registry import find, load_splits
 from perfbench.finetune.tasks.task import Example, Split, Task
 from perfbench.methods.adapter_folder import WEIGHTS
@@ -49,6 +49,8 @@ def execute(
     common = config.common
     kind, _ = device_kind(common.device)
     name = small_backbone.resolve(common.backbone, console)
+    for entry in config.entries:  # found out now, and not when its turn comes after hours of the others' training
+        check_against_backbone(entry.config, name)
     backbone_config = find_config(name)
     tokenizer = backbones.tokenizer_of(name)
     examples = _read_examples(config, tokenizer, BackboneShape.of_config(backbone_config).context)

@@ -12,13 +12,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from perfbench.errors import FinetuneError, ScenarioError, nearest
+from perfbench.errors import nearest
 from perfbench.finetune import config as finetune_config
-from perfbench.finetune.config import DTYPES, FinetuneConfig
+from perfbench.finetune.config import DTYPES, FinetuneConfig, check, read_source, refuse
 from perfbench.scenario_schema import KERNELS, RUNTIMES, problems
-from perfbench.yaml_source import Place, Source, assign, parse, read
+from perfbench.yaml_source import Place, Source
 
 _LABEL = {"type": "string", "pattern": r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$", "title": "a short name"}
 
@@ -58,6 +58,17 @@ SCHEMA: dict[str, Any] = {
         **{name: {} for name in finetune_config.SCHEMA["properties"] if name not in ("method", "task")},
     },
     "required": ["backbone", "methods", "tasks", "margin"],
+    "additionalProperties": False,
+}
+# What one method alone may be trained with; the rest is that of all, for they are served and compared together. Values
+# are checked with the fine-tuning.
+_ALONE = (
+    "learning_rate", "warmup_share", "epochs", "batch", "accumulate", "evaluate_every", "patience", "max_tokens",
+    "too_long",
+)  # fmt: skip
+_TRAIN: dict[str, Any] = {
+    "type": "object",
+    "properties": {name: {} for name in _ALONE},
     "additionalProperties": False,
 }
 _OWN = ("methods", "tasks", "reference", "margin", "serve")
@@ -116,21 +127,8 @@ def load(path: str | Path, settings: Sequence[str] = ()) -> AccuracyConfig:
     """The file at `path` with every `KEY=VALUE` of `settings` laid over it. FinetuneError in one line, with the file
     and the line, for what can't be used, and TaskError or AdapterError of what is looked up for it."""
     path = Path(path)
-    try:
-        source = read(path)
-        if not isinstance(source.values, dict):
-            _refuse(source, "expected a mapping of fields")
-        for text in settings:
-            key, separator, value = text.partition("=")
-            if not separator or not key.strip() or not value.strip():
-                raise FinetuneError(f"--set {text}: expected key=value, such as seeds=[0]")
-            assign(source, key.strip().split("."), parse(value, f"--set {' '.join(text.split())}"))
-    except ScenarioError as error:  # the reader's words are about YAML, except for this one
-        raise FinetuneError(str(error).replace("a scenario file", "an accuracy file")) from None
-    if found := problems(source.values, SCHEMA):
-        written = list(source.origins)
-        first = min(found, key=lambda problem: written.index(problem.place) if problem.place in written else 1 << 30)
-        _refuse(source, first.message, *first.place)
+    source = read_source(path, settings, "an accuracy file")
+    check(source, SCHEMA)
     return _build(source, path)
 
 
@@ -142,7 +140,7 @@ def _build(source: Source, path: Path) -> AccuracyConfig:
     for what, labels in (("methods", methods), ("tasks", tasks)):
         for index, label in enumerate(labels):
             if label in labels[:index]:
-                _refuse(
+                refuse(
                     source,
                     f"the label {label!r} is that of {what}.{labels.index(label)} already; add a label",
                     what,
@@ -153,7 +151,7 @@ def _build(source: Source, path: Path) -> AccuracyConfig:
             entries.append(Entry(method, task, finetune_config.from_source(_one(source, m, t), path)))
     reference = values.get("reference", "lora")
     if reference not in methods:
-        _refuse(
+        refuse(
             source,
             f"expected one of the methods as the reference, got {reference!r}; {nearest(reference, methods)}",
             "reference",
@@ -182,7 +180,7 @@ def _labelled(source: Source, what: str, index: int) -> str:
     options = options if isinstance(options, dict) else {}
     label = options.get("label", name)
     if found := problems(label, _LABEL):
-        _refuse(source, found[0].message, what, index)
+        refuse(source, found[0].message, what, index)
     return str(label)
 
 
@@ -203,14 +201,10 @@ def _one(source: Source, method: int, task: int) -> Source:
         if isinstance(options, dict):
             options.pop("label", None)
             # What this method alone is trained with, such as its learning rate.
-            for key, value in options.pop("train", {}).items():
+            own = options.pop("train", {})
+            if found := problems(own, _TRAIN):
+                refuse(source, found[0].message, "methods", method, name, "train", *found[0].place)
+            for key, value in own.items():
                 one.values[key] = value
                 one.origins[(key,)] = source.origin(("methods", method, name, "train", key))
     return one
-
-
-def _refuse(source: Source, message: str, *place: str | int) -> NoReturn:
-    """Raises FinetuneError: where `place` was written, its name, the message."""
-    origin, name = source.origin(place), ".".join(map(str, place))
-    text = f"{origin}: {message}" if not name or origin.startswith(f"--set {name}=") else f"{origin}: {name}: {message}"
-    raise FinetuneError(" ".join(text.splitlines()))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from perfbench import backbone as backbones
 from perfbench.backbone import Backbone
@@ -92,7 +90,9 @@ def evaluate_trained(
                 if done and not is_served(tenant.method):
                     continue
                 progress.say(f"{one.label} {tenant.name}", "as trained")
-                # What is never served may train the backbone's own weights: it gets some of its own.
+                # What is never served may train the backbone's own weights: it gets some of its own, once the last
+                # model has left its memory.
+                model = None
                 model = backbone.skeleton() if is_served(tenant.method) else setting.backbone(setting.dtype).model
                 model = trained.load(model, tenant.folder)
                 if is_served(tenant.method):
@@ -106,16 +106,10 @@ def evaluate_trained(
 
 
 def _answers_of(model: Any, one: TaskData, tenant: Tenant, path: ServingPath, setting: Setting) -> Iterator[Item]:
-    # PEFT puts soft prompts before the padding, so with them a prompt has to be alone.
-    soft = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    batch = 1 if soft else setting.requests
     splits: tuple[Split, ...] = ("dev", "test")
     for split in splits:
         examples = one.examples[split]
-        with warnings.catch_warnings():
-            # Without padding the positions that PEFT ignores are those that the model counts itself.
-            warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
-            given = predict(model, setting.tokenizer, one.task, examples, batch=batch, beams=setting.beams)
+        given = predict(model, setting.tokenizer, one.task, examples, batch=setting.requests, beams=setting.beams)
         for example, prediction in zip(examples, given, strict=True):
             yield _item(one, tenant, path, split, example, prediction)
 

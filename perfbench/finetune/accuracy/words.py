@@ -28,7 +28,8 @@ def headline(verdict: Verdict) -> str:
     if worse or odd:
         parts = [f"worse than {verdict.reference} by more than {margin}: {', '.join(worse)}"] if worse else []
         parts += [f"not served as trained: {', '.join(odd)}"] if odd else []
-        return f"FAIL. {'; '.join(parts).capitalize()}."
+        text = "; ".join(parts)
+        return f"FAIL. {text[0].upper()}{text[1:]}."  # labels keep their capitals
     if open_:
         return f"INCONCLUSIVE. Nothing is shown to be worse, but not enough is known of {', '.join(open_)}."
     if not verdict.paths:

@@ -19,10 +19,15 @@ _FIRST, _LAST = 0.1, 0.3
 
 @dataclass(frozen=True)
 class AdaLoraOptions:
-    """`initial_rank` on every linear; half of all ranks are given up, so that `rank` is what is left on average."""
+    """`initial_rank` on every linear; ranks are given up until `rank` of them are left on average. ValueError where
+    that is not less."""
 
     initial_rank: int = 8
     rank: int = 4
+
+    def __post_init__(self) -> None:
+        if self.rank >= self.initial_rank:  # PEFT fails on it only once it prunes
+            raise ValueError(f"rank: expected less than initial_rank {self.initial_rank}, got {self.rank}")
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from perfbench.errors import FinetuneError, ScenarioError
 from perfbench.finetune import config as finetune_config
-from perfbench.finetune.config import FinetuneConfig
+from perfbench.finetune.config import FinetuneConfig, check, read_source, refuse
 from perfbench.finetune.search.scores import SCORES
 from perfbench.methods.shape import MODULES
 from perfbench.scenario import frozen
-from perfbench.scenario_schema import problems
-from perfbench.yaml_source import Place, Source, assign, dotted, parse, read
+from perfbench.yaml_source import Source
 
 
 @dataclass(frozen=True)
@@ -82,19 +80,8 @@ def load(path: str | Path, settings: Sequence[str] = ()) -> SearchConfig:
     range, an adapter folder that is not there, more or fewer adapters than seeds.
     """
     path = Path(path)
-    try:
-        source = read(path)
-        for text in settings:
-            key, separator, value = text.partition("=")
-            if not separator or not value.strip() or not key.strip():
-                raise FinetuneError(f"--set {text}: expected key=value, such as k_max=3")
-            assign(source, key.strip().split("."), parse(value, f"--set {' '.join(text.split())}"))
-    except ScenarioError as error:  # the reader's words are about YAML, except for this one
-        raise FinetuneError(str(error).replace("a scenario file", "a search file")) from None
-    if found := problems(source.values, SCHEMA):
-        written = list(source.origins)
-        first = min(found, key=lambda problem: written.index(problem.place) if problem.place in written else 1 << 30)
-        raise _refusal(source, first.message, *first.place)
+    source = read_source(path, settings, "a search file")
+    check(source, SCHEMA)
     return _build(source, path)
 
 
@@ -113,23 +100,14 @@ def _build(source: Source, path: Path) -> SearchConfig:
     config = finetune_config.from_source(training, path)
     if adapters and len(adapters) != len(config.seeds):
         message = f"expected one adapter for each of {len(config.seeds)} seeds, got {len(adapters)}"
-        raise _refusal(source, message, "adapters")
+        refuse(source, message, "adapters")
     found = tuple(_folder(source, name, path) for name in adapters)
     fields: dict[str, Any] = {key: frozen(value) for key, value in own.items()}
     return SearchConfig(training=config, adapters=found, **fields)
 
 
 def _folder(source: Source, name: str, path: Path) -> str:
-    for candidate in (Path(name).expanduser(), path.parent / name):
-        if candidate.is_dir():
-            return str(candidate)
-    raise _refusal(source, f"no such folder {name!r}; expected a PEFT LoRA checkpoint", "adapters")
-
-
-def _refusal(source: Source, message: str, *place: str | int) -> FinetuneError:
-    """Where `place` was written, its name, the message."""
-    at: Place = place
-    origin, name = source.origin(at), dotted(at)
-    known = not name or origin.startswith(f"--set {name}=")
-    text = f"{origin}: {message}" if known else f"{origin}: {name}: {message}"
-    return FinetuneError(" ".join(text.splitlines()))
+    folder = next((one for one in (Path(name).expanduser(), path.parent / name) if one.is_dir()), None)
+    if folder is None:
+        refuse(source, f"no such folder {name!r}; expected a PEFT LoRA checkpoint", "adapters")
+    return str(folder)

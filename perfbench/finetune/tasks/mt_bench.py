@@ -64,6 +64,7 @@ def answer(folder: str, out: Path, model_id: str, generate: Generate, settings: 
     A later turn's prompt has the earlier turns with the answers given. settings: kept as `generate_params`.
     """
     asked = questions(folder)
+    _refuse_unwritable(out)  # now, and not after hours of answers
     said: dict[int, list[str]] = {question.question_id: [] for question in asked}
     for turn in range(max(len(question.turns) for question in asked)):
         now = [question for question in asked if turn < len(question.turns)]
@@ -108,6 +109,19 @@ def _dialogue(asked: Sequence[str], answered: Sequence[str]) -> list[str]:
     for reply, question in zip(answered, asked[1:], strict=True):
         turns += [reply, question]
     return turns
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """TaskError where a file can't be put at `path`."""
+    beside = path.with_name(f"{path.name}.part")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.touch()
+        beside.unlink()
+    except OSError as error:
+        raise TaskError(f"{path}: can't be written: {error.strerror}") from None
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -73,10 +73,11 @@ def find_file(source: str, *patterns: str) -> Path:
     raise TaskError(f"{source}: expected a file {' or '.join(patterns)}; the folder has {there}")
 
 
-def read_jsonl(path: Path) -> list[Record]:
-    """One record for each line that is not blank."""
+def read_jsonl(path: Path, *, torn: bool = False) -> list[Record]:
+    """One record for each line that is not blank; `torn`: without what stands after the last line's end."""
     records = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    lines = _text(path).split("\n")
+    for number, line in enumerate(lines[:-1] if torn else lines, start=1):
         if line.strip():
             value = _parse(line, f"{path}:{number}")
             records.append(_record(value, path, number))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from perfbench.errors import FinetuneError
-from perfbench.finetune.config import load
+from perfbench.finetune.config import BASELINE_OPTIONS, load
+from perfbench.finetune.trained import TRAINED
+from perfbench.scenario_schema import METHOD_OPTIONS
 
 FILE = """\
 question: Does it learn?
@@ -64,6 +67,10 @@ def test_a_setting_of_fanlora_is_read_from_its_file(file: Path, tmp_path: Path) 
         ("method=loar", "unknown method 'loar'; did you mean 'lora'?"),
         ("method={lora: {rnk: 2}}", "unknown option 'rnk'; did you mean 'rank'?"),
         ("method.lora.rank=two", "expected an integer from 1 to 1024, got 'two'"),
+        ("method={houlsby: {botleneck: 2}}", ": method.houlsby.botleneck: unknown option 'botleneck'; did you mean"),
+        ("method={houlsby: {bottleneck: many}}", "expected an integer from 1 to 65536, got 'many'"),
+        ("method={ssp: {budget: 0}}", "expected an integer or null >= 1, got 0"),
+        ("method={adalora: {rank: 8}}", ": method.adalora: rank: expected less than initial_rank 8, got 8"),
         ("method={lora: {}, para: {}}", "expected exactly one method"),
         ("method={fanlora: {setting: none.json}}", "none.json: expected a JSON file"),
         ("task.name=bolq", "unknown task 'bolq'; did you mean 'boolq'?"),
@@ -74,7 +81,7 @@ def test_a_setting_of_fanlora_is_read_from_its_file(file: Path, tmp_path: Path) 
         ("seeds=[1, 1]", "expected each value once"),
         ("epochs=0", "expected an integer >= 1, got 0"),
         ("learning_rate=0", "expected a number > 0"),
-        ("warmup_share=2", "expected a number from 0 to 1, got 2"),
+        ("warmup_share=1", "expected a number from 0 to 0.99, got 1"),  # Trainer would take it as one step
         ("accumulate=3", "expected batch to be a multiple of accumulate, got 16 / 3"),
         ("too_long=drop", "unknown too_long 'drop'"),
         ("epochs", "expected key=value"),
@@ -113,3 +120,10 @@ def test_a_broken_setting_is_refused(file: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text(json.dumps({"layers": [["v", "oo"]]}))
     with pytest.raises(FinetuneError, match=r"bad.json: layers.*unknown module 'oo'"):
         load(file, ["method={fanlora: {setting: bad.json}}"])
+
+
+def test_every_method_has_rules_for_each_of_its_options() -> None:
+    rules = METHOD_OPTIONS | BASELINE_OPTIONS
+    assert not METHOD_OPTIONS.keys() & BASELINE_OPTIONS.keys()
+    for name, method in TRAINED.items():
+        assert rules[name].keys() - {"adapters"} == {f.name for f in fields(method.options)} - {"adapters"}, name

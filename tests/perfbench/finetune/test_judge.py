@@ -139,6 +139,19 @@ def test_answers_are_in_fastchats_format(answers):
     assert not list(answers.parent.glob("*.part"))
 
 
+@pytest.mark.parametrize("place", ["file/answers.jsonl", "folder"])
+def test_a_place_that_cant_be_written_is_refused_before_anything_is_answered(folder, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+
+    def generate(prompts, where):
+        raise AssertionError("asked")
+
+    with pytest.raises(TaskError, match="can't be written"):
+        mt_bench.answer(str(folder), tmp_path / place, "mine", generate, {})
+    assert sorted(path.name for path in tmp_path.iterdir() if path != folder) == ["file", "folder"]
+
+
 def test_the_second_turn_sees_the_first_and_its_answer(folder, tmp_path):
     seen: list[tuple[str, str]] = []
 
@@ -193,7 +206,7 @@ def test_it_goes_on_where_it_stopped(server, folder, answers, tmp_path):
         judge.judge(str(folder), answers, out, server.endpoint())
     assert len(server.requests) == 3  # a request that is refused as wrong is not sent again
     with out.open("a") as file:
-        file.write('{"question_id": 2, "torn')
+        file.write('{"judge": ["the-judge", "torn')
     server.reply = lambda number, body: (200, {}, completion("[[8]]"))
     found = judge.judge(str(folder), answers, out, server.endpoint())
     assert len(server.requests) == 5
@@ -272,6 +285,30 @@ def test_a_reply_of_another_kind_is_told(server, body):
 )
 def test_ratings(reply, expected):
     assert judge.rating(reply) == expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"question_id": 1, "answer_id": "an answers file without an end of line"}',
+        '{"question_id": 1, "answer_id": "x"}\n{"question_id": 2, "torn',
+        "my notes",
+        '{"judge": ["the-judge", "single-v1"], "question_id": [1], "turn": 1, "score": 3}\n',
+    ],
+)
+def test_a_wrong_out_is_refused_and_loses_nothing(server, folder, answers, tmp_path, content):
+    out = tmp_path / "mine.txt"
+    out.write_text(content)
+    with pytest.raises(TaskError, match=r"mine.txt"):
+        judge.judge(str(folder), answers, out, server.endpoint())
+    assert out.read_text() == content
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://x:port/v1", "127.0.0.1:8000"])
+def test_an_address_that_is_none_is_refused(folder, answers, tmp_path, url):
+    with pytest.raises(TaskError, match="expected an address such as"):
+        judge.judge(str(folder), answers, tmp_path / "out.jsonl", judge.Endpoint(url, "m"))
 
 
 def test_faults_in_the_files(server, folder, answers, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from perfbench.errors import TaskError
+from perfbench.errors import FinetuneError, TaskError
 from perfbench.finetune import choices, predict
 from perfbench.finetune.tasks.task import Example, Task
 
@@ -180,6 +180,21 @@ def test_logits_of_soft_prompts_are_left_out(model, tokenizer):
         assert scores == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_soft_prompts_stand_before_the_prompt_and_not_before_padding(model, tokenizer, kind):
+    torch.manual_seed(1)
+    config = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[kind]
+    tuned = peft.get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    embedding = next(p for p in tuned.parameters() if p.requires_grad)
+    torch.nn.init.normal_(embedding)
+    alone = [predict.predict(tuned, tokenizer, generating(), [example])[0] for example in EXAMPLES]
+    assert len(set(alone)) > 1
+    assert predict.predict(tuned, tokenizer, generating(), EXAMPLES, batch=3) == alone
+    assert predict.predict(tuned, tokenizer, CHOOSE, EXAMPLES, batch=9) == [
+        predict.predict(tuned, tokenizer, CHOOSE, [example], batch=1)[0] for example in EXAMPLES
+    ]
+
+
 def test_a_record_longer_than_the_backbone_is_named(model, tokenizer):
     long = Example("9", "x" * 60, " yes", ("yes",), (" no", " yes"), "big.jsonl:9")
     says = r"^big.jsonl:9: prompt and answer may take 6\d tokens, more than the backbone's 64 positions"
@@ -188,6 +203,12 @@ def test_a_record_longer_than_the_backbone_is_named(model, tokenizer):
     says = r"^big.jsonl:9: prompt and answer may take 73 tokens"
     with pytest.raises(TaskError, match=says):
         predict.predict(model, tokenizer, generating(), [*EXAMPLES, long])
+
+
+def test_scores_that_are_no_numbers_choose_nothing(model, tokenizer):
+    model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(FinetuneError, match=r"x:\d: the model's log-probabilities are not numbers"):
+        predict.predict(model, tokenizer, CHOOSE, EXAMPLES)
 
 
 def test_a_choice_without_a_token_is_named(model, tokenizer):

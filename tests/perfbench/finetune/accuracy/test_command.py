@@ -268,6 +268,15 @@ def test_a_run_without_the_methods_is_refused_before_anything(finished: Finished
     assert not (tmp_path / "run").exists()
 
 
+def test_a_method_that_the_backbone_refuses_is_told_before_any_is_trained(
+    write_config: Callable[..., Path], tmp_path: Path, capsys: Any
+) -> None:
+    path = write_config(tmp_path, methods=["lora", {"fanlora": {"setting": [["q"] for _ in range(9)]}}])
+    said = refused([str(path), "--out", str(tmp_path / "run")], capsys)
+    assert "method.fanlora.setting: expected a setting of" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_never_served_is_judged_as_trained(write_config: Callable[..., Path], tmp_path: Path) -> None:
     path = write_config(
         tmp_path,

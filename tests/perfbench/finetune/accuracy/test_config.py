@@ -51,6 +51,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"methods": ["lora", {"para": {"train": {"batch": 0}}}]},
         r"tiny\.yaml:\d+: batch: expected an integer >= 1",
     ),
+    "train all": (
+        {"methods": ["lora", {"para": {"train": {"dtype": "bf16"}}}]},
+        r"tiny\.yaml:\d+: methods\.1\.para\.train\.dtype: unknown key 'dtype'; known: .*learning_rate",
+    ),
+    "train none": ({"methods": ["lora", {"para": {"train": 3}}]}, r"train: expected a mapping, got 3"),
 }
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from perfbench.finetune.accuracy import words
 from perfbench.finetune.accuracy.verdict import Verdict, judge
 
 TRAINED, FP32, BF16 = "as-trained-fp32", "static-eager-fp32", "static-eager-bf16"
@@ -66,6 +68,12 @@ def test_a_method_that_is_clearly_worse_is_inferior() -> None:
     verdict = verdict_on(lambda method, seed, path, item: item % 10 < (9 if method == "lora" else 6))
     assert rows(verdict)["reference"] == "inferior"
     assert verdict.exit_code == 1
+
+
+def test_labels_keep_their_capitals_in_the_headline() -> None:
+    verdict = verdict_on(lambda method, seed, path, item: method == "lora")
+    rows = tuple(replace(row, method=row.method.upper()) for row in verdict.methods)
+    assert "PARA (t, " in words.headline(replace(verdict, methods=rows))
 
 
 def test_few_items_leave_it_open() -> None:

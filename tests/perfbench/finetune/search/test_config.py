@@ -102,6 +102,11 @@ def test_a_file_that_is_no_search_is_refused(text, message, tmp_path):
     assert message in str(error.value)
 
 
+def test_set_on_a_file_that_is_no_mapping_names_the_file(tmp_path):
+    with pytest.raises(FinetuneError, match=r"search\.yaml:1: expected a mapping of fields"):
+        load(written(tmp_path, "- a\n"), ["k_max=1"])
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FinetuneError, match=r"nowhere\.yaml: no such file"):
         load(tmp_path / "nowhere.yaml")
