@@ -16,7 +16,7 @@ from perfbench.errors import PerfbenchError, TaskError
 from perfbench.finetune.search import command, config
 from perfbench.finetune.search.journal import Journal
 from perfbench.methods.shape import MODULES
-from tests.perfbench.finetune.search.conftest import write_adapter, write_model
+from tests.perfbench.finetune.search.conftest import one_thread, write_adapter, write_model
 
 ROOT = Path(__file__).resolve().parents[4]
 PICTURES = {f"{what}-{score}.svg" for what in ("scores", "kept", "share") for score in ("ab", "shapley", "sensitivity")}
@@ -48,7 +48,8 @@ def file(tiny_llama: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory)
 def done(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an undisturbed search leaves."""
     out = tmp_path_factory.mktemp("done") / "out"
-    assert main(["fanlora", "search", str(file), "--out", str(out)]) == 0
+    with one_thread():  # a fixture of a module is made before those of its tests
+        assert main(["fanlora", "search", str(file), "--out", str(out)]) == 0
     return out
 
 
