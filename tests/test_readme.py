@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -149,6 +150,27 @@ def test_the_gates_power_is_what_was_measured(readme):
         pairs, rules, effects=effects, sessions=found["sessions"], size=found["first_batch"], seed=found["seed"]
     )
     assert json.loads(json.dumps(again)) == found
+
+
+def accuracy_table(path: str) -> str:
+    """The Markdown table of an accuracy.json: each method's test score over the seeds, and against LoRA."""
+    found = json.loads((ROOT / path).read_text(encoding="utf-8"))
+    lines = ["| method | trained parameters | test %, median (lowest to highest seed) | points to LoRA | verdict |"]
+    lines.append("| --- | ---: | ---: | ---: | --- |")
+    for row in found["verdict"]["methods"]:
+        trained = found["adapters"][row["task"]][row["method"]]["0"]["trainable_parameters"]
+        low, median, high = (100 * of(row["test"]["seeds"]) for of in (min, statistics.median, max))
+        versus = row["versus"].get("as-trained-fp32")
+        points = [f"{100 * versus[key]:+.1f}" for key in ("difference", "low", "high")] if versus else []
+        shown = f"{points[0]} [{points[1]}, {points[2]}]" if points else "the reference"
+        test = f"{median:.1f} ({low:.1f} to {high:.1f})"
+        lines.append(f"| {row['method']} | {trained:,} | {test} | {shown} | {row['verdict'] if points else '-'} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_accuracy_is_the_committed_runs(readme):
+    ((path, shown),) = re.findall(r"<!-- accuracy: (\S+) -->\n(.*?)\n<!-- /accuracy -->", readme, re.DOTALL)
+    assert shown.strip() == accuracy_table(path)
 
 
 def test_a_changed_digit_in_the_table_is_found(readme):

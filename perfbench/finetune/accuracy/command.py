@@ -83,11 +83,13 @@ def execute(
 def judge_folder(folder: AccuracyFolder, config: AccuracyConfig) -> Verdict:
     """The verdict on what a run folder holds."""
     trained_path = as_trained(config.common.dtype)
-    exact, identities = set(), {}
+    anchors: dict[str, str] = {}
+    identities = {}
     for task, paths in folder.manifest["paths"].items():
+        # In fp32 all must agree: with the trained model where that is fp32, else with the first that is served so.
+        fp32 = [path for path in (trained_path.id, *paths) if path.endswith("-fp32")]
+        anchors |= {path: fp32[0] for path in fp32[1:] if path != fp32[0]}
         for path, methods in paths.items():
-            if trained_path.dtype == "fp32" and path.endswith("-fp32"):
-                exact.add(path)
             for method, facts in methods.items():
                 identities[task, path, method] = facts["identity"] or {}
     return judge(
@@ -97,7 +99,7 @@ def judge_folder(folder: AccuracyFolder, config: AccuracyConfig) -> Verdict:
         reference=config.reference,
         margin=config.margin,
         trained_path=trained_path.id,
-        exact_paths=exact,
+        anchors=anchors,
         identities=identities,
     )
 

@@ -45,7 +45,8 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class PathRow:
-    """A method served on one path against the same adapters as trained: `changed` of `answers` predictions are others;
+    """A method served on one path against the same adapters as trained. `changed` of `answers` predictions are others
+    than those of the path `anchor`, which they must equal where `exact` (one in fp32), else than as trained;
     `identity` is whose logits were served (perfbench.finetune.accuracy.identity)."""
 
     task: str
@@ -55,6 +56,7 @@ class PathRow:
     versus: Paired
     changed: int
     answers: int
+    anchor: str
     exact: bool
     identity: Mapping[str, Any]
     verdict: str
@@ -90,17 +92,16 @@ def judge(
     reference: str,
     margin: float,
     trained_path: str,
-    exact_paths: Iterable[str],
+    anchors: Mapping[str, str],
     identities: Mapping[tuple[str, str, str], Mapping[str, Any]],
     seed: int = 0,
 ) -> Verdict:
-    """`items`: rows of items.jsonl; `trained_path`: that all others are compared with; `exact_paths`: those that must
-    give its very predictions; `identities`: (task, path, method) -> whose logits were served.
+    """`items`: rows of items.jsonl; `trained_path`: that all others are compared with; `anchors`: path -> the one
+    whose very predictions it must give; `identities`: (task, path, method) -> whose logits were served.
 
     ValueError where a method lacks an item that the reference has.
     """
     table = _by_place(items)
-    exact = set(exact_paths)
     method_rows, path_rows = [], []
     for task in tasks:
         test = {method: table.get(("test", task, method), {}) for method in methods}
@@ -128,29 +129,34 @@ def judge(
             for path in own:
                 if path != trained_path:
                     identity = identities.get((task, path, method), {})
-                    path_rows.append(_path_row(task, method, path, own, trained_path, path in exact, identity, seed))
+                    anchor = anchors.get(path)
+                    anchor = anchor if anchor in own else None
+                    path_rows.append(_path_row(task, method, path, own, trained_path, anchor, identity, seed))
     return Verdict(tuple(method_rows), tuple(path_rows), margin, reference)
 
 
 def _path_row(
-    task: str, method: str, path: str, own: Mapping[str, Mapping[str, Answers]], trained_path: str, exact: bool,
+    task: str, method: str, path: str, own: Mapping[str, Mapping[str, Answers]], trained_path: str, anchor: str | None,
     identity: Mapping[str, Any], seed: int,
 ) -> PathRow:  # fmt: skip
     served, trained = own[path], own[trained_path]
     paired = _versus(served, trained, seed)
-    pairs = [(served[i][k][0], trained[i][k][0]) for i in trained for k in trained[i]]
+    compared = own[anchor or trained_path]
+    pairs = [(served[i][k][0], compared[i][k][0]) for i in compared for k in compared[i]]
     changed = sum(a != b for a, b in pairs)
     verdict, reason = "pass", ""
     if identity.get("status", "void") == "void":
         verdict, reason = "inconclusive", identity.get("reason", "whose adapter answered was not looked at")
-    if exact and changed:
-        verdict, reason = "differs", f"{changed} of {len(pairs)} predictions are not those of the trained model"
-    elif not exact and paired.excludes_zero():
+    if anchor and changed:
+        whose = "the trained model" if anchor == trained_path else anchor
+        verdict, reason = "differs", f"{changed} of {len(pairs)} predictions are not those of {whose}"
+    elif anchor != trained_path and paired.excludes_zero():
         verdict, reason = "differs", "the paired interval of the difference excludes 0"
     if identity.get("status") == "wrong":
         verdict, reason = "differs", identity["reason"]
     return PathRow(
-        task, method, path, _scores(served), paired, changed, len(pairs), exact, dict(identity), verdict, reason
+        task, method, path, _scores(served), paired, changed, len(pairs), anchor or trained_path, anchor is not None,
+        dict(identity), verdict, reason,
     )  # fmt: skip
 
 

@@ -60,7 +60,9 @@ def findings(verdict: Verdict) -> Iterator[str]:
     exact = [row for row in verdict.paths if row.exact]
     if exact:
         changed, answers = sum(row.changed for row in exact), sum(row.answers for row in exact)
-        yield f"In fp32 {changed:,} of {answers:,} served predictions are not those of the trained model."
+        anchor = exact[0].anchor
+        whose = "the trained model" if anchor.startswith(AS_TRAINED) else anchor
+        yield f"In fp32 {changed:,} of {answers:,} served predictions are not those of {whose}."
     rounded = [row for row in verdict.paths if not row.exact]
     if rounded:
         changed, answers = sum(row.changed for row in rounded), sum(row.answers for row in rounded)

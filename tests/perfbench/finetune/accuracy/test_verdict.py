@@ -39,7 +39,7 @@ def verdict_on(right: Rule, identities: Mapping[tuple[str, str, str], Any] | Non
         reference="lora",
         margin=0.05,
         trained_path=TRAINED,
-        exact_paths=[FP32],
+        anchors={FP32: TRAINED},
         identities=sound | (identities or {}),
     )
 
@@ -103,6 +103,30 @@ def test_one_other_prediction_in_fp32_is_a_difference() -> None:
     assert verdict.exit_code == 1
 
 
+def test_what_was_trained_in_bf16_is_served_alike_in_fp32() -> None:
+    """No path gives the trained model's very answers then; those in fp32 must still give each other's."""
+    paths = {TRAINED: "as-trained-bf16", FP32: "transformers-eager-fp32", BF16: FP32}
+
+    def verdict(odd: int) -> Verdict:
+        items = [
+            item | {"path": paths[item["path"]]}
+            for item in answers(
+                lambda method, seed, path, item: every_other(method, seed, path, item) ^ (path == BF16 and item < odd)
+            )
+        ]
+        sound = {("t", path, method): OK for path in paths.values() for method in ("lora", "para")}
+        return judge(
+            items, tasks=["t"], methods=["lora", "para"], reference="lora", margin=0.05, trained_path="as-trained-bf16",
+            anchors={FP32: "transformers-eager-fp32"}, identities=sound,
+        )  # fmt: skip
+
+    assert verdict(0).exit_code == 0
+    wrong = [row for row in verdict(2).paths if row.verdict == "differs"]
+    assert {(row.path, row.changed, row.reason) for row in wrong} == {
+        (FP32, 4, "4 of 800 predictions are not those of transformers-eager-fp32")
+    }
+
+
 def test_in_bf16_a_few_other_predictions_are_rounding() -> None:
     verdict = verdict_on(
         lambda method, seed, path, item: every_other(method, seed, path, item) ^ (path == BF16 and item < 2)
@@ -127,4 +151,4 @@ def test_an_item_without_an_answer_is_refused() -> None:
     items = [item for item in answers(every_other, items=5) if (item["method"], item["id"]) != ("para", "i3")]
     with pytest.raises(ValueError, match="i3: answered on one side only"):
         judge(items, tasks=["t"], methods=["lora", "para"], reference="lora", margin=0.1, trained_path=TRAINED,
-              exact_paths=[], identities={})  # fmt: skip
+              anchors={}, identities={})  # fmt: skip
