@@ -9,6 +9,7 @@ of `generate()` between two looks at the clock, `static` a loop over its decoder
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import time
 from collections.abc import Callable
@@ -60,6 +61,8 @@ def ratios(runtime: str, base: backbone.Backbone, rounds: int, seed: int = 0) ->
     batch = Batch(ids, torch.ones_like(ids), (-1,) * 4, beams=1, new_tokens=NEW)
     arm, draw = PLAN_ARMS[runtime](base, None, "eager"), random.Random(seed)
     arm.generate(batch)  # static makes its decoder for the first batch of a size
+    gc.collect()
+    gc.freeze()  # as the worker does once all is warm: a long collection would leave cold caches to what follows
     turns: dict[str, Callable[[], float]] = {
         "reported": lambda: repetition(arm, batch, base.device, None)["total_ms"],
         "by hand": lambda: BY_HAND[runtime](arm, batch),
