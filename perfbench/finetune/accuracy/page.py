@@ -12,6 +12,7 @@ from perfbench import words as run_words
 from perfbench.errors import RunDirectoryError
 from perfbench.finetune.accuracy import words
 from perfbench.finetune.accuracy.config import AccuracyConfig
+from perfbench.finetune.accuracy.paths import AS_TRAINED
 from perfbench.finetune.accuracy.verdict import MethodRow, Verdict
 from perfbench.report.chart import Chart
 from perfbench.report.html import flatten
@@ -214,7 +215,11 @@ def _of_task(verdict: Verdict, task: str) -> Iterator[Chart]:
         {"unit": "%"},
     )
     # Where all predictions are the trained model's, its difference stands for both.
-    equal = {(row.task, row.method, row.path) for row in verdict.paths if row.exact and not row.changed}
+    equal = {
+        (row.task, row.method, row.path)
+        for row in verdict.paths
+        if row.exact and not row.changed and row.anchor.startswith(AS_TRAINED)
+    }
     differences = [
         (f"{row.method}, {path}", paired.difference * 100, paired.low * 100, paired.high * 100)
         for row in mine

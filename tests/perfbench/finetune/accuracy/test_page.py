@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,20 @@ def test_it_joins_accuracy_with_the_speed_and_memory_of_the_same_method(finished
     assert "speed on another backbone" in html, "the run's backbone is not that of the fine-tuning"
     assert "Left out: static-triton-fp32, static-triton-bf16" in html
     assert "PASS. No method is worse than lora by 50 points or more" in html
+
+
+def test_only_what_equals_the_trained_model_is_left_out_of_the_differences(finished: Finished) -> None:
+    """A path that gives another served path's answers may differ from what was trained in bf16."""
+    path, out, verdict = finished
+    manifest = AccuracyFolder.open(out).manifest
+
+    def shown(of: Verdict) -> set[str]:
+        charts = charts_in(page.render(manifest, of, None))
+        return {row[0] for chart in charts if chart["title"].startswith("Difference to") for row in chart["rows"]}
+
+    assert "para, static-eager-fp32" not in shown(verdict)
+    paths = tuple(replace(row, anchor="transformers-eager-fp32") for row in verdict.paths)
+    assert "para, static-eager-fp32" in shown(replace(verdict, paths=paths))
 
 
 def test_small_scale_claims_no_ranking(finished: Finished) -> None:
