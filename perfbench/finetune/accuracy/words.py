@@ -230,6 +230,6 @@ def legend(verdict: Verdict) -> str:
         f"for several comparisons. pass: the interval lies above -{verdict.margin * 100:g} points on every path; "
         "inferior: it lies below; inconclusive: it holds that value. McNemar: exact, for 0/1 scores of one seed. "
         "Served in fp32 every prediction must be the trained model's or, if that is not fp32, the first fp32 path's; "
-        "elsewhere the interval of the difference to the trained model must hold 0; and the served logits of each tenant "
+        "elsewhere the interval of the difference to the trained model must hold 0; and each tenant's served logits "
         "must be nearest to its own trained model's, not to another tenant's or the bare backbone's."
     )

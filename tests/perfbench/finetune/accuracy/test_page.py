@@ -59,7 +59,7 @@ def test_it_joins_accuracy_with_the_speed_and_memory_of_the_same_method(finished
 
 def test_only_what_equals_the_trained_model_is_left_out_of_the_differences(finished: Finished) -> None:
     """A path that gives another served path's answers may differ from what was trained in bf16."""
-    path, out, verdict = finished
+    _, out, verdict = finished
     manifest = AccuracyFolder.open(out).manifest
 
     def shown(of: Verdict) -> set[str]:
