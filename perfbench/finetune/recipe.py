@@ -200,6 +200,7 @@ class _Seed:
         return self.folder.path / f"seed{self.seed}"
 
     def _train(self, entry: dict[str, Any]) -> None:
+        self.progress.say(f"seed {self.seed}", "training")
         model = trained.attach(self._backbone(), self.config.method, self.config.options, self.seed)
         resettable = _reset_peak(self.kind)
         trainer = AdapterTrainer(

@@ -47,8 +47,9 @@ def conclusion(manifest: Mapping[str, Any]) -> str:
     size = f"; {trained:,} parameters trained" if trained else ""
     if test is None:
         return f"{len(done)} of {len(seeds)} seeds trained, not judged on a test set{size}."
+    seeds_in_words = "1 seed" if test["seeds"] == 1 else f"{test['seeds']} seeds"
     spread = f"{test['lowest']:.1%} to {test['highest']:.1%}"
-    median = f"{test['metric']}: median {test['median']:.1%} of {test['seeds']} seeds ({spread})"
+    median = f"{test['metric']}: median {test['median']:.1%} of {seeds_in_words} ({spread})"
     return f"{median}, {test['items']} test items{size}."
 
 

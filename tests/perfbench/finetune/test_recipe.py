@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from perfbench import backbone
@@ -62,8 +63,14 @@ def done(config: FinetuneConfig, tmp_path_factory: pytest.TempPathFactory) -> tu
     """A run that nothing disturbed, and its seed's result."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("done") / "run"
-    (result,) = recipe.finetune(config, out)
+    with (out.parent / "said").open("w") as said:
+        (result,) = recipe.finetune(config, out, console=Console(file=said))
     return out, result
+
+
+def test_it_says_what_it_is_doing(done: tuple[Path, recipe.SeedResult]) -> None:
+    said = (done[0].parent / "said").read_text()
+    assert said.index("seed 0: training") < said.index("dev loss") < said.index("seed 0: judging on 6 test items")
 
 
 def test_a_run_says_what_came_out(done: tuple[Path, recipe.SeedResult]) -> None:
@@ -90,7 +97,9 @@ def test_show_prints_it_and_what_compares_speeds_refuses_it(
 ) -> None:
     out, result = done
     assert main(["show", str(out)]) == 0
-    assert f"{result.best_dev_loss:.4f}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{result.best_dev_loss:.4f}" in shown
+    assert " of 1 seed (" in shown
     assert main(["show", str(out), "--format", "csv"]) == 2
     assert main(["compare", str(out), str(ROOT / "results" / "cpu-multitenant")]) == 2
     assert "a run of `perfbench finetune`, which has no cases" in capsys.readouterr().err
