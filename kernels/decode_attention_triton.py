@@ -70,7 +70,7 @@ def _parts(
             else:
                 sums = tl.dot(weights.to(value.dtype), value, sums * shrink[:, None], input_precision="ieee")
             largest = higher
-    else:
+    elif BEAM:  # a constant: without generated tokens this branch is not compiled, `where` being no table then
         for step in range(0, steps):
             source = tl.load(where + rows * WHERE_STRIDE + step, mask=there, other=0)
             place = generated + (source[:, None] * 2 * KV_HEADS + kv) * DIM + dims[None, :]

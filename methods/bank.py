@@ -9,12 +9,12 @@ or without a module, leave zeros in the rest of their place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from perfbench.errors import AdapterError
-from perfbench.methods.plan import AdapterPlan, Generator, LayerPlan, LowRank
+from perfbench.methods.plan import AdapterPlan, LayerPlan, LowRank
 from perfbench.methods.shape import MODULES
 
 
@@ -28,7 +28,7 @@ class Bank:
         """
         self.capacity = capacity
         self.free = list(range(capacity))[::-1]
-        self.layout: AdapterPlan = tuple(_map(_in_order(layer), lambda t: t.to("meta")) for layer in layout)
+        self.layout: AdapterPlan = tuple(_in_order(layer).map(lambda t: t.to("meta")) for layer in layout)
         shrinks = [pair.a.numel() for layer in self.layout for pair in layer.low_rank.values()]
         rest = [t.numel() for layer in self.layout for t in _without_shrinks(layer)]
         self._sizes = (shrinks, rest)
@@ -46,7 +46,7 @@ class Bank:
                 a, b = next(first), next(second)
                 pairs[module] = LowRank(a.view(count, *pair.a.shape), b.view(count, *pair.b.shape))
             others = LayerPlan({}, layer.scale_minus_one, layer.generator)
-            others = _map(others, lambda t: next(second).view(count, *t.shape))
+            others = others.map(lambda t: next(second).view(count, *t.shape))
             return LayerPlan(pairs, others.scale_minus_one, others.generator)
 
         return tuple(map(of_layer, self.layout))
@@ -116,18 +116,7 @@ def _union(layers: Sequence[LayerPlan]) -> LayerPlan:
     if len({(g.modules, g.normalised) for g in generators}) > 1:
         raise AdapterError("adapters of one bank must share their generator's modules and pooling")
     largest = max(generators, key=lambda g: g.w_down.shape[1])
-    return LayerPlan(low_rank, scales, _map_generator(largest, lambda t: t.to("meta")))
-
-
-Make = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _map(layer: LayerPlan, make: Make) -> LayerPlan:
-    return LayerPlan(
-        {m: LowRank(make(p.a), make(p.b)) for m, p in layer.low_rank.items()},
-        {m: make(scale) for m, scale in layer.scale_minus_one.items()},
-        None if layer.generator is None else _map_generator(layer.generator, make),
-    )
+    return LayerPlan(low_rank, scales, largest.map(lambda t: t.to("meta")))
 
 
 def _in_order(layer: LayerPlan) -> LayerPlan:
@@ -143,10 +132,6 @@ def _without_shrinks(layer: LayerPlan) -> list[torch.Tensor]:
     """What `rest` holds of a layer, in order."""
     others = LayerPlan({}, layer.scale_minus_one, layer.generator)
     return [*(pair.b for pair in layer.low_rank.values()), *others.tensors()]
-
-
-def _map_generator(g: Generator, make: Make) -> Generator:
-    return Generator(make(g.w_down), make(g.w_up), make(g.bias_minus_one), g.modules, g.normalised)
 
 
 def _pairs(index: int, stacked: LayerPlan, layer: LayerPlan) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -35,8 +35,8 @@ def initialise(name: str, tensor: torch.Tensor, generator: torch.Generator) -> N
 
 
 def randomise(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
-    """N(1, 0.5)."""
-    tensor.normal_(1, 0.5, generator=generator)
+    """N(1, 0.25): activations keep their size."""
+    tensor.normal_(1, 0.25, generator=generator)
 
 
 def plan(parameters: Parameters, shape: BackboneShape, options: Ia3OriginalOptions) -> AdapterPlan:

@@ -5,6 +5,8 @@ A method file is a module with
 - `shapes(shape, options) -> {name: size}`: the trainable parameters of one adapter, nothing allocated;
 - `initialise(name, tensor, generator)`: fills one of them with the papers' initial values;
 - `randomise(name, tensor, generator)`: fills one with values as a trained adapter might have;
+- `fit(parameters, options, input_rms)`, only where the method reads the residual stream: changes random parameters
+  so that they suit a backbone whose layers' inputs have these root mean squares;
 - `plan(parameters, shape, options) -> AdapterPlan`;
 - `save(parameters, shape, options, folder, backbone)` and `load(folder, shape, options) -> AdapterPlan`.
 
@@ -14,6 +16,7 @@ A method file is a module with
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,10 +44,19 @@ def parameter_count(method: str, shape: BackboneShape, options: Any) -> int:
     return sum(torch.Size(size).numel() for size in sizes.values())
 
 
-def make(method: str, shape: BackboneShape, options: Any, seed: int, *, initial: bool = False) -> Parameters:
+def make(
+    method: str,
+    shape: BackboneShape,
+    options: Any,
+    seed: int,
+    *,
+    initial: bool = False,
+    input_rms: Sequence[float] | None = None,
+) -> Parameters:
     """One adapter's parameters, fp32 on the CPU: the papers' initial values, or random ones as after training.
 
-    The same seed gives the same adapter on every machine; different seeds differ.
+    The same seed gives the same adapter on every machine; different seeds differ. input_rms: root mean square of each
+    layer's input in the backbone that random ones are for (`Backbone.input_rms`); None: 1.
     """
     module = implementation(method)
     generator = torch.Generator().manual_seed(seed)
@@ -53,6 +65,8 @@ def make(method: str, shape: BackboneShape, options: Any, seed: int, *, initial:
     for name, size in module.shapes(shape, options).items():
         parameters[name] = torch.empty(size)
         fill(name, parameters[name], generator)
+    if input_rms is not None and not initial and hasattr(module, "fit"):
+        module.fit(parameters, options, input_rms)
     return parameters
 
 

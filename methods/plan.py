@@ -6,6 +6,7 @@ by a generator from the prompt. No runtime and no kernel names a method.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +37,12 @@ class Generator:
     modules: tuple[str, ...]
     normalised: bool = False
 
+    def map(self, make: Callable[[torch.Tensor], torch.Tensor]) -> Generator:
+        """The same with `make` of each tensor."""
+        return Generator(
+            make(self.w_down), make(self.w_up), make(self.bias_minus_one), self.modules, self.normalised
+        )
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -53,6 +60,14 @@ class LayerPlan:
         if self.generator is not None:
             found += [self.generator.w_down, self.generator.w_up, self.generator.bias_minus_one]
         return found
+
+    def map(self, make: Callable[[torch.Tensor], torch.Tensor]) -> LayerPlan:
+        """The same with `make` of each tensor, called in the order of `tensors`."""
+        return LayerPlan(
+            {module: LowRank(make(pair.a), make(pair.b)) for module, pair in self.low_rank.items()},
+            {module: make(scale) for module, scale in self.scale_minus_one.items()},
+            None if self.generator is None else self.generator.map(make),
+        )
 
 
 # One LayerPlan for each layer of the backbone.

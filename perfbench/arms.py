@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,13 +37,15 @@ PLAN_ARMS: dict[str, type[PlanArm] | type[StaticArm]] = {"transformers": PlanArm
 class BuiltArm:
     """An arm, its batch, and what its adapters are.
 
-    plan: one tenant's, sizes only (None for the bare backbone); adapters: `parameters_per_tenant`,
+    plan: one tenant's, sizes only (None for the bare backbone); plan_of: slot -> the adapter that lies there, made
+    again from its seed or read again from its folder (None likewise); adapters: `parameters_per_tenant`,
     `bytes_per_tenant`, `admit_ms`.
     """
 
     arm: Arm
     batch: Batch
     plan: AdapterPlan | None
+    plan_of: Callable[[int], AdapterPlan] | None
     adapters: dict[str, Any]
 
 
@@ -54,7 +57,7 @@ def build(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int
     served_by = METHODS[case.method].served_by
     if case.method == "none":
         bare = _plan_arm(case, backbone, None, batch)
-        return BuiltArm(bare, batch, None, dict.fromkeys(ADAPTER_FIGURES))
+        return BuiltArm(bare, batch, None, None, dict.fromkeys(ADAPTER_FIGURES))
     if served_by == "plan":
         return _build_plan(case, backbone, batch, resident, seed, scratch)
     return _build_peft(case, backbone, batch, resident, seed, scratch)
@@ -72,36 +75,44 @@ def adapter_folders(path: str, resident: int) -> list[Path]:
     return found[:resident]
 
 
-def plans(case: Case, shape: BackboneShape, resident: int, seed: int) -> Iterator[AdapterPlan]:
-    """One plan for each resident tenant: read from the folders of the case's options, else random. AdapterError."""
-    method = parameters.implementation(case.method)
+def read_adapter(case: Case, shape: BackboneShape, resident: int, tenant: int) -> AdapterPlan:
+    """The adapter in the folder of the resident `tenant`. AdapterError."""
+    folder = adapter_folders(case.options.adapters, resident)[tenant]
+    plan: AdapterPlan = parameters.implementation(case.method).load(folder, shape, case.options)
+    return plan
+
+
+def plan_of_tenant(case: Case, backbone: Backbone, resident: int, seed: int, tenant: int) -> AdapterPlan:
+    """The adapter of the resident `tenant`: read from a folder where the case's options have them, else random."""
     if case.options.adapters is not None:
-        for folder in adapter_folders(case.options.adapters, resident):
-            yield method.load(folder, shape, case.options)
-    else:
-        for tenant in range(resident):
-            yield method.plan(_random(case, shape, seed, tenant), shape, case.options)
+        return read_adapter(case, backbone.shape, resident, tenant)
+    values = _random(case, backbone, seed, tenant)
+    plan: AdapterPlan = parameters.implementation(case.method).plan(values, backbone.shape, case.options)
+    return plan
 
 
-def _random(case: Case, shape: BackboneShape, seed: int, tenant: int) -> parameters.Parameters:
-    return parameters.make(case.method, shape, case.options, seed=seed * 1_000_003 + tenant)
+def _random(case: Case, backbone: Backbone, seed: int, tenant: int) -> parameters.Parameters:
+    return parameters.make(
+        case.method, backbone.shape, case.options, seed=seed * 1_000_003 + tenant, input_rms=backbone.input_rms
+    )
 
 
 def _build_plan(
     case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path
 ) -> BuiltArm:
     method = parameters.implementation(case.method)
+    plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
     if case.options.adapters is not None:
-        read = list(plans(case, backbone.shape, resident, seed))
+        read = [plan_of(tenant) for tenant in range(resident)]
         layout, cold = union_layout(read), adapter_folders(case.options.adapters, 1)[0]
         trained = sum(t.numel() for layer in read[0] for t in layer.tensors())
     else:
         read = None
         layout, cold = parameters.meta_plan(case.method, backbone.shape, case.options), scratch / "cold"
-        method.save(_random(case, backbone.shape, seed, 0), backbone.shape, case.options, cold, backbone.name)
+        method.save(_random(case, backbone, seed, 0), backbone.shape, case.options, cold, backbone.name)
         trained = parameters.parameter_count(case.method, backbone.shape, case.options)
     bank = Bank(layout, resident, backbone.dtype, backbone.device)
-    for plan in read or plans(case, backbone.shape, resident, seed):
+    for plan in read or map(plan_of, range(resident)):
         bank.admit(plan)
 
     def admit() -> None:
@@ -114,7 +125,7 @@ def _build_plan(
         "bytes_per_tenant": bank.bytes_per_slot,
         "admit_ms": admit_ms,
     }
-    return BuiltArm(_plan_arm(case, backbone, bank, batch), batch, layout, figures)
+    return BuiltArm(_plan_arm(case, backbone, bank, batch), batch, layout, plan_of, figures)
 
 
 def _plan_arm(case: Case, backbone: Backbone, bank: Bank | None, batch: Batch) -> Arm:
@@ -134,7 +145,7 @@ def _build_peft(
     else:
         folders = [scratch / f"tenant{tenant}" for tenant in range(resident)]
         for tenant, folder in enumerate(folders):
-            values = _random(case, backbone.shape, seed, tenant)
+            values = _random(case, backbone, seed, tenant)
             method.save(values, backbone.shape, case.options, folder, backbone.name)
         layout = parameters.meta_plan(case.method, backbone.shape, case.options)
     single = METHODS[case.method].served_by == "peft-single"
@@ -151,7 +162,8 @@ def _build_peft(
     if single:
         slot = next((slot for slot in batch.slots if slot != -1), -1)
         batch = replace(batch, slots=(slot,) * len(batch.slots))
-    return BuiltArm(arm, batch, layout, figures)
+    plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
+    return BuiltArm(arm, batch, layout, plan_of, figures)
 
 
 def _nothing() -> None:

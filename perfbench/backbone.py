@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +39,16 @@ class Backbone:
     def parameters(self) -> int:
         """Number of weights; tied weights count once."""
         return sum(p.numel() for p in self.model.parameters())
+
+    @cached_property
+    def input_rms(self) -> tuple[float, ...]:
+        """Root mean square of each layer's input, of the last of a few random tokens; rounded to a power of two, so
+        that it is the same in every dtype and on every machine. Random adapters are made to suit it."""
+        ids = torch.randint(3, self.shape.vocab, (4, 16), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            out = self.model.model(ids.to(self.device), output_hidden_states=True, use_cache=False)
+        found = [states[:, -1].float().square().mean().sqrt().item() for states in out.hidden_states[:-1]]
+        return tuple(2.0 ** round(math.log2(rms)) for rms in found)
 
     def skeleton(self) -> Any:
         """A model of its own modules over the same weights, so that an arm can replace modules without a trace."""

@@ -24,7 +24,7 @@ def check(comparisons: Sequence[Comparison]) -> None:
                 )
         for case in comparison.cases:
             if getattr(case.options, "adapters", None) is not None:
-                from perfbench.arms import plans
+                from perfbench.arms import read_adapter
 
-                for _ in plans(case, shape_of(comparison.backbone), workload.resident, seed=0):
-                    pass  # reading is checking
+                for tenant in range(workload.resident):
+                    read_adapter(case, shape_of(comparison.backbone), workload.resident, tenant)

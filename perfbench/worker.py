@@ -119,9 +119,7 @@ class Session:
         built = self._build(case)
         arm, batch, device = built.arm, built.batch, self.backbone.device
         self.emit("phase", case=case.id, text="checking")
-        found = check.check(
-            arm, batch, self.resident, self.backbone.dtype, self.job["seed"], has_adapters=case.method != "none"
-        )
+        found = check.check(arm, batch, self.resident, self.backbone, self.job["seed"], built.plan_of)
         self.emit("phase", case=case.id, text="measuring memory")
         held = memory.resident_bytes(arm)
         peaks = memory.peaks(arm, batch, held, device, self.nvml)

@@ -95,8 +95,7 @@ def _build(case: Any, comparison: Any, backbone: Any, whole: Any, job: dict[str,
     with tempfile.TemporaryDirectory(prefix="perfbench-") as scratch:
         built = arms.build(case, backbone, whole, resident, seed, Path(scratch))
     emit("phase", case=case.id, text="checking")
-    has_adapters = case.method != "none"
-    found = check.check(built.arm, built.batch, resident, backbone.dtype, seed, has_adapters=has_adapters)
+    found = check.check(built.arm, built.batch, resident, backbone, seed, built.plan_of)
     return Profiled(
         label=case.id.rsplit("/", 1)[1],
         kernels=case.kernels,

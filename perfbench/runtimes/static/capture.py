@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Step = Callable[[], None]
+
+
+@cache
+def _warm_up_stream() -> torch.cuda.Stream:
+    """One for the process: torch keeps a cuBLAS workspace for every stream that made a product, for good."""
+    return torch.cuda.Stream()
 
 
 def cuda_graph(step: Step) -> Step:
@@ -18,7 +25,7 @@ def cuda_graph(step: Step) -> Step:
     """
     if _get_current_dispatch_mode() is not None:
         return step  # somebody counts operations, of which a replay has none
-    stream = torch.cuda.Stream()
+    stream = _warm_up_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
