@@ -32,7 +32,6 @@ def peaks(arm: Arm, batch: Batch, resident_bytes: int, device: torch.device, nvm
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
-        torch._C._cuda_clearCublasWorkspaces()  # those of earlier arms' streams are no part of this one's peak
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     resettable = reset_peak_resident()

@@ -22,6 +22,9 @@ def cuda_graph(step: Step) -> Step:
 
     `step` must read and write fixed tensors only, not wait for the device, and be free to run twice. It runs once
     here, so that kernels are compiled and libraries set up before the capture.
+
+    A captured product keeps reading and writing the cuBLAS workspace that it was captured with. torch would hand the
+    first graph's to every later one; each gets its own instead, inside the memory that the graph itself keeps.
     """
     if _get_current_dispatch_mode() is not None:
         return step  # somebody counts operations, of which a replay has none
@@ -31,6 +34,8 @@ def cuda_graph(step: Step) -> Step:
         step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    torch._C._cuda_clearCublasWorkspaces()
     with torch.cuda.graph(graph):
         step()
+    torch._C._cuda_clearCublasWorkspaces()
     return graph.replay
