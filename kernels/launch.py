@@ -17,11 +17,24 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
-class Arguments(NamedTuple):
-    """A part of a kernel's arguments: pointers, then numbers, then constants by name."""
+class Expand(NamedTuple):
+    """What a fused kernel is told of the expand. tensors: h, and which adapter each request has; numbers: elements of h
+    between splits, rows and adapters, and rows of a request; modules: for each (b, first rank, ranks, first column,
+    columns, elements between adapters); most_ranks: of one module; constants by name."""
 
-    tensors: list[torch.Tensor]
-    numbers: list[int]
+    tensors: tuple[torch.Tensor, torch.Tensor]
+    numbers: tuple[int, int, int, int]
+    modules: tuple[tuple[torch.Tensor, int, int, int, int, int], ...]
+    most_ranks: int
+    constants: dict[str, Any]
+
+
+class Scaling(NamedTuple):
+    """What a fused kernel is told of the scales. tensors: the scales, and which of them each request has; numbers:
+    elements between adapters, first column, columns, rows of a request; constants by name."""
+
+    tensors: tuple[torch.Tensor, torch.Tensor]
+    numbers: tuple[int, int, int, int]
     constants: dict[str, Any]
 
 
@@ -74,11 +87,10 @@ def requests_of(stacked: int, own: torch.Tensor | None, rows: int) -> int:
     return requests
 
 
-def scale_arguments(scale: Scale | None, y: torch.Tensor) -> Arguments:
-    """Tensors: the scales, whose each request has; numbers: between adapters, first column, columns, rows of a
-    request. Without a scale y stands in, unread. ValueError."""
+def scale_arguments(scale: Scale | None, y: torch.Tensor) -> Scaling:
+    """What a fused kernel that scales y [rows, D] is told. Without a scale y stands in, unread. ValueError."""
     if scale is None:
-        return Arguments([y, y], [0, 0, 0, 1], {"SCALED": False, "SCALE_OWN": False})
+        return Scaling((y, y), (0, 0, 0, 1), {"SCALED": False, "SCALE_OWN": False})
     minus_one, first, own = scale
     check_rows("scale_minus_one", minus_one, (len(minus_one), minus_one.shape[-1]), y)
     check_own(own, y)
@@ -86,42 +98,40 @@ def scale_arguments(scale: Scale | None, y: torch.Tensor) -> Arguments:
     if first + columns > y.shape[1]:
         raise ValueError(f"scale_minus_one: expected at most {y.shape[1] - first} columns, got {columns}")
     rows = len(y) // requests_of(len(minus_one), own, len(y))
-    tensors = [minus_one, y if own is None else own]
-    return Arguments(
-        tensors, [minus_one.stride(0), first, columns, rows], {"SCALED": True, "SCALE_OWN": own is not None}
+    return Scaling(
+        (minus_one, y if own is None else own),
+        (minus_one.stride(0), first, columns, rows),
+        {"SCALED": True, "SCALE_OWN": own is not None},
     )
 
 
-def expand_arguments(
-    h: torch.Tensor | None, expansion: Expansion | None, y: torch.Tensor, most: int
-) -> Arguments:
-    """What a fused kernel that expands at most `most` modules onto y [rows, D] is told.
+def expand_arguments(h: torch.Tensor | None, expansion: Expansion | None, y: torch.Tensor) -> Expand:
+    """What a fused kernel that expands onto y [rows, D] is told.
 
-    h: [splits, rows, R], or [1, rows, T x R] with every row's ranks with every adapter, in any type. Tensors: h, whose
-    each request has, each b; numbers: for each module first rank, ranks, first column, columns, elements between
-    adapters; then elements of h between splits, rows and adapters, and rows of a request. Where a module is not there
-    y stands in, unread. ValueError.
+    h: [splits, rows, R], or [1, rows, T x R] with every row's ranks with every adapter, in any type. Without an
+    expansion y stands in, unread. ValueError.
     """
     if h is None or expansion is None:
-        return Arguments([y] * (2 + most), [0] * (5 * most + 3) + [1], {"PARTS": 0, "SPLITS": 1, "OWN": False})
+        return Expand((y, y), (0, 0, 0, 1), (), 1, {"SPLITS": 1, "OWN": False})
     parts, _, own = expansion
     ranks, adapters = expansion.ranks, len(parts[0][2])
     check_own(own, y)
     if h.dim() != 3 or h.shape[1] != len(y) or h.shape[2] not in (ranks, adapters * ranks) or h.stride(2) != 1:
         raise ValueError(f"h: expected [splits, {len(y)}, {ranks} or {adapters} x {ranks}], got {list(h.shape)}")
-    if len(parts) > most:
-        raise ValueError(f"expansion: expected at most {most} modules, got {len(parts)}")
-    tensors: list[torch.Tensor] = []
-    numbers: list[int] = []
+    modules = []
     for rank, column, b in parts:
         check_stack("b", b, (adapters, b.shape[1], b.shape[2]), y)
-        tensors.append(b)
-        numbers += [rank, b.shape[1], column, b.shape[2], b.stride(0)]
-    missing = most - len(parts)
+        modules.append((b, rank, b.shape[1], column, b.shape[2], b.stride(0)))
     of_every_adapter = ranks if h.shape[2] != ranks else 0
-    return Arguments(
-        [h, y if own is None else own, *tensors, *[y] * missing],
-        [*numbers, *[0] * (5 * missing), h.stride(0), h.stride(1), of_every_adapter,
-         len(y) // requests_of(adapters, own, len(y))],
-        {"PARTS": len(parts), "SPLITS": len(h), "OWN": own is not None},
-    )  # fmt: skip
+    return Expand(
+        (h, y if own is None else own),
+        (h.stride(0), h.stride(1), of_every_adapter, len(y) // requests_of(adapters, own, len(y))),
+        tuple(modules),
+        max(b.shape[1] for _, _, b in parts),
+        {"SPLITS": len(h), "OWN": own is not None},
+    )
+
+
+def rank_tile(expand: Expand, block: int, num_warps: int) -> int:
+    """How many ranks of `block` columns a program loads at once: all of a module's, up to 32 values a thread."""
+    return min(triton.next_power_of_2(expand.most_ranks), max(1, 32 * 32 * num_warps // block))

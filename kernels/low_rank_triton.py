@@ -85,19 +85,39 @@ def own_adapter(own, row, M, OWN: tl.constexpr):
 
 @triton.jit
 def expand_columns(
-    values, h, b, adapter, columns, mask, FIRST_RANK, R, FIRST_COLUMN, D, B_STRIDE, H_SPLIT, SPLITS: tl.constexpr
-):
-    """`values` [columns] of one row of a fused product, plus what one module's pair adds to those that are its own.
+    values, h, modules, adapter, FIRST, columns, mask, H_SPLIT,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`values` [BLOCK] of one row of a fused product, at `columns` from FIRST on, plus what the low-rank pairs add.
 
-    h: where the row's ranks with its own adapter begin.
+    h: where the row's ranks with its own adapter begin; modules: (b, first rank, ranks, first column, columns,
+    elements between adapters) of each. A module that owns none of the columns costs one comparison; of the others
+    BLOCK_R ranks are loaded as one tile [BLOCK_R, BLOCK], so that a program waits once and not once for each rank.
     """
-    own = mask & (columns >= FIRST_COLUMN) & (columns < FIRST_COLUMN + D)
-    weights = b + tl.maximum(adapter, 0) * B_STRIDE - FIRST_COLUMN
-    for rank in range(0, tl.where(adapter < 0, 0, R)):
-        value = 0.0
-        for split in range(SPLITS):
-            value += tl.load(h + split * H_SPLIT + FIRST_RANK + rank).to(tl.float32)
-        values += value * tl.load(weights + rank * D + columns, mask=own, other=0.0).to(tl.float32)
+    for i in tl.static_range(len(modules)):
+        values = _expand_module(
+            values, h, modules[i], adapter, FIRST, columns, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R
+        )
+    return values
+
+
+@triton.jit
+def _expand_module(
+    values, h, module, adapter, FIRST, columns, mask, H_SPLIT,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    b, FIRST_RANK, R, FIRST_COLUMN, D, B_STRIDE = module
+    if (adapter >= 0) & (FIRST < FIRST_COLUMN + D) & (FIRST + BLOCK > FIRST_COLUMN):
+        own = mask & (columns >= FIRST_COLUMN) & (columns < FIRST_COLUMN + D)
+        for first in range(0, R, BLOCK_R):
+            ranks = first + tl.arange(0, BLOCK_R)
+            there = ranks < R
+            weights = b + adapter * B_STRIDE + ranks[:, None] * D + (columns - FIRST_COLUMN)[None, :]
+            tile = tl.load(weights, mask=there[:, None] & own[None, :], other=0.0).to(tl.float32)
+            inner = tl.zeros((BLOCK_R,), dtype=tl.float32)
+            for split in tl.static_range(SPLITS):
+                inner += tl.load(h + split * H_SPLIT + FIRST_RANK + ranks, mask=there, other=0.0).to(tl.float32)
+            values += tl.sum(inner[:, None] * tile, axis=0)
     return values
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from perfbench.kernels.launch import check, check_rows, expand_arguments, scale_arguments
+from perfbench.kernels.launch import check, check_rows, expand_arguments, rank_tile, scale_arguments
 from perfbench.kernels.low_rank import Expansion
 from perfbench.kernels.low_rank_triton import expand_columns, own_adapter
 from perfbench.kernels.row_scale import Scale
@@ -16,32 +16,31 @@ from perfbench.kernels.settings import setting
 
 @triton.jit
 def _epilogue(
-    qkv, h, own, b0, b1, b2, scale_minus_one, scale_own, cos, sin, entry, at,
-    RANK0, R0, COLUMN0, D0, B0, RANK1, R1, COLUMN1, D1, B1, RANK2, R2, COLUMN2, D2, B2, H_SPLIT, H_ROW, H_OWN, M,
-    SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS, SCALE_M, ROW, ROTATION_STRIDE,
+    qkv, h, own, modules, scale_minus_one, scale_own, cos, sin, entry, at,
+    H_SPLIT, H_ROW, H_OWN, M, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS, SCALE_M, ROW, ROTATION_STRIDE,
     LENGTH, AT_STRIDE, Q_STRIDE, S_STRIDE, KV_STRIDE, HEAD_STRIDE, HEADS, KV_HEADS,
-    PARTS: tl.constexpr, SPLITS: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, SCALE_OWN: tl.constexpr,
-    AT: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, SCALE_OWN: tl.constexpr,
+    AT: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """A program owns one head of one row: of Q, of K or of V, as the heads lie in the product. It loads the two halves
+    of the head that RoPE turns into each other, adds the low-rank part, applies the scale, turns Q and K, and writes
+    Q back to its place and K and V into the cache."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < HALF
-    low = head * 2 * HALF + offsets
+    begin = head * 2 * HALF
+    low = begin + offsets
     high = low + HALF
     first = tl.load(qkv + row * ROW + low, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(qkv + row * ROW + high, mask=mask, other=0.0).to(tl.float32)
-    if PARTS > 0:
+    if len(modules) > 0:
         adapter = own_adapter(own, row, M, OWN)
         ranks = h + row * H_ROW + tl.maximum(adapter, 0) * H_OWN
-        first = expand_columns(first, ranks, b0, adapter, low, mask, RANK0, R0, COLUMN0, D0, B0, H_SPLIT, SPLITS)
-        second = expand_columns(second, ranks, b0, adapter, high, mask, RANK0, R0, COLUMN0, D0, B0, H_SPLIT, SPLITS)
-        if PARTS > 1:
-            first = expand_columns(first, ranks, b1, adapter, low, mask, RANK1, R1, COLUMN1, D1, B1, H_SPLIT, SPLITS)
-            second = expand_columns(second, ranks, b1, adapter, high, mask, RANK1, R1, COLUMN1, D1, B1, H_SPLIT, SPLITS)
-        if PARTS > 2:
-            first = expand_columns(first, ranks, b2, adapter, low, mask, RANK2, R2, COLUMN2, D2, B2, H_SPLIT, SPLITS)
-            second = expand_columns(second, ranks, b2, adapter, high, mask, RANK2, R2, COLUMN2, D2, B2, H_SPLIT, SPLITS)
+        first = expand_columns(first, ranks, modules, adapter, begin, low, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R)
+        second = expand_columns(
+            second, ranks, modules, adapter, begin + HALF, high, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R
+        )
     if SCALED:
         adapter = own_adapter(scale_own, row, SCALE_M, SCALE_OWN)
         first = scale_values(first, scale_minus_one, adapter, low, mask, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS)
@@ -88,12 +87,13 @@ def epilogue(
     if step.numel() != rows * 2 * kv_heads * dim or entry.stride(-1) != 1 or entry.dtype != qkv.dtype:
         raise ValueError(f"entry: expected {rows} rows of keys and values in {qkv.dtype}, got {list(entry.shape)}")
     places = step if step.dim() == 5 else step.unsqueeze(1)  # [Q, S, 2, H_kv, D]
-    expanded, scaled = expand_arguments(h, expansion, qkv, most=3), scale_arguments(scale, qkv)
+    expanded, scaled = expand_arguments(h, expansion, qkv), scale_arguments(scale, qkv)
+    chosen, block = setting("qkv_epilogue", qkv.device), triton.next_power_of_2(dim // 2)
     _epilogue[(rows, heads + 2 * kv_heads)](
-        qkv, *expanded.tensors, *scaled.tensors, cos, sin, entry, qkv if at is None else at,
+        qkv, *expanded.tensors, expanded.modules, *scaled.tensors, cos, sin, entry, qkv if at is None else at,
         *expanded.numbers, *scaled.numbers, qkv.stride(0), dim if len(cos) > 1 else 0,
         places.shape[1], 0 if at is None else entry.stride(0), *places.stride()[:4], heads, kv_heads,
         **expanded.constants, **scaled.constants, AT=at is not None,
-        HALF=dim // 2, BLOCK=triton.next_power_of_2(dim // 2), **setting("qkv_epilogue", qkv.device),
+        HALF=dim // 2, BLOCK=block, BLOCK_R=rank_tile(expanded, block, chosen["num_warps"]), **chosen,
     )  # fmt: skip
     return qkv.view(rows, -1, dim)[:, :heads]

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from perfbench.kernels.launch import check, check_rows, expand_arguments, tile
+from perfbench.kernels.launch import check, check_rows, expand_arguments, rank_tile, tile
 from perfbench.kernels.low_rank import Expansion
 from perfbench.kernels.low_rank_triton import expand_columns, own_adapter
 from perfbench.kernels.settings import setting
@@ -18,22 +18,23 @@ WIDEST = 16384
 
 @triton.jit
 def _epilogue(
-    residual, y, h, own, b0, weight, out,
-    RANK0, R0, COLUMN0, D0, B0, H_SPLIT, H_ROW, H_OWN, M, ROW, HIDDEN, EPS,
-    PARTS: tl.constexpr, SPLITS: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr,
+    residual, y, h, own, modules, weight, out, H_SPLIT, H_ROW, H_OWN, M, ROW, HIDDEN, EPS,
+    SPLITS: tl.constexpr, OWN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """A program owns one row, since its norm needs all of it. It adds the product and its low-rank part to the
+    residual stream, writes that back, and writes its RMS norm. What does not hang on the rest is loaded first."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < HIDDEN
+    scale = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     stream = tl.load(residual + row * HIDDEN + columns, mask=mask, other=0.0).to(tl.float32)
     stream += tl.load(y + row * ROW + columns, mask=mask, other=0.0).to(tl.float32)
-    if PARTS > 0:
+    if len(modules) > 0:
         adapter = own_adapter(own, row, M, OWN)
         ranks = h + row * H_ROW + tl.maximum(adapter, 0) * H_OWN
-        stream = expand_columns(stream, ranks, b0, adapter, columns, mask, RANK0, R0, COLUMN0, D0, B0, H_SPLIT, SPLITS)
+        stream = expand_columns(stream, ranks, modules, adapter, 0, columns, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R)
     tl.store(residual + row * HIDDEN + columns, stream.to(residual.dtype.element_ty), mask=mask)
-    inverse = tl.rsqrt(tl.sum(stream * stream, axis=0) / HIDDEN + EPS)
-    normed = stream * inverse * tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    normed = stream * tl.rsqrt(tl.sum(stream * stream, axis=0) / HIDDEN + EPS) * scale
     tl.store(out + row * HIDDEN + columns, normed.to(out.dtype.element_ty), mask=mask)
 
 
@@ -52,12 +53,12 @@ def epilogue(
     if tuple(weight.shape) != (hidden,) or hidden > WIDEST:
         expected = f"expected [{hidden}], at most {WIDEST}"
         raise ValueError(f"weight: {expected}, got {list(weight.shape)}; choose kernels eager")
-    expanded = expand_arguments(h, expansion, residual, most=1)
+    expanded = expand_arguments(h, expansion, residual)
     out = torch.empty_like(residual)
-    chosen = setting("residual_rmsnorm", residual.device)
     block = tile(hidden, WIDEST)
+    warps = min(setting("residual_rmsnorm", residual.device)["num_warps"], max(1, block // 256))
     _epilogue[(rows,)](
-        residual, y, *expanded.tensors, weight, out, *expanded.numbers, y.stride(0), hidden, eps,
-        **expanded.constants, BLOCK=block, num_warps=min(chosen["num_warps"], max(1, block // 256)),
+        residual, y, *expanded.tensors, expanded.modules, weight, out, *expanded.numbers, y.stride(0), hidden, eps,
+        **expanded.constants, BLOCK=block, BLOCK_R=rank_tile(expanded, block, warps), num_warps=warps,
     )  # fmt: skip
     return out

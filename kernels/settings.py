@@ -26,10 +26,10 @@ DEFAULTS: dict[str, Setting] = {
     "low_rank.shrink": {"SPLIT_K": 1024, "BLOCK_K": 64, "num_warps": 4},
     "low_rank.expand": {"BLOCK_N": 64, "num_warps": 4},
     "qkv_epilogue": {"num_warps": 1},
-    "swiglu_epilogue": {"BLOCK": 1024, "num_warps": 4},
-    "residual_rmsnorm": {"num_warps": 8},
-    # SPLIT: tokens of the cache that one program reads.
-    "decode_attention": {"SPLIT": 256, "BLOCK_L": 32, "num_warps": 4},
+    "swiglu_epilogue": {"BLOCK": 512, "num_warps": 4},
+    "residual_rmsnorm": {"num_warps": 16},
+    # PROGRAMS: as many fill the GPU; with fewer requests and heads the length is split.
+    "decode_attention": {"PROGRAMS": 256, "BLOCK_L": 32, "num_warps": 4},
     "row_scale": {"BLOCK": 1024, "num_warps": 4},
     "vector_generator": {"BLOCK_K": 64, "BLOCK_N": 512, "num_warps": 4},
 }
@@ -44,7 +44,13 @@ def table() -> dict[str, dict[str, Setting]]:
 
 def setting(kernel: str, device: torch.device) -> Setting:
     """The settings of `kernel` on `device`: the table's for this GPU, else the defaults."""
-    return _setting(kernel, torch.cuda.get_device_name(device) if device.type == "cuda" else "")
+    return _setting(kernel, gpu_name(device.index) if device.type == "cuda" else "")
+
+
+@cache
+def gpu_name(index: int | None) -> str:
+    """Of the CUDA device of this number, None being the current one; asked once, since every launch wants it."""
+    return torch.cuda.get_device_name(index)
 
 
 @cache

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from perfbench.kernels.launch import check_rows, expand_arguments, scale_arguments, tile
+from perfbench.kernels.launch import check_rows, expand_arguments, rank_tile, scale_arguments, tile
 from perfbench.kernels.low_rank import Expansion
 from perfbench.kernels.low_rank_triton import expand_columns, own_adapter
 from perfbench.kernels.row_scale import Scale
@@ -16,26 +16,25 @@ from perfbench.kernels.settings import setting
 
 @triton.jit
 def _epilogue(
-    gate_up, h, own, b0, b1, scale_minus_one, scale_own, out,
-    RANK0, R0, COLUMN0, D0, B0, RANK1, R1, COLUMN1, D1, B1, H_SPLIT, H_ROW, H_OWN, M,
-    SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS, SCALE_M, ROW, INNER,
-    PARTS: tl.constexpr, SPLITS: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, SCALE_OWN: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    gate_up, h, own, modules, scale_minus_one, scale_own, out,
+    H_SPLIT, H_ROW, H_OWN, M, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS, SCALE_M, ROW, INNER,
+    SPLITS: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, SCALE_OWN: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    """A program owns BLOCK inner features of one row. It loads their gate and their up, which lie INNER columns apart
+    in the product, adds the low-rank part of each, applies the scale, and writes activation(gate) * up."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    begin = tl.program_id(1) * BLOCK
+    columns = begin + tl.arange(0, BLOCK)
     mask = columns < INNER
     others = columns + INNER
     gate = tl.load(gate_up + row * ROW + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * ROW + others, mask=mask, other=0.0).to(tl.float32)
-    if PARTS > 0:
+    if len(modules) > 0:
         adapter = own_adapter(own, row, M, OWN)
         ranks = h + row * H_ROW + tl.maximum(adapter, 0) * H_OWN
-        gate = expand_columns(gate, ranks, b0, adapter, columns, mask, RANK0, R0, COLUMN0, D0, B0, H_SPLIT, SPLITS)
-        up = expand_columns(up, ranks, b0, adapter, others, mask, RANK0, R0, COLUMN0, D0, B0, H_SPLIT, SPLITS)
-        if PARTS > 1:
-            gate = expand_columns(gate, ranks, b1, adapter, columns, mask, RANK1, R1, COLUMN1, D1, B1, H_SPLIT, SPLITS)
-            up = expand_columns(up, ranks, b1, adapter, others, mask, RANK1, R1, COLUMN1, D1, B1, H_SPLIT, SPLITS)
+        gate = expand_columns(gate, ranks, modules, adapter, begin, columns, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R)
+        up = expand_columns(up, ranks, modules, adapter, begin + INNER, others, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R)
     if SCALED:
         adapter = own_adapter(scale_own, row, SCALE_M, SCALE_OWN)
         gate = scale_values(gate, scale_minus_one, adapter, columns, mask, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS)
@@ -60,12 +59,14 @@ def epilogue(
     """As `swiglu_epilogue.eager`, with h as `expand_arguments` takes it. ValueError on what does not fit."""
     rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
     check_rows("gate_up", gate_up, (rows, 2 * inner), gate_up)
-    expanded, scaled = expand_arguments(h, expansion, gate_up, most=2), scale_arguments(scale, gate_up)
+    expanded, scaled = expand_arguments(h, expansion, gate_up), scale_arguments(scale, gate_up)
     out = torch.empty(rows, inner, dtype=gate_up.dtype, device=gate_up.device)
     chosen = setting("swiglu_epilogue", gate_up.device)
     block = tile(inner, chosen["BLOCK"])
     _epilogue[(rows, triton.cdiv(inner, block))](
-        gate_up, *expanded.tensors, *scaled.tensors, out, *expanded.numbers, *scaled.numbers, gate_up.stride(0), inner,
-        **expanded.constants, **scaled.constants, ACTIVATION=activation, BLOCK=block, num_warps=chosen["num_warps"],
+        gate_up, *expanded.tensors, expanded.modules, *scaled.tensors, out,
+        *expanded.numbers, *scaled.numbers, gate_up.stride(0), inner,
+        **expanded.constants, **scaled.constants, ACTIVATION=activation, BLOCK=block,
+        BLOCK_R=rank_tile(expanded, block, chosen["num_warps"]), num_warps=chosen["num_warps"],
     )  # fmt: skip
     return out

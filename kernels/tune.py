@@ -47,12 +47,12 @@ CANDIDATES: dict[str, tuple[Setting, ...]] = {
     "low_rank.shrink": _product(SPLIT_K=(256, 512, 1024, 2048), BLOCK_K=(32, 64), num_warps=(4,)),
     "low_rank.expand": _product(BLOCK_N=(32, 64), num_warps=(4, 8)),
     "qkv_epilogue": _product(num_warps=(1, 2, 4)),
-    "swiglu_epilogue": _product(BLOCK=(256, 512, 1024, 2048), num_warps=(2, 4, 8)),
-    "residual_rmsnorm": _product(num_warps=(4, 8, 16)),
+    "swiglu_epilogue": _product(BLOCK=(256, 512, 1024), num_warps=(2, 4, 8)),
+    "residual_rmsnorm": _product(num_warps=(8, 16, 32)),
     "decode_attention": tuple(
-        {"SPLIT": split, "BLOCK_L": block, "num_warps": warps}
-        for split in (64, 128, 256, 512)
-        for block, warps in ((16, 4), (32, 4), (32, 8), (64, 8))
+        {"PROGRAMS": programs, "BLOCK_L": block, "num_warps": warps}
+        for programs in (128, 256, 512)
+        for block, warps in ((16, 4), (32, 4), (64, 4), (64, 8))
     ),
     "row_scale": _product(BLOCK=(512, 1024, 2048), num_warps=(2, 4, 8)),
     "vector_generator": _product(BLOCK_K=(32, 64), BLOCK_N=(128, 256, 512), num_warps=(4, 8)),

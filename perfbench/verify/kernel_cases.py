@@ -282,7 +282,7 @@ def _residual(
 def _attention(beams: int, padded: bool, kv_heads: int, length: int, on_device: bool, setting: Setting) -> Problem:
     """The fault: every row reads what the next one's ancestors generated, or every request the next one's prompt; with
     the length on the device, one token too many is seen."""
-    requests, heads, dim, seen, spare = 2 + (not on_device), 4, 6, 5, 2
+    requests, heads, dim, seen, spare = 2 + (not on_device), 4, 6, 11, 2
     rows, make = requests * beams, setting.normal(24)
     places = seen + spare if on_device else seen
     tokens = length + places if beams == 1 and on_device else length
