@@ -37,7 +37,11 @@ def _serve(emit: Emit) -> None:
     if job["only"] is not None:
         cases = [case for case in cases if case.id in job["only"]]
     passed = [case for case in cases if session.prepare(case)]
-    built = {} if job["prepare"] else session.warm_up(passed)
+    built: dict[str, Any] = {}
+    if job["prepare"]:
+        session.count(passed, built)
+    else:
+        built = session.warm_up(passed)
     emit(
         "ready",
         cases=[case.id for case in cases],
@@ -76,6 +80,7 @@ def _plan(job: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         "seed": resolved.seed,
         "warmup": resolved.warmup,
         "prepared": {} if job["prepare"] else dict.fromkeys(ids, "ok"),
+        "counted": [],
     }
 
 

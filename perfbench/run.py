@@ -156,7 +156,8 @@ class Supervisor:
     def _measure(self, job: Job, rounds: range) -> None:
         """The `rounds` of one fresh process; of several, where a case killed one."""
         while alive := [case for case in _cases_of(job) if self._cases[case.id]["status"] not in FINAL]:
-            if all(done >= set(rounds) for done in self._done(job).values()):
+            timed = all(done >= set(rounds) for done in self._done(job).values())
+            if timed and all(self._cases[case.id]["exact"] for case in alive):
                 return
             left = (replace(one, cases=tuple(case for case in one.cases if case in alive)) for one in job)
             ended = self._child(tuple(one for one in left if one.cases), rounds)
@@ -228,6 +229,7 @@ class Supervisor:
         return {
             "comparisons": [cases.to_json(comparison) for comparison in job],
             "prepared": prepared,
+            "counted": [case.id for case in _cases_of(job) if self._cases[case.id]["exact"]],
             "done": {case_id: sorted(rounds) for case_id, rounds in self._done(job).items()},
             "warmup": self.scenario.warmup,
             "rounds": list(rounds),
@@ -258,6 +260,9 @@ class Supervisor:
             self._cases[case_id].update(event, status="pending" if status == "ok" else status)
             self.directory.write_manifest()
             self.progress.advance()
+        elif kind == "counted":
+            self._cases[event["case"]]["exact"] = event["exact"]
+            self.directory.write_manifest()
 
     def _fail(self, alive: Sequence[Case], status: str, reason: str) -> None:
         """Marks the case in flight, or all of them where the child died before any: the backbone did not load."""

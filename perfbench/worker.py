@@ -74,7 +74,7 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
     roof = measured_roof.device_roof(backbone.device, session.dtype)
     emit("backbone", parameters=backbone.parameters, bytes=backbone.bytes, roof=vars(roof))
     passed = [case for comparison in comparisons for case in comparison.cases if session.prepare(case)]
-    session.time(passed)
+    session.count(passed, session.time(passed))
 
 
 def open_session(job: dict[str, Any], first: Any, emit: Emit) -> Session:
@@ -107,11 +107,11 @@ class Session:
         self.nvml = _nvml(backbone.device)
 
     def prepare(self, case: Any) -> bool:
-        """Check, memory and exact figures of one case, with only its arm resident. True where it may be timed.
+        """Check and memory of one case, with only its arm resident. True where it may be timed.
 
         What an earlier child of this run has found is not measured again.
         """
-        from perfbench import check, counts, memory
+        from perfbench import check, memory
 
         if (status := self.job["prepared"].get(case.id)) is not None:
             return bool(status == "ok")
@@ -126,8 +126,6 @@ class Session:
         free = memory.free_bytes(device, peaks["peak_allocated_bytes"] - held)
         parts = memory.parts(arm, batch, self.backbone.bytes)
         per_tenant = built.adapters["bytes_per_tenant"]
-        self.emit("phase", case=case.id, text="counting operations")
-        exact = counts.decode_step(arm, batch, device) | self._least(built)
         self.emit(
             "case",
             case=case.id,
@@ -136,10 +134,23 @@ class Session:
             check=found.to_json(),
             memory=peaks | parts | {"tenants_that_fit": free // per_tenant if per_tenant else None},
             adapters=built.adapters,
-            exact=exact,
         )
         arm.close()
         return found.status == "ok"
+
+    def count(self, cases: list[Any], built: dict[str, Any]) -> None:
+        """The exact figures of each case that has none yet; `built`: those that are still resident. After the timing,
+        since the profiler that counts launches stays in the process once it has run, and may slow what follows."""
+        from perfbench import counts
+
+        for case in cases:
+            if case.id in self.job["counted"]:
+                continue
+            self.emit("phase", case=case.id, text="counting operations")
+            own = built.get(case.id) or self._build(case)
+            exact = counts.decode_step(own.arm, own.batch, self.backbone.device) | self._least(own)
+            self.emit("counted", case=case.id, exact=exact)
+            own.arm.close()
 
     def _least(self, built: Any) -> dict[str, Any]:
         """What the last decode step must at least read and compute."""
@@ -164,8 +175,9 @@ class Session:
             "kept_bound": bare.bytes / own.bytes,
         }
 
-    def time(self, cases: list[Any]) -> None:
-        """Warm-up, then the rounds that are still missing; in each, every arm once, in an order drawn for it."""
+    def time(self, cases: list[Any]) -> dict[str, Any]:
+        """Warm-up, then the rounds that are still missing; in each, every arm once, in an order drawn for it.
+        {case id: its arm, still resident} of those that were timed."""
         missing = {case.id: set(self.job["rounds"]) - set(self.job["done"][case.id]) for case in cases}
         cases = [case for case in cases if missing[case.id]]
         built = self.warm_up(cases)
@@ -175,6 +187,7 @@ class Session:
             for case in turn:
                 self.emit("phase", case=case.id, text=f"round {number + 1} of {self.job['last_round'] + 1}")
                 self.emit("sample", case=case.id, round=number, **self.repetition(built[case.id]))
+        return built
 
     def warm_up(self, cases: list[Any]) -> dict[str, Any]:
         """{case id: its arm, built, warm and resident}."""

@@ -101,6 +101,8 @@ class ArmProcess:
             event = self._event()
             if event["event"] == "case":
                 prepared[event["case"]] = {key: event[key] for key in event if key not in ("event", "case")}
+            elif event["event"] == "counted":
+                prepared[event["case"]]["exact"] = event["exact"]
             elif event["event"] == "ready":
                 prove_own_code(self.revision, event["root"], event["code"])
                 return Ready(event["cases"], prepared, event["requests"], event["device"], event["code"])

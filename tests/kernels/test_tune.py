@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not there for this platform")
 
 from perfbench.kernels import settings, tune
+from perfbench.kernels.decode_attention_triton import LEAST_SPLIT
 
 SMALL = tune.Sizes(hidden=24, inner=20, heads=2, dim=6, rank=2, bottleneck=3, tokens=9)
 
@@ -27,7 +28,7 @@ def test_every_kernel_has_candidates_and_its_default_is_one() -> None:
         assert len(candidates) == len({tuple(candidate.items()) for candidate in candidates})
     # A block that reached past its split would count some tokens, or columns, twice.
     assert all(one["SPLIT_K"] % one["BLOCK_K"] == 0 for one in tune.CANDIDATES["low_rank.shrink"])
-    assert all(one["SPLIT"] % one["BLOCK_L"] == 0 for one in tune.CANDIDATES["decode_attention"])
+    assert all(LEAST_SPLIT % one["BLOCK_L"] == 0 for one in tune.CANDIDATES["decode_attention"])
 
 
 def test_candidates_do_not_spill() -> None:
