@@ -249,7 +249,8 @@ def test_a_token_that_is_not_the_best_choice_fails(backbones: dict[str, backbone
 def test_the_verdict(
     worst: float, tolerance: float, shares: tuple[float, float, float] | None, parted: list[int], status: str
 ) -> None:
-    found, reason = check.verdict(worst, tolerance, None if shares is None else check.Shares(*shares), parted)
+    named = None if shares is None else check.Shares(*shares)
+    found, reason = check.verdict(worst, tolerance / 3, tolerance, named, parted)
     assert found == status
     assert (reason is None) == (status == "ok")
 
