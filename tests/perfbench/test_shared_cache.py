@@ -15,9 +15,10 @@ from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.static.cache import CacheSize, KVCache
 from perfbench.runtimes.static.weights import Weights
 from perfbench.verify.runtimes import make_bank
+from tests.perfbench.tape import taped
 
 METHODS = ("none", "lora", "fanlora", "ia3", "para")
-CAPTURES = pytest.mark.parametrize("capture", [None, lambda step: step], ids=["growing", "fixed"])
+CAPTURES = pytest.mark.parametrize("capture", [None, lambda step: step, taped], ids=["growing", "fixed", "taped"])
 BEAMS = pytest.mark.parametrize("beams", [1, 3])
 
 
@@ -190,3 +191,31 @@ def test_memory_counts_the_cache_with_each_arm(base: backbone.Backbone) -> None:
         arm.generate(batch)
     assert [needs(arm) for arm in arms] == alone
     assert all(parts["kv_cache_bytes"] == held_bytes([cache_of(arms[0])]) for parts, _ in alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["eager", "triton"])
+@BEAMS
+def test_captured_graphs_take_turns_in_one_cache(beams: int, kernels: str) -> None:
+    """Each replay finds the cache where it was captured, whatever other arms, gone ones too, have done to it."""
+    base, on_cpu = backbone.load("llama-tiny", "fp32", "cuda", seed=0), make_batch(beams)
+    batch = replace(on_cpu, input_ids=on_cpu.input_ids.cuda(), attention_mask=on_cpu.attention_mask.cuda())
+    alone = []
+    for method in METHODS:
+        arm = StaticArm(base, make_bank(base, method), kernels)
+        alone.append(arm.generate(batch).tokens)
+        arm.close()
+    arms = [StaticArm(base, make_bank(base, method), kernels) for method in METHODS]
+    for arm in arms:
+        arm.reserve(batch)
+    for _ in range(3):
+        for arm, expected in zip(arms, alone, strict=True):
+            if arm.decoder is not None:
+                fill_with_nan(cache_of(arm))
+            assert torch.equal(arm.generate(batch).tokens, expected)
+    shared = cache_of(arms[0])
+    assert held_bytes([cache_of(arm) for arm in arms]) == held_bytes([shared])
+    arms[0].close()  # the first graph goes, and the others go on in the cache that it used first
+    for arm, expected in zip(arms[1:], alone[1:], strict=True):
+        assert torch.equal(arm.generate(batch).tokens, expected)
+        assert cache_of(arm) is shared
