@@ -3,14 +3,15 @@
 A method file is a module with
 
 - `shapes(shape, options) -> {name: size}`: the trainable parameters of one adapter, nothing allocated;
-- `initialise(name, tensor, generator)`: fills one of them with the papers' initial values;
-- `randomise(name, tensor, generator)`: fills one with values as a trained adapter might have;
+- `initialise(name, tensor, generator)`: fills one of them with the papers' initial values, `generator` being on the
+  tensor's device;
+- `randomise(name, tensor, generator)`: fills one with values as a trained adapter might have, likewise;
 - `fit(parameters, options, input_rms)`, only where the method reads the residual stream: changes random parameters
   so that they suit a backbone whose layers' inputs have these root mean squares;
 - `plan(parameters, shape, options) -> AdapterPlan`;
 - `save(parameters, shape, options, folder, backbone)` and `load(folder, shape, options) -> AdapterPlan`.
 
-`parameters` is a dict from name to tensor, fp32 on the CPU.
+`parameters` is a dict from name to tensor, fp32 on one device; `load` reads to the CPU.
 """
 
 from __future__ import annotations
@@ -52,18 +53,20 @@ def make(
     *,
     initial: bool = False,
     input_rms: Sequence[float] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Parameters:
-    """One adapter's parameters, fp32 on the CPU: the papers' initial values, or random ones as after training.
+    """One adapter's parameters, fp32 on `device`: the papers' initial values, or random ones as after training.
 
-    The same seed gives the same adapter on every machine; different seeds differ. input_rms: root mean square of each
-    layer's input in the backbone that random ones are for (`Backbone.input_rms`); None: 1.
+    The same seed gives the same adapter on every machine with the same kind of device, and another one on another
+    kind, since each has a generator of its own; different seeds differ. input_rms: root mean square of each layer's
+    input in the backbone that random ones are for (`Backbone.input_rms`); None: 1.
     """
     module = implementation(method)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     fill = module.initialise if initial else module.randomise
     parameters = {}
     for name, size in module.shapes(shape, options).items():
-        parameters[name] = torch.empty(size)
+        parameters[name] = torch.empty(size, device=device)
         fill(name, parameters[name], generator)
     if input_rms is not None and not initial and hasattr(module, "fit"):
         module.fit(parameters, options, input_rms)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -83,17 +84,26 @@ def read_adapter(case: Case, shape: BackboneShape, resident: int, tenant: int) -
 
 
 def plan_of_tenant(case: Case, backbone: Backbone, resident: int, seed: int, tenant: int) -> AdapterPlan:
-    """The adapter of the resident `tenant`: read from a folder where the case's options have them, else random."""
+    """The adapter of the resident `tenant`: read from a folder where the case's options have them, else random, made
+    on the backbone's device."""
     if case.options.adapters is not None:
         return read_adapter(case, backbone.shape, resident, tenant)
-    values = _random(case, backbone, seed, tenant)
+    return _plan(case, backbone, _random(case, backbone, seed, tenant))
+
+
+def _plan(case: Case, backbone: Backbone, values: parameters.Parameters) -> AdapterPlan:
     plan: AdapterPlan = parameters.implementation(case.method).plan(values, backbone.shape, case.options)
     return plan
 
 
 def _random(case: Case, backbone: Backbone, seed: int, tenant: int) -> parameters.Parameters:
     return parameters.make(
-        case.method, backbone.shape, case.options, seed=seed * 1_000_003 + tenant, input_rms=backbone.input_rms
+        case.method,
+        backbone.shape,
+        case.options,
+        seed=seed * 1_000_003 + tenant,
+        input_rms=backbone.input_rms,
+        device=backbone.device,
     )
 
 
@@ -104,15 +114,18 @@ def _build_plan(
     plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
     if case.options.adapters is not None:
         read = [plan_of(tenant) for tenant in range(resident)]
+        plans: Iterable[AdapterPlan] = read
         layout, cold = union_layout(read), adapter_folders(case.options.adapters, 1)[0]
         trained = sum(t.numel() for layer in read[0] for t in layer.tensors())
     else:
-        read = None
         layout, cold = parameters.meta_plan(case.method, backbone.shape, case.options), scratch / "cold"
-        method.save(_random(case, backbone, seed, 0), backbone.shape, case.options, cold, backbone.name)
+        first = _random(case, backbone, seed, 0)
+        method.save(first, backbone.shape, case.options, cold, backbone.name)
+        # Made one by one as they are admitted: not all of them at once, in fp32, beside the bank.
+        plans = chain([_plan(case, backbone, first)], map(plan_of, range(1, resident)))
         trained = parameters.parameter_count(case.method, backbone.shape, case.options)
     bank = Bank(layout, resident, backbone.dtype, backbone.device)
-    for plan in read or map(plan_of, range(resident)):
+    for plan in plans:
         bank.admit(plan)
 
     def admit() -> None:

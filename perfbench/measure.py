@@ -15,23 +15,54 @@ from perfbench.runtimes.static.arm import StaticArm
 
 
 class CompilationWatch:
-    """Counts the compilations that torch begins while the window is open; the first call registers it for good."""
+    """While it is open, notes what torch.compile and Triton compile; `reason` says it as a sample's `void`.
 
-    count = 0
-    _registered = False
+    Triton's one listener may be somebody else's: that one goes on hearing everything, and has its place back after.
+    A kernel that Triton finds in its cache on the disk counts too: to load it takes milliseconds once.
+    """
 
-    @classmethod
-    def register(cls) -> None:
-        """Begins to count. torch.compile's start is the event; eager code never raises it."""
-        if not cls._registered:
-            from torch._dynamo.callback import callback_handler
+    def __init__(self) -> None:
+        self._found: list[str] = []
 
-            callback_handler.register_start_callback(cls._note)
-            cls._registered = True
+    def __enter__(self) -> CompilationWatch:
+        from torch._dynamo.callback import callback_handler
 
-    @classmethod
-    def _note(cls, *_: Any) -> None:
-        cls.count += 1
+        callback_handler.register_start_callback(self._by_torch)
+        if (triton := _triton_compilation()) is not None:
+            self._before = triton.listener
+            triton.listener = self._listener = self._by_triton
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from torch._dynamo.callback import callback_handler
+
+        callback_handler.remove_start_callback(self._by_torch)
+        if (triton := _triton_compilation()) is not None and triton.listener is self._listener:
+            triton.listener = self._before
+
+    @property
+    def reason(self) -> str | None:
+        """How many compilations there were and what was compiled, or None where there was nothing."""
+        if not self._found:
+            return None
+        return f"{len(self._found)} compilation(s) inside the window: {', '.join(dict.fromkeys(self._found))}"
+
+    def _by_torch(self, *_: Any) -> None:
+        self._found.append("torch.compile")
+
+    def _by_triton(self, *, src: Any, cache_hit: bool, **others: Any) -> None:
+        self._found.append(f"Triton's {src.name}{' from its cache' if cache_hit else ''}")
+        if self._before is not None:
+            self._before(src=src, cache_hit=cache_hit, **others)
+
+
+def _triton_compilation() -> Any:
+    """Triton's settings of compilation, with the `listener` that hears of each; None without Triton."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return None
+    return knobs.compilation
 
 
 def repetition(arm: Arm, batch: Batch, device: torch.device, nvml: Nvml | None) -> dict[str, Any]:
@@ -40,30 +71,28 @@ def repetition(arm: Arm, batch: Batch, device: torch.device, nvml: Nvml | None) 
 
     Garbage is collected before and not within. A compilation inside the window voids the sample.
     """
-    CompilationWatch.register()
     clock = StepClock(device)
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
     try:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        energy_before = nvml.total_energy_mj() if nvml else None
-        compilations = CompilationWatch.count
-        clock.mark()
-        generated = arm.generate(batch, clock=clock)
-        clock.mark()
-        *token_times_ms, total_ms = clock.elapsed_ms()
-        energy_after = nvml.total_energy_mj() if nvml else None
-        second = {} if batch.follow_up is None else _second_turn(arm, generated, device)
+        with CompilationWatch() as compilations:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            energy_before = nvml.total_energy_mj() if nvml else None
+            clock.mark()
+            generated = arm.generate(batch, clock=clock)
+            clock.mark()
+            *token_times_ms, total_ms = clock.elapsed_ms()
+            energy_after = nvml.total_energy_mj() if nvml else None
+            second = {} if batch.follow_up is None else _second_turn(arm, generated, device)
     finally:
         if enabled:
             gc.enable()
-    compiled = CompilationWatch.count - compilations
     sample = sample_metrics(token_times_ms, batch.input_ids.shape[0], total_ms)
     energy = None if energy_before is None or energy_after is None else energy_after - energy_before
     return sample | second | {
-        "void": f"{compiled} compilation(s) inside the window" if compiled else None,
+        "void": compilations.reason,
         "sm_clock_mhz": nvml.sm_clock_mhz() if nvml else None,
         "throttle_reasons": nvml.throttle_reasons() if nvml else None,
         "energy_mj": energy,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +96,29 @@ def test_the_seed_decides_the_adapter(method: str) -> None:
     assert one.keys() == again.keys() == other.keys()
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("method", SERVED)
+def test_the_default_device_is_the_cpu_with_one_generator_for_all_values(method: str) -> None:
+    """Bit for bit what it has always been: seeds of committed results go on meaning the same adapters."""
+    options, module = METHODS[method].options(), parameters.implementation(method)
+    generator = torch.Generator().manual_seed(1)
+    for name, value in parameters.make(method, TINY, options, seed=1).items():
+        expected = torch.empty(module.shapes(TINY, options)[name])
+        module.randomise(name, expected, generator)
+        assert torch.equal(value, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", SERVED)
+def test_an_adapter_made_on_a_gpu_goes_to_a_folder_and_back(method: str, tmp_path: Path) -> None:
+    options, module = METHODS[method].options(), parameters.implementation(method)
+    one, again = (parameters.make(method, TINY, options, seed=1, device="cuda") for _ in range(2))
+    assert all(one[name].is_cuda and torch.equal(one[name], again[name]) for name in one)
+    module.save(one, TINY, options, tmp_path, "llama-tiny")
+    for layer, read in zip(module.plan(one, TINY, options), module.load(tmp_path, TINY, options), strict=True):
+        for expected, found in zip(layer.tensors(), read.tensors(), strict=True):
+            assert torch.allclose(found, expected.cpu(), rtol=1e-5, atol=1e-6)
 
 
 def test_fanlora_s_default_keeps_v_and_o_below_and_up_and_down_above() -> None:

@@ -1,20 +1,12 @@
-"""The decode step of one size for all steps, as a GPU captures and replays it; here its replay is played by a tape.
-
-A CUDA graph replays kernels on the addresses that they were captured with. The tape does the same with ATen operations:
-it runs them again on the very tensors of the first run, and writes the results where the first ones went. What would
-go wrong in a graph goes wrong here: a length or a tenant that the host has baked in, a tensor that was made anew.
-"""
+"""The decode step of one size for all steps, as a GPU captures and replays it; here its replay is played by a tape."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from perfbench import backbone, backbone_config
 from perfbench.methods.registry import METHODS
@@ -23,44 +15,10 @@ from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.static.capture import Step
 from perfbench.runtimes.static.decoder import Decoder
 from perfbench.verify.runtimes import make_bank
+from tests.perfbench.tape import taped
 
 SERVED = [name for name, method in METHODS.items() if method.served_by == "plan"]
 RESIDENT = 4
-
-
-class Tape(TorchDispatchMode):
-    """Notes every operation with the tensors that it was given and gave."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in WAITS, f"{func} waits for the device"
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        with torch.inference_mode():
-            for func, args, kwargs, out in self.calls:
-                again = func(*args, **kwargs)
-                for place, made in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                    # A view, and what was written in place, is where it was.
-                    if isinstance(place, torch.Tensor) and place.data_ptr() != made.data_ptr():
-                        place.copy_(made)
-
-
-# What a capture refuses: the host learns what is on the device.
-WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default}
-
-
-def taped(step: Step) -> Step:
-    step()
-    tape = Tape()
-    with tape:
-        step()
-    return tape.replay
 
 
 def run_again(step: Step) -> Step:

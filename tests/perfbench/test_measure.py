@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +20,7 @@ from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.transformers_plan import PlanArm
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +63,91 @@ def test_a_compilation_in_the_window_voids_the_sample(arm: PlanArm) -> None:
         torch.compile(lambda x: x + 1, backend="eager")(torch.ones(3))
 
     sample = measure.repetition(Wrapped(arm, compile_something), make_batch(2), CPU, nvml=None)
-    assert sample["void"] == "1 compilation(s) inside the window"
+    assert sample["void"] == "1 compilation(s) inside the window: torch.compile"
     assert measure.repetition(arm, make_batch(2), CPU, nvml=None)["void"] is None
+
+
+# Compiles a real Triton kernel for a GPU that need not be there: before the first window, in the second, in none, in
+# the fourth from the cache on the disk. Prints each sample's reason and what somebody else's listener has heard.
+TRITON_SCRIPT = """
+import json
+import sys
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from perfbench import backbone, measure
+from perfbench.runtimes.generation import Batch
+from perfbench.runtimes.transformers_plan import PlanArm
+
+
+@triton.jit
+def double(x, SIZE: tl.constexpr):
+    places = x + tl.arange(0, SIZE)
+    tl.store(places, tl.load(places) * 2)
+
+
+def compile_it(size):
+    source = ASTSource(double, {"x": "*fp32", "SIZE": "constexpr"}, {"SIZE": size})
+    triton.compile(source, target=GPUTarget("cuda", 86, 32))
+
+
+class Wrapped:
+    def __init__(self, arm, inside):
+        self.arm, self.model, self.inside = arm, arm.model, inside
+
+    def generate(self, batch, **observers):
+        self.inside()
+        return self.arm.generate(batch, **observers)
+
+
+heard = []
+
+
+def other(*, src, cache_hit, **_):
+    heard.append([src.name, cache_hit])
+
+
+listener = other if sys.argv[1] == "with-another" else None
+triton.knobs.compilation.listener = listener
+arm = PlanArm(backbone.load("llama-tiny", "fp32", "cpu", seed=0), None, "eager")
+ids = torch.arange(3, 11).view(2, 4)
+batch = Batch(ids, torch.ones_like(ids), (-1, -1), 1, 2)
+compile_it(8)
+voids = []
+for inside in (lambda: None, lambda: compile_it(16), lambda: None, lambda: compile_it(16)):
+    voids.append(measure.repetition(Wrapped(arm, inside), batch, torch.device("cpu"), nvml=None)["void"])
+assert triton.knobs.compilation.listener is listener, "it has its place back"
+print(json.dumps([voids, heard]))
+"""
+
+
+@pytest.mark.parametrize("listener", ["alone", "with-another"])
+def test_a_triton_kernel_that_is_compiled_in_the_window_voids_the_sample(listener: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not there for this platform")
+    script = tmp_path / "compile_in_window.py"
+    script.write_text(TRITON_SCRIPT, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [sys.executable, script, listener], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    voids, heard = json.loads(ran.stdout.splitlines()[-1])
+    found = "1 compilation(s) inside the window: Triton's double"
+    assert voids == [None, found, None, f"{found} from its cache"]
+    expected = [["double", False], ["double", False], ["double", True]]
+    assert heard == (expected if listener == "with-another" else [])
+
+
+def test_without_triton_torch_s_compilations_are_seen_still(arm: PlanArm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    compiled = Wrapped(arm, lambda: torch.compile(lambda x: x + 2, backend="eager")(torch.ones(3)))
+    sample = measure.repetition(compiled, make_batch(2), CPU, nvml=None)
+    assert sample["void"] == "1 compilation(s) inside the window: torch.compile"
 
 
 @pytest.mark.parametrize("enabled", [True, False])

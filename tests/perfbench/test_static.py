@@ -16,6 +16,7 @@ from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.registry import METHODS
 from perfbench.runtimes.generation import PAD, Batch, end
+from perfbench.runtimes.static.adapters import Adapters, rooms
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.static.cache import CacheSize, KVCache
 from perfbench.runtimes.static.decoder import Decoder
@@ -247,6 +248,26 @@ def test_tails_grow_and_go_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> N
     small.close()
     assert len(projection.tail) == 0
     assert torch.equal(bare.generate(batch).tokens, expected[0])
+
+
+@pytest.mark.parametrize("method", ["lora", "fanlora"])
+def test_rows_of_the_fused_product_stay_aligned(method: str) -> None:
+    """As many values of any type as Triton wants a row to be divisible by, for its wide loads: 16."""
+    base = backbone.load("llama-256x8", "fp32", "cpu", seed=0)
+    bank = make_bank(base, method)
+    assert bank is not None
+    for adapters in (1, 3, 4):
+        fused = fuse(base)
+        fused.hold(bank, rooms(bank, adapters))
+        taken = Adapters(bank, fused, adapters, adapters, "eager")
+        ends = [
+            (bound.weight, bound.a, fused.layers[i].projections[name].columns)
+            for i, layer in enumerate(taken.layers)
+            for name, bound in layer.projections.items()
+        ]
+        with_tail = [(len(weight), a.numel() // weight.shape[1], n) for weight, a, n in ends if weight is not None]
+        assert with_tail
+        assert all(rows % 16 == 0 and 0 <= rows - columns - ranks < 16 for rows, ranks, columns in with_tail)
 
 
 def cache_bytes(base: backbone.Backbone, beams: int) -> int:

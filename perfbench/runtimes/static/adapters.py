@@ -19,8 +19,9 @@ from perfbench.methods.plan import Generator, LayerPlan
 from perfbench.methods.shape import SHARED_INPUT, BackboneShape
 from perfbench.runtimes.static.weights import LayerWeights, Rooms, Weights
 
-# The rows of a 16-bit product stay aligned to 16 bytes.
-ALIGNED_ROWS = 8
+# A row of the fused product is as long as the weight's columns and the tail together. Triton loads 16 bytes at once
+# only where the length of a row, in values of any type, is divisible by 16; real backbones' columns are.
+ALIGNED_ROWS = 16
 
 
 @dataclass
@@ -76,11 +77,16 @@ def stacked_slots(slots: Sequence[int], kernels: str) -> tuple[list[int], list[i
     return distinct + [-1] * ((1 << max(0, len(distinct) - 1).bit_length()) - len(distinct)), own
 
 
+def tail_rows(adapters: int, ranks: int) -> int:
+    """Rows of a tail for so many adapters of so many ranks each, rounded up so that rows of the product are aligned."""
+    return -(-adapters * ranks // ALIGNED_ROWS) * ALIGNED_ROWS
+
+
 def rooms(bank: Bank, adapters: int) -> list[Rooms]:
     """The tails that this many of the bank's adapters take, for each layer."""
     return [
         {
-            name: -(-adapters * ranks // ALIGNED_ROWS) * ALIGNED_ROWS
+            name: tail_rows(adapters, ranks)
             for name, modules in SHARED_INPUT.items()
             if (ranks := sum(layer.low_rank[module].a.shape[0] for module in modules if module in layer.low_rank))
         }
@@ -154,7 +160,7 @@ class Adapters:
     ) -> None:
         resident = neighbours([source.low_rank[module].a for module in paired])  # [slots, R, D_in]
         adapters, ranks, d_in = len(self._rest), *resident.shape[1:]
-        used = -(-adapters * ranks // ALIGNED_ROWS) * ALIGNED_ROWS
+        used = tail_rows(adapters, ranks)
         bound.weight, bound.bias = with_tail(used)
         tail = bound.weight[len(bound.weight) - used :][: adapters * ranks]
         bound.a = tail.view(adapters, ranks, d_in)

@@ -11,7 +11,7 @@ from perfbench.backbone import Backbone
 from perfbench.methods.bank import Bank
 from perfbench.runtimes.generation import Batch, Generation, StepClock
 from perfbench.runtimes.static.adapters import Adapters, rooms, stacked_slots
-from perfbench.runtimes.static.cache import CacheSize, KVCache
+from perfbench.runtimes.static.cache import CacheSize
 from perfbench.runtimes.static.capture import Step, cuda_graph
 from perfbench.runtimes.static.decoder import Decoder
 from perfbench.runtimes.static.search import beam, beam_to_the_end, greedy
@@ -63,7 +63,8 @@ class StaticArm:
         with_logits: bool = False,
     ) -> Generation:
         """The second turn of the batch that `generate` was last called with (greedy, with a follow_up), whose first
-        turn gave `generated` int64 [Q, N]. Reads the first turn's cache where the method allows it."""
+        turn gave `generated` int64 [Q, N]. Reads the first turn's cache where the method allows it: RuntimeError where
+        another arm has had a turn in that cache since."""
         assert self.decoder is not None
         with torch.inference_mode():
             logits = self.decoder.prefill_follow_up(generated)
@@ -95,11 +96,11 @@ class StaticArm:
     def _make(self, size: CacheSize, adapters: int, *, padded: bool) -> Decoder:
         weights = self.weights
         taken = Adapters(self.bank, weights, size.requests, adapters, self.kernels) if self.bank else None
-        cache = KVCache(size, weights.shape, weights.dtype, weights.device)
-        return Decoder(weights, taken, cache, self.kernels, self.capture, padded=padded)
+        return Decoder(weights, taken, weights.cache(size), self.kernels, self.capture, padded=padded)
 
     def tensors(self) -> list[torch.Tensor]:
-        """The bank, the adapters of the last batch, the cache, and the table of rotations."""
+        """The bank, the adapters of the last batch, the cache, and the table of rotations: all that the arm needs, also
+        where it shares the cache with other arms."""
         held = self.bank.tensors() if self.bank else []
         if self.decoder is not None:
             held += self.decoder.cache.tensors()
@@ -107,6 +108,6 @@ class StaticArm:
         return [*held, self.weights.cos, self.weights.sin]
 
     def close(self) -> None:
-        """Drops the cache and the bank, and lets the weights' tails go."""
+        """Drops the bank, lets the weights' tails go, and the cache where no other arm holds it."""
         self.weights.let_go(self)
         self.model = self.bank = self.decoder = None

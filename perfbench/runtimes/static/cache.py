@@ -1,4 +1,4 @@
-"""The KV cache of one batch: fixed in size, the prompt held once for all beams of a request."""
+"""The KV cache of one batch: fixed in size, the prompt held once for all beams of a request. Arms take turns in it."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ class KVCache:
     `prompt`: [Q, 2, H_kv, S (+ places with one beam), D] of each layer, where the second dimension is key, value.
     `generated`: with several beams [places, Q x beams, 2, H_kv, D] of each layer; the beams never move in it, instead
     `ancestors` int64 [Q x beams, places] says in which row each earlier step of a beam lies.
+
+    Nothing moves while the cache lives: captured steps read and write where its tensors lie. Whoever generates finds
+    in it what the last one left there, and calls `begin`.
     """
 
     def __init__(self, size: CacheSize, shape: BackboneShape, dtype: torch.dtype, device: torch.device):
@@ -41,20 +44,37 @@ class KVCache:
         heads, dim = shape.kv_heads, shape.head_dim
         length = size.prompt_tokens + (steps if size.beams == 1 else 0)
 
-        # Zeros: a step of fixed size reads all places and gives those that are not there yet the weight 0.
-        def zeros(*sizes: int) -> torch.Tensor:
-            return torch.zeros((shape.layers, *sizes), dtype=dtype, device=device)
+        def room(*sizes: int) -> torch.Tensor:
+            return torch.empty((shape.layers, *sizes), dtype=dtype, device=device)
 
-        self._held = [zeros(size.requests, 2, heads, length, dim)]
+        self._held = [room(size.requests, 2, heads, length, dim)]
         if size.beams > 1:
-            self._held.append(zeros(steps, rows, 2, heads, dim))
+            self._held.append(room(steps, rows, 2, heads, dim))
         self.prompt = self._held[0].unbind()
         self.generated = self._held[1].unbind() if size.beams > 1 else ()
+        # Zeros: a row that is there, whether or not an ancestor lies in it yet.
         self.ancestors = torch.zeros(rows, steps, dtype=torch.int64, device=device)
         # Where what follows the prompt puts its keys and values: [places, Q x beams, 2, H_kv, D] of each layer.
         self.entries = self.generated or tuple(
             entry[:, :, :, size.prompt_tokens :].permute(3, 0, 1, 2, 4) for entry in self.prompt
         )
+        self._turns = 0
+
+    def begin(self, *, clear: bool) -> int:
+        """Begins somebody's turn, and returns its number: who still has it is not `interrupted`.
+
+        The prefill writes all of the prompt. `clear`, for steps that read what is not there yet and give it the weight
+        0: zeros in all places after the prompt, since 0 times the NaN that somebody else may have left is NaN.
+        """
+        if clear:
+            places = self._held[1] if self.generated else self._held[0][..., self.size.prompt_tokens :, :]
+            places.zero_()
+        self._turns += 1
+        return self._turns
+
+    def interrupted(self, turn: int) -> bool:
+        """Whether somebody else has begun since `turn`."""
+        return turn != self._turns
 
     def tensors(self) -> list[torch.Tensor]:
         """All that it holds."""

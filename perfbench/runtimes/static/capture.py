@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from weakref import WeakMethod
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Step = Callable[[], None]
+
+
+def weak(step: Step) -> Step:
+    """The bound method `step` without a hold on the object that it belongs to.
+
+    A capture may hand back the very step that it was given. A decoder that held itself by it would stay, and with it
+    the cache, until Python next looks for circles.
+    """
+    method = WeakMethod(step)
+
+    def run() -> None:
+        found = method()
+        assert found is not None, "whoever replays the step has it"
+        found()
+
+    return run
 
 
 @cache

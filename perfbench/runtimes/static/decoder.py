@@ -20,7 +20,7 @@ from perfbench.kernels import (
 from perfbench.runtimes.generation import Batch
 from perfbench.runtimes.static.adapters import BARE, Adapters, BoundGenerator, each_request_s
 from perfbench.runtimes.static.cache import KVCache
-from perfbench.runtimes.static.capture import Step
+from perfbench.runtimes.static.capture import Step, weak
 from perfbench.runtimes.static.product import product, product_with_tail, takes_tail
 from perfbench.runtimes.static.weights import Weights
 
@@ -44,7 +44,8 @@ class Decoder:
     for the device in between.
 
     capture None: every step sees as much of the cache as is there, cut by the host. Else the step has one size for
-    all, its length is on the device, and `capture` makes it a thing to replay.
+    all, its length is on the device, and `capture` makes it a thing to replay. Other decoders may use the cache too,
+    but not between `start` and the last step.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Decoder:
     def start(self, batch: Batch) -> None:
         """Takes a batch of this decoder's size: its adapters and its padding, copied to where the steps find them."""
         self.batch = batch
+        self._turn = self.cache.begin(clear=self._capture is not None)
         self._begin(0)
         torch.sum(batch.attention_mask.repeat_interleave(batch.beams, dim=0), dim=1, out=self._lengths)
         if self._padding is not None:
@@ -110,6 +112,8 @@ class Decoder:
         """
         batch, size = self.batch, self.cache.size
         assert batch.follow_up is not None
+        if self.cache.interrupted(self._turn):
+            raise RuntimeError("another arm has used the cache since the first turn: generate that again, then this")
         whole = batch.conversation(generated)
         past = size.prompt_tokens + size.new_tokens - 1
         if any(layer.generator is not None for layer in self.layers):
@@ -155,7 +159,7 @@ class Decoder:
         else:
             self._tokens.copy_(tokens)
             if self._replay is None:
-                self._replay = self._capture(self._fixed_step)
+                self._replay = self._capture(weak(self._fixed_step))
             self._replay()
             self._at.add_(1)
             logits = self._logits

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -16,6 +17,7 @@ from perfbench.backbone import Backbone
 from perfbench.errors import BackboneError
 from perfbench.methods.shape import MODULE_PATHS, SHARED_INPUT, BackboneShape
 from perfbench.runtime_support import unsupported
+from perfbench.runtimes.static.cache import CacheSize, KVCache
 
 # Fused projection -> rows of its tail.
 Rooms = dict[str, int]
@@ -78,6 +80,7 @@ class Weights:
     sin: torch.Tensor
     version: int = 0
     _held: dict[int, list[Rooms]] = field(default_factory=dict)
+    _caches: WeakValueDictionary[CacheSize, KVCache] = field(default_factory=WeakValueDictionary)
 
     def hold(self, holder: object, rooms: list[Rooms]) -> None:
         """Keeps tails of at least this many rows in each layer until `holder` lets them go."""
@@ -88,6 +91,14 @@ class Weights:
         """The tails shrink to what the others hold."""
         if self._held.pop(id(holder), None) is not None:
             self._fit()
+
+    def cache(self, size: CacheSize) -> KVCache:
+        """The one cache for batches of this size, for all who ask while one of them still holds it: arms take turns,
+        and at 64 requests of a 7B backbone each cache takes 10 GB. It goes with the last who holds it."""
+        found = self._caches.get(size)
+        if found is None:
+            found = self._caches[size] = KVCache(size, self.shape, self.dtype, self.device)
+        return found
 
     def _fit(self) -> None:
         moved = False
