@@ -265,8 +265,7 @@ def test_a_replay_that_keeps_its_first_tenants_fails(
             take(self, (2, 0, -1, 2))
 
     monkeypatch.setattr(Adapters, "take", once)
-    bank = runtimes.make_bank(two_methods, "lora")
-    _, fault = runtimes._compare_replay(two_methods, "eager", 1, runtimes._run_again, bank)
+    _, fault = runtimes._compare_replay(two_methods, "eager", 1, runtimes._run_again, "lora")
     assert "with other tenants the replayed step differs by" in (fault or "")
 
 
