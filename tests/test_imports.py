@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[1]
 # Modules of perfbench that touch the device; those of TOP stand above; every other one is core. One in a folder of its
 # own is told by folder and name.
 RUNTIME = {"arms", "backbone", "workload", "measure", "measured_roof", "memory", "counts", "check", "worker"}
-RUNTIME |= {"ab_worker"}
+RUNTIME |= {"ab_worker", "kept_worker"}
 RUNTIME |= {f"profiling.{name}" for name in ("memory_timeline", "probes", "profile_worker", "ranges")}
 TOP = {"__main__", "cli", "commands", "inputs", "params", "profiling.profile", "roof_table", "run"}
-TOP |= {f"verify.{name}" for name in ("command", "grid", "worker")}
+TOP |= {f"verify.{name}" for name in ("command", "grid", "sections", "worker")}
 # methods/<name>.py that a scenario is checked with, so they load no torch.
 REGISTRY = {"__init__", "registry", "shape"}
 
