@@ -293,7 +293,14 @@ def stage() -> peers.Stage:
     return peers.make_stage(SMALL, 3, "cpu")
 
 
-@pytest.mark.parametrize("name", [name for name in peers.PEERS if not name.startswith("torch.compile")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.interpreter if "Punica" in name else ())
+        for name in peers.PEERS
+        if not name.startswith("torch.compile")
+    ],
+)
 def test_every_peer_is_right_and_sees_shifted_slots(name: str, stage: peers.Stage) -> None:
     if "Punica" in name:
         pytest.importorskip("triton", reason="triton is not there for this platform")
@@ -301,6 +308,7 @@ def test_every_peer_is_right_and_sees_shifted_slots(name: str, stage: peers.Stag
     assert fault is None
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_two_launches_in_sixteen_bits_with_a_row_without_adapter(dtype: torch.dtype) -> None:
     pytest.importorskip("triton", reason="triton is not there for this platform")
