@@ -18,21 +18,24 @@ from contextlib import suppress
 from perfbench.verify.report import FAIL, Finding
 from perfbench.verify.worker import DONE
 
+# Starts a child; the device kind follows.
+COMMAND = (sys.executable, "-m", "perfbench.verify.worker")
 # What a child did not come to.
 THE_REST = "the rest"
 AGAIN = "go on with --resume"
 
 
 class SectionProcess:
-    """One child; what its libraries say goes to `log`, a file of its own."""
+    """One child; what its libraries say goes to a file of its own."""
 
     def __init__(self, device: str, *, interpreted: bool):
         self.interpreted = interpreted
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        self.last_words = ""  # the last line of the log, once it has ended
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         variables = dict(os.environ) | ({"TRITON_INTERPRET": "1"} if interpreted else {})
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "perfbench.verify.worker", device],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=variables,
+            [*COMMAND, device],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=variables,
         )  # fmt: skip
 
     def ask(self, section: str) -> Iterator[Finding | None]:
@@ -67,12 +70,10 @@ class SectionProcess:
             self._process.kill()
             code = self._process.wait()
         self._process.stdout.close()
+        self._log.seek(0)
+        self.last_words = (self._log.read().decode(errors="replace").strip().splitlines() or ["no word"])[-1]
+        self._log.close()
         return code
-
-    def last_words(self) -> str:
-        """The last line that it said."""
-        self.log.seek(0)
-        return (self.log.read().decode(errors="replace").strip().splitlines() or ["no word"])[-1]
 
 
 class Sections:
@@ -113,7 +114,7 @@ class Sections:
             else:
                 code = process.end(kill=not died)
         if died:
-            why = f"the child process ended with {code}: {process.last_words()}"
+            why = f"the child process ended with {code}: {process.last_words}"
             yield late if too_late.is_set() else Finding(THE_REST, FAIL, why)
 
     def close(self) -> None:
