@@ -219,11 +219,10 @@ def _roof(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    """Says what this machine can and can't do, and how to mend it. Exit code 0 where perfbench can run."""
-    from rich.console import Console
+    """Says what this machine can and can't do, and how to mend it; needs no package. Exit code 0 where perfbench can
+    run, else 1."""
+    from perfbench.doctor import command
 
-    from perfbench import doctor
-
-    found = doctor.checks()
-    Console().print(doctor.render(found))
-    return 1 if any(check.status == "missing" for check in found) else 0
+    found = command.checks()
+    command.show(found)
+    return command.exit_code(found)

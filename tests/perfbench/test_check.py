@@ -16,7 +16,7 @@ from perfbench.methods import parameters
 from perfbench.methods.bank import Bank
 from perfbench.methods.plan import AdapterPlan
 from perfbench.methods.registry import METHODS
-from perfbench.runtimes.generation import Arm, Batch, Generation
+from perfbench.runtimes.generation import Batch, Generation
 from perfbench.runtimes.peft_arms import PeftMixedArm
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.static.decoder import Decoder
