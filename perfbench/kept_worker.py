@@ -31,7 +31,6 @@ def _serve(emit: Emit) -> None:
     backbone.load = kept.load  # where the worker's sessions get theirs, in this process
     for line in sys.stdin:
         job = json.loads(line)
-        emit("phase", case=None, text="beginning")
         worker._run(job, emit)
         kept.tidy()
         if torch.cuda.is_initialized():
