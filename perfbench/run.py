@@ -4,14 +4,10 @@ starts a child again without the case that killed it. Free of torch.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,12 +15,12 @@ from typing import Any
 
 from perfbench import __version__, cases, environment
 from perfbench.cases import Case, Comparison
+from perfbench.children import WORKER_LOG, Children
 from perfbench.errors import PerfbenchError, RunDirectoryError
 from perfbench.progress import RunProgress
 from perfbench.result import SCHEMA_VERSION, RunDirectory, pending_case
 from perfbench.scenario import Scenario
 
-WORKER_LOG = "worker.log"
 # How a case ends that is not measured again by a resumed run.
 FINAL = ("check_failed", "check_void", "crashed", "out_of_memory")
 
@@ -60,9 +56,19 @@ def manifest_of(scenario: Scenario, comparisons: Sequence[Comparison]) -> dict[s
     }
 
 
-def execute(scenario: Scenario, comparisons: Sequence[Comparison], out: Path, *, resume: bool) -> RunDirectory:
+def execute(
+    scenario: Scenario,
+    comparisons: Sequence[Comparison],
+    out: Path,
+    *,
+    resume: bool,
+    only: Collection[str] | None = None,
+    children: Children | None = None,
+) -> RunDirectory:
     """Measures what is not measured yet, into the run directory `out`, and summarises it.
 
+    only: the ids of the comparisons to measure now, by default all of them; the others stay pending. children: where
+    the child processes come from, by default a fresh one for each job.
     RunDirectoryError where `out` can't be used; any PerfbenchError that a child finds in its input: then a new
     directory without samples is removed again.
     """
@@ -72,17 +78,21 @@ def execute(scenario: Scenario, comparisons: Sequence[Comparison], out: Path, *,
     else:
         directory = RunDirectory.create(out, manifest_of(scenario, comparisons))
     directory.manifest["finished_at"] = None
-    jobs = list(_jobs(comparisons, scenario.isolation))
+    chosen = [one for one in comparisons if only is None or one.id in only]
+    jobs = list(_jobs(chosen, scenario.isolation))
+    if children is None or scenario.isolation != "shared" or scenario.processes > 1:
+        children = Children()  # a kept child would be no fresh process
     arms = sum(len(_cases_of(job)) for job in jobs)
     try:
         with RunProgress(arms * (1 + scenario.rounds)) as progress:
             for job in jobs:
-                Supervisor(directory, scenario, progress).run(job)
+                Supervisor(directory, scenario, progress, children).run(job)
     except PerfbenchError:
         if not resume and not directory.samples():
             shutil.rmtree(out, ignore_errors=True)
         raise
-    directory.manifest["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+    if only is None or all(case["status"] != "pending" for case in directory.manifest["cases"].values()):
+        directory.manifest["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     directory.summarise()
     directory.write_manifest()
     return directory
@@ -132,10 +142,11 @@ def _cases_of(job: Job) -> list[Case]:
 class Supervisor:
     """Brings one job to its end, through as many children as it takes."""
 
-    def __init__(self, directory: RunDirectory, scenario: Scenario, progress: RunProgress):
+    def __init__(self, directory: RunDirectory, scenario: Scenario, progress: RunProgress, children: Children):
         self.directory = directory
         self.scenario = scenario
         self.progress = progress
+        self.children = children
         self.in_flight: str | None = None
 
     @property
@@ -184,41 +195,31 @@ class Supervisor:
 
     def _child(self, job: Job, rounds: range) -> tuple[str, str] | None:
         """One child process. None when it came to its end, else (status, reason) of the case in flight."""
-        process_number = self.directory.manifest["processes"]
-        self.directory.manifest["processes"] += 1
-        self.directory.write_manifest()
+        child, process_number = self.children.take(self.directory)
         self.in_flight = None
         error: dict[str, Any] | None = None
-        with (self.directory.path / WORKER_LOG).open("ab") as log:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "perfbench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
-            )
-        assert child.stdin is not None
-        assert child.stdout is not None
+        heard = False
         try:
-            # A child that is dead already breaks the pipe: how it ended is told below.
-            with suppress(BrokenPipeError), child.stdin:
-                child.stdin.write(json.dumps(self._job_json(job, rounds)).encode())
-            for line in child.stdout:
-                if not line.endswith(b"\n"):
-                    break  # the child died while writing
-                event = json.loads(line)
+            for event in child.events(self._job_json(job, rounds), last=not self.children.keeps):
+                heard = True
                 if event["event"] == "error":
                     error = event
                 elif event["event"] == "done":
-                    child.wait()
+                    self.children.give_back(child)
                     return None
                 else:
                     self._take(event, job, process_number)
-        finally:
-            child.kill()
-            code = child.wait()
-            child.stdout.close()
+        except BaseException:
+            child.end()
+            raise
+        code = child.end()
+        if not heard and child.jobs > 1:  # a kept child that had died before this job began
+            return self._child(job, rounds)
         if error is not None:
             if error["kind"] == "bad_input":
                 raise PerfbenchError(error["message"])
             return error["kind"], error["message"]
-        return "crashed", cause(code)
+        return "crashed", cause(code, os.path.relpath(child.log, self.directory.path))
 
     def _job_json(self, job: Job, rounds: range) -> dict[str, Any]:
         prepared = {

@@ -29,7 +29,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with the reason, where torch finds no CUDA device."""
+    """Tests marked `gpu` are skipped, with the reason, where torch finds no CUDA device; those marked `interpreter`
+    where they would run in an interpreter of Triton's that is known to fail."""
+    from perfbench.triton_interpreter import broken
+
+    if "TRITON_INTERPRET" in os.environ and (why := broken()):
+        for item in items:
+            if item.get_closest_marker("interpreter"):
+                item.add_marker(pytest.mark.skip(reason=why))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

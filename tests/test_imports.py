@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[1]
 
 # Modules of perfbench that touch the device; those of TOP stand above; every other one is core. One in a folder of its
 # own is told by folder and name.
-RUNTIME = {"arms", "backbone", "workload", "measure", "measured_roof", "memory", "counts", "check", "oracle", "worker"}
-RUNTIME |= {"ab_worker"}
+RUNTIME = {"arms", "backbone", "workload", "measure", "measured_roof", "memory", "counts", "check", "worker"}
+RUNTIME |= {"ab_worker", "kept_worker", "oracle"}
 RUNTIME |= {f"profiling.{name}" for name in ("memory_timeline", "probes", "profile_worker", "ranges")}
 TOP = {"__main__", "cli", "commands", "inputs", "params", "profiling.profile", "roof_table", "run"}
-TOP |= {f"verify.{name}" for name in ("command", "grid", "worker")}
+TOP |= {f"verify.{name}" for name in ("command", "grid", "sections", "worker")}
 # methods/<name>.py that a scenario is checked with, so they load no torch.
 REGISTRY = {"__init__", "registry", "shape"}
 
@@ -46,7 +46,7 @@ ONLY_PACKAGES = {
 }
 
 # Inside functions, the top may import everything, and these two torch: they ask it for a device.
-LAZY_TORCH = {"perfbench/device.py", "perfbench/doctor.py"}
+LAZY_TORCH = {"perfbench/device.py", "perfbench/doctor/machine.py"}
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _linked(path: Path) -> bool:
         ("perfbench/stats.py", "from perfbench.runtimes import generation\n"),
         ("perfbench/stats.py", "from perfbench.methods.bank import Bank\n"),
         ("perfbench/stats.py", "from methods import bank\n"),
-        ("perfbench/doctor.py", "try:\n    import torch\nexcept ImportError:\n    torch = None\n"),
+        ("perfbench/doctor/machine.py", "try:\n    import torch\nexcept ImportError:\n    torch = None\n"),
         ("perfbench/cli.py", "from perfbench.worker import main\n"),
         ("perfbench/a_new_module.py", "import transformers\n"),
         ("perfbench/worker.py", "from perfbench.cli import main\n"),
@@ -188,7 +188,7 @@ def test_a_planted_arrow_up_is_found(tmp_path, path, source):
     [
         ("kernels/low_rank.py", "import math\nimport torch\nimport triton.language as tl\n"),
         ("methods/lora.py", "import torch\nfrom perfbench.methods import plan\n"),
-        ("perfbench/doctor.py", "def f():\n    import torch\n"),
+        ("perfbench/doctor/machine.py", "def f():\n    import torch\n"),
         ("perfbench/cli.py", "def f():\n    from perfbench.worker import main\n"),
         ("perfbench/worker.py", "import peft\nfrom perfbench.kernels import low_rank\n"),
     ],

@@ -29,6 +29,9 @@ def add(commands: Any) -> None:
     verify = commands.add_parser("verify", help="prove that what is fast is right", description=_verify.__doc__)
     verify.add_argument("--full", action="store_true", help="the whole grid of speeds, without a limit of time")
     verify.add_argument("--minutes", type=positive, metavar="N", help="end after N minutes (default: 8, on a CPU 2)")
+    about = "only these: kernels, q8, replay, generate, isolation, grid, peers, tune"
+    verify.add_argument("--section", nargs="+", action="extend", metavar="NAME", help=about)
+    verify.add_argument("--tune", action="store_true", help="last, if there is time: find and write launch settings")
     add_out(verify, "runs/verify-<time>")
     verify.set_defaults(command=_verify)
 
@@ -125,24 +128,28 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    """Checks kernels, runtimes and isolation here, then measures speeds: under eight minutes on a GPU, under two on a
-    CPU, where a small shape stands in. Exit codes: 0 all passed (what is skipped is named), 1 some check failed, 2 bad
-    input."""
+    """Checks kernels, runtimes and isolation here and measures speeds, what is worth most first: in eight minutes on a
+    GPU, in two on a CPU, where a small shape stands in. Exit codes: 0 all passed (what is skipped is named), 1 some
+    check failed, 2 bad input."""
     from rich.console import Console
 
     from perfbench.device import device_kind
     from perfbench.verify import command, report
 
+    sections = command.choose(arguments.section, tune=arguments.tune)
     notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     out = out_of(arguments, command.default_out(), "folder")
     kind, name = device_kind("auto")
     name = name if kind == "cuda" else "the CPU"
     try:
         found = command.verify(
-            kind, name, out, full=arguments.full, minutes=arguments.minutes, resume=arguments.resume, notes=notes
-        )
+            kind, name, out, full=arguments.full, minutes=arguments.minutes, resume=arguments.resume, notes=notes,
+            sections=sections,
+        )  # fmt: skip
     except KeyboardInterrupt:
-        return interrupted(["verify", *(["--full"] if arguments.full else [])], arguments, out)
+        again = ["--full"] if arguments.full else []
+        again += ["--section", *sections] if arguments.section else ["--tune"] if arguments.tune else []
+        return interrupted(["verify", *again], arguments, out)
     report.render(found)
     notes.print(f"results: {out / report.JSON}, {out / report.MARKDOWN}")
     return report.exit_code(found)
@@ -212,11 +219,10 @@ def _roof(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    """Says what this machine can and can't do, and how to mend it. Exit code 0 where perfbench can run."""
-    from rich.console import Console
+    """Says what this machine can and can't do, and how to mend it; needs no package. Exit code 0 where perfbench can
+    run, else 1."""
+    from perfbench.doctor import command
 
-    from perfbench import doctor
-
-    found = doctor.checks()
-    Console().print(doctor.render(found))
-    return 1 if any(check.status == "missing" for check in found) else 0
+    found = command.checks()
+    command.show(found)
+    return command.exit_code(found)

@@ -1,18 +1,13 @@
-"""`perfbench verify`: the sections one after the other, each in a child process, written down as each one ends.
+"""`perfbench verify`: the sections one after the other, what is worth most first, written down as each one ends.
 
-Free of torch: a child that dies takes nothing with it.
+Free of torch: the sections run in child processes, and one that dies takes nothing with it.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,29 +15,35 @@ from typing import Any
 from rich.console import Console
 
 from perfbench import __version__, environment
-from perfbench.errors import PerfbenchError, RunDirectoryError
+from perfbench.children import WORKER_LOG, Children
+from perfbench.errors import PerfbenchError, RunDirectoryError, nearest
 from perfbench.run import threads
 from perfbench.verify import grid, report
 from perfbench.verify.report import FAIL, SKIPPED, Finding
-from perfbench.verify.worker import SECTIONS
+from perfbench.verify.sections import AGAIN, THE_REST, Sections
 
-# Seconds for all of it; the speeds get what the checks leave.
+# Seconds for all of it.
 BUDGET_S = {"cuda": 480.0, "cpu": 120.0}
-# Seconds after which a check has failed.
-LONGEST_S = 300.0
-# Section -> what is said when it begins.
+# Seconds after which a check has failed, and a section of speeds ends.
+LONGEST_S, LONGEST_SPEEDS_S = 300.0, 900.0
+# Section -> what is said when it begins. In this order: should the time end, what is worth most is there.
 ABOUT = {
     "kernels": "every kernel against fp64, compiled on a GPU, in Triton's interpreter on a CPU",
+    "q8": "speeds of 8 requests of 8 tenants",
     "replay": "graph replay against no graph",
     "generate": "runtime static against generate()",
     "isolation": "each tenant of a mixed batch alone, and with slots shifted by one",
+    "grid": "all other speeds",
     "peers": "a layer's gate and up product with adapters, in the ways of the field; compiling takes a while",
-    "grid": "speeds",
+    "tune": "launch settings of the Triton kernels for this GPU, written to kernels/settings.json",
 }
-# What a child did not come to.
-THE_REST = "the rest"
-# Speeds, not checks: they may end with the time.
-SPEEDS = ("peers",)
+# Those that run where nobody says otherwise.
+USUAL = tuple(section for section in ABOUT if section != "tune")
+# Measured by `perfbench run`'s own means; and speeds, which may end with the time where a check would have failed.
+MEASURED = ("q8", "grid")
+SPEEDS = ("peers", "tune")
+# Seconds without which a section is not begun: what it does must be worth its start.
+LEAST_S = {"tune": 60.0}
 
 
 def default_out() -> Path:
@@ -50,43 +51,129 @@ def default_out() -> Path:
     return Path("runs") / f"verify-{datetime.now(UTC).strftime('%Y%m%d-%H%M%S')}"
 
 
-def verify(
-    device: str, device_name: str, out: Path, *, full: bool, minutes: int | None, resume: bool, notes: Console
-) -> dict[str, Any]:
-    """Everything that can be verified on `device` (cpu | cuda), into `out`; what the JSON says.
+def choose(names: Sequence[str] | None, *, tune: bool) -> tuple[str, ...]:
+    """The sections to run, in their order: those named, by default USUAL. PerfbenchError on a name that is none."""
+    for name in names or ():
+        if name not in ABOUT:
+            raise PerfbenchError(f"--section: expected the name of a section, got {name!r}; {nearest(name, ABOUT)}")
+    wanted = {*(names or USUAL), *(["tune"] if tune else [])}
+    return tuple(section for section in ABOUT if section in wanted)
 
-    full: the whole grid; minutes: after which no more is measured, by default BUDGET_S, and none with full.
+
+def verify(
+    device: str,
+    device_name: str,
+    out: Path,
+    *,
+    full: bool,
+    minutes: int | None,
+    resume: bool,
+    notes: Console,
+    sections: Sequence[str] = USUAL,
+) -> dict[str, Any]:
+    """What `sections` find on `device` (cpu | cuda), into `out`; what the JSON says.
+
+    full: the whole grid; minutes: after which no more is done, by default BUDGET_S, and none with full.
     RunDirectoryError where `out` can't be used; PerfbenchError.
     """
     if device == "cuda" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise PerfbenchError("TRITON_INTERPRET: set, so kernels would not run on the GPU; unset it")
     found = _open(device, device_name, out, full=full, resume=resume)
+    found["left_out"] = [name for name in USUAL if name not in {*sections, *found["sections"]}]
     budget_s = None if full and minutes is None else 60.0 * minutes if minutes else BUDGET_S[device]
     found["budget_s"] = budget_s
-    end = None if budget_s is None else time.monotonic() + budget_s
     limit = "without a limit" if budget_s is None else f"at most {budget_s / 60:.0f} minutes"
-    notes.print(f"{device_name}: {', '.join([*SECTIONS, 'grid'])}; {limit} -> {out}")
-    for section in SECTIONS:
-        if not _is_done(found["sections"].get(section)):
-            _take(found, section, _child(section, device, _seconds_for(section, end)), out, notes)
-    left = None if end is None else end - time.monotonic()
-    names = grid.FULL if full else grid.QUICK
-    _take(found, "grid", grid.findings(names, device, out, left), out, notes)
+    notes.print(f"{device_name}: {', '.join(sections)}; {limit} -> {out}")
+    proof = Proof(found, sections, out, notes)
+    try:
+        for section in sections:
+            proof.take(section)
+    finally:
+        proof.close()
     return found
 
 
-def _is_done(section: dict[str, Any] | None) -> bool:
+class Proof:
+    """The sections of one call, their processes and their time."""
+
+    def __init__(self, found: dict[str, Any], asked: Collection[str], out: Path, notes: Console):
+        budget_s = found["budget_s"]
+        self._end = None if budget_s is None else time.monotonic() + budget_s
+        self._found, self._asked, self._out, self._notes = found, asked, out, notes
+        self._device: str = found["device"]["kind"]
+        measures = any(section in asked for section in MEASURED)
+        checks = len(set(asked) - set(MEASURED))
+        # A process takes 16 s to start on a GPU machine, which has cores for several: they start ahead of time. None
+        # of those of the sections stays beside a measurement, so that there are two, before q8 and after it.
+        ahead = self._device == "cuda" and measures
+        self._children = Children(out / WORKER_LOG)
+        self._sections = Sections(self._device, ahead=min(checks, 2) if ahead else 0)
+        if ahead:
+            self._children.start()
+
+    def take(self, section: str) -> None:
+        """Runs a section, says each finding as it comes, and writes the report; not what an earlier call has done, nor
+        in place of what it found where there is no time."""
+        before = self._found["sections"].get(section)
+        if section not in MEASURED and is_done(before):
+            return
+        left = self._left()
+        if left is not None and left < LEAST_S.get(section, grid.LEAST_S):
+            if before is not None:
+                return
+            findings: Iterator[Finding] = iter([Finding(THE_REST, SKIPPED, f"the time is over; {AGAIN}")])
+        elif section in MEASURED:
+            findings = self._measured(section, left)
+        else:
+            findings = self._checked(section, left)
+        self._write_down(section, findings)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._sections.close_all()
+        self._children.close()
+
+    def _left(self) -> float | None:
+        return None if self._end is None else self._end - time.monotonic()
+
+    def _measured(self, section: str, left: float | None) -> Iterator[Finding]:
+        """The speeds; one child keeps the backbone from the first to the last of them."""
+        self._sections.close()  # what it holds would count as memory that is taken
+        part: grid.Part = "foremost" if section == "q8" else "rest" if "q8" in self._asked else "all"
+        names = grid.FULL if self._found["full"] else grid.QUICK
+        return grid.findings(names, self._device, self._out, left, part, self._children)
+
+    def _checked(self, section: str, left: float | None) -> Iterator[Finding]:
+        """What a child process finds. That the budget has cut it short is no fault; that a check takes for ever is."""
+        if section in SPEEDS:
+            self._children.close()  # the last speeds of the grid are in
+        longest = LONGEST_SPEEDS_S if section in SPEEDS else LONGEST_S
+        seconds = longest if left is None else min(longest, left)
+        if section in SPEEDS or seconds < longest:
+            late = Finding(THE_REST, SKIPPED, f"not done in its {seconds:.0f} s; {AGAIN}")
+        else:
+            late = Finding(THE_REST, FAIL, f"not done after {seconds:.0f} s")
+        return self._sections.findings(section, seconds, late)
+
+    def _write_down(self, section: str, findings: Iterator[Finding]) -> None:
+        started = time.monotonic()
+        taken = []
+        self._notes.print(f"{section}: {ABOUT[section]}")
+        for finding in findings:
+            taken.append(vars(finding))
+            self._notes.print(f"{section}: {finding.what}: {finding.status}: {finding.finding}")
+        seconds = round(time.monotonic() - started, 1)
+        entry = {"status": report.status_of(taken), "seconds": seconds, "findings": taken}
+        sections = self._found["sections"] | {section: entry}
+        self._found["sections"] = {name: sections[name] for name in ABOUT if name in sections}
+        report.write(self._found, self._out)
+
+
+def is_done(section: dict[str, Any] | None) -> bool:
     """Whether a resumed run can leave a section as it is: whole, and nothing failed."""
     return section is not None and section["status"] != FAIL and THE_REST not in (
         finding["what"] for finding in section["findings"]
     )
-
-
-def _seconds_for(section: str, end: float | None) -> float:
-    """How long a section may take: a check as long as it needs, within reason; speeds half of what is left."""
-    if section not in SPEEDS or end is None:
-        return LONGEST_S
-    return max(1.0, (end - time.monotonic()) / 2)
 
 
 def _open(device: str, device_name: str, out: Path, *, full: bool, resume: bool) -> dict[str, Any]:
@@ -116,57 +203,3 @@ def _open(device: str, device_name: str, out: Path, *, full: bool, resume: bool)
         if old != new:
             raise RunDirectoryError(f"{out}: was begun with another {name} ({old}, now {new}); give another --out")
     return found
-
-
-def _take(found: dict[str, Any], section: str, findings: Iterator[Finding], out: Path, notes: Console) -> None:
-    """Runs a section, says each finding as it comes, and writes the report."""
-    started = time.monotonic()
-    taken = []
-    notes.print(f"{section}: {ABOUT[section]}")
-    for finding in findings:
-        taken.append(vars(finding))
-        notes.print(f"{section}: {finding.what}: {finding.status}: {finding.finding}")
-    found["sections"].pop(section, None)
-    found["sections"][section] = {
-        "status": report.status_of(taken),
-        "seconds": round(time.monotonic() - started, 1),
-        "findings": taken,
-    }
-    report.write(found, out)
-
-
-def _child(section: str, device: str, seconds: float) -> Iterator[Finding]:
-    """The findings of a section as a child process makes them; one that dies or hangs is a finding too."""
-    variables = dict(os.environ)
-    if section == "kernels" and device == "cpu":
-        variables["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "perfbench.verify.worker", section, device]
-    with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=variables)
-        assert child.stdout is not None
-        late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            child.kill()
-
-        alarm = threading.Timer(seconds, give_up)
-        alarm.start()
-        try:
-            for line in child.stdout:
-                if line.endswith(b"\n"):  # a child that is killed may leave half a line
-                    yield Finding(**json.loads(line))
-            code = child.wait()
-        finally:
-            alarm.cancel()
-            child.kill()
-            child.wait()
-            child.stdout.close()
-        if late.is_set() and section in SPEEDS:
-            yield Finding(THE_REST, SKIPPED, f"not done in its {seconds:.0f} s; go on with --resume")
-        elif late.is_set():
-            yield Finding(THE_REST, FAIL, f"not done after {seconds:.0f} s")
-        elif code != 0:
-            log.seek(0)
-            said = log.read().decode(errors="replace").strip().splitlines() or ["no word"]
-            yield Finding(THE_REST, FAIL, f"the child process ended with {code}: {said[-1]}")

@@ -3,66 +3,101 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from perfbench import cases, run, scenario
+from perfbench.children import Children
 from perfbench.result import MANIFEST, RunDirectory
 from perfbench.verify.report import FAIL, PASS, SKIPPED, Finding
 
 SCENARIOS = Path(__file__).parents[1] / "scenarios"
 # In the order in which they are measured: should the time end, what matters most is there.
 QUICK, FULL = ("verify_7b", "verify_corners"), ("verify_full",)
+# What is worth most comes before all else: so many requests, each of another tenant.
+FOREMOST_REQUESTS = 8
 # A piece needs at least this long to load a backbone and measure something.
 LEAST_S = 10.0
+
+# Which comparisons are meant: all, the foremost one of the first scenario, or all but that.
+Part = Literal["all", "foremost", "rest"]
 
 
 class OutOfTimeError(Exception):
     """The time that a run was given is over."""
 
 
-def findings(names: tuple[str, ...], device: str, out: Path, seconds: float | None) -> Iterator[Finding]:
+def findings(
+    names: tuple[str, ...],
+    device: str,
+    out: Path,
+    seconds: float | None,
+    part: Part = "all",
+    children: Children | None = None,
+) -> Iterator[Finding]:
     """One for each case of the scenarios, measured into folders under `out`, where an earlier run goes on.
 
-    seconds: how long all of it may take, None for ever. PerfbenchError as `perfbench run`.
+    seconds: how long all of it may take, None for ever. children: where processes come from, by default a fresh one
+    for each job. PerfbenchError as `perfbench run`.
     """
-    from time import monotonic
-
     end = None if seconds is None else monotonic() + seconds
-    for name in names:
-        left = None if end is None else end - monotonic()
-        yield from _scenario(name, device, out / name, left)
+    for i, name in enumerate(names):
+        resolved = scenario.resolve(scenario.load(SCENARIOS / f"{name}.yaml"), device)
+        comparisons = cases.expand(resolved)
+        chosen = comparisons
+        if part != "all":
+            first = foremost(comparisons) if i == 0 else ()
+            chosen = first if part == "foremost" else tuple(one for one in comparisons if one not in first)
+        if chosen:
+            left = None if end is None else end - monotonic()
+            yield from _scenario(name, resolved, comparisons, chosen, out / name, left, children)
 
 
-def _scenario(name: str, device: str, folder: Path, seconds: float | None) -> Iterator[Finding]:
-    resolved = scenario.resolve(scenario.load(SCENARIOS / f"{name}.yaml"), device)
-    comparisons = cases.expand(resolved)
+def foremost(comparisons: Sequence[cases.Comparison]) -> tuple[cases.Comparison, ...]:
+    """What is measured first: FOREMOST_REQUESTS requests of as many tenants with the fewest beams, or, where there is
+    no such workload, the first one; in every runtime, since runtimes take turns."""
+    alike = [
+        one for one in comparisons if one.workload.requests == one.workload.tenants == FOREMOST_REQUESTS
+    ] or comparisons[:1]
+    best = min(alike, key=lambda one: one.workload.beams)
+    return tuple(one for one in comparisons if one.workload == best.workload)
+
+
+def _scenario(
+    name: str,
+    resolved: scenario.Scenario,
+    comparisons: tuple[cases.Comparison, ...],
+    chosen: tuple[cases.Comparison, ...],
+    folder: Path,
+    seconds: float | None,
+    children: Children | None,
+) -> Iterator[Finding]:
     changed = next((note for note in resolved.notes if note.startswith("overrides.") and "->" in note), None)
     if changed:
         yield Finding(f"{name} as written", SKIPPED, f"a small shape stands in: {changed}")
-    if seconds is not None and seconds < LEAST_S:
+    begun = (folder / MANIFEST).is_file()
+    if seconds is None or seconds >= LEAST_S:
+        only = {one.id for one in chosen}
+        try:
+            with time_limit(seconds):
+                directory = run.execute(
+                    resolved, comparisons, folder, resume=begun, only=only, children=children
+                )
+        except OutOfTimeError:
+            directory = RunDirectory.open(folder)
+            directory.summarise()
+            directory.write_manifest()
+    elif begun:
+        directory = RunDirectory.open(folder)
+    else:
         yield Finding(name, SKIPPED, "the time is over; go on with --resume")
         return
-    directory = _measure(resolved, comparisons, folder, seconds)
-    for case in directory.manifest["cases"].values():
-        yield of_case(name, case)
-
-
-def _measure(
-    resolved: scenario.Scenario, comparisons: tuple[cases.Comparison, ...], folder: Path, seconds: float | None
-) -> RunDirectory:
-    """The run in `folder`, gone on with until it is whole or the time is over."""
-    try:
-        with time_limit(seconds):
-            return run.execute(resolved, comparisons, folder, resume=(folder / MANIFEST).is_file())
-    except OutOfTimeError:
-        directory = RunDirectory.open(folder)
-        directory.summarise()
-        directory.write_manifest()
-        return directory
+    for case in (case for one in chosen for case in one.cases):
+        yield of_case(name, directory.manifest["cases"][case.id])
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import importlib
 import math
 from collections.abc import Iterator
 
+from perfbench import triton_interpreter
 from perfbench.verify.kernel_cases import CASES
 from perfbench.verify.kernel_check import DTYPES, FORMS, KernelCase, Setting, judge
 from perfbench.verify.report import FAIL, PASS, SKIPPED, Finding
@@ -15,12 +16,12 @@ def findings(device: str) -> Iterator[Finding]:
     """One for each kernel in each form, over all cases and types. In the interpreter TRITON_INTERPRET has to be set
     before triton is imported."""
     kernels = list(dict.fromkeys(case.kernel for case in CASES))
-    missing = _no_triton()
+    missing = _no_triton(device)
     for form in FORMS:
         for kernel in kernels:
             cases = [case for case in CASES if case.kernel == kernel and form in case.forms]
             if form == "triton" and missing:
-                yield Finding(f"{kernel}, triton", SKIPPED, f"triton can't be imported ({missing}); install triton")
+                yield Finding(f"{kernel}, triton", SKIPPED, missing)
             elif cases:
                 yield of_kernel(kernel, form, device, cases)
 
@@ -50,12 +51,13 @@ def of_kernel(kernel: str, form: str, device: str, cases: list[KernelCase]) -> F
     return Finding(f"{kernel}, {form}", FAIL if faults else PASS, text, figures)
 
 
-def _no_triton() -> str | None:
+def _no_triton(device: str) -> str | None:
+    """Why Triton's kernels can't be run on the device, with the way out; None where they can."""
     try:
         importlib.import_module("triton")
     except (ImportError, OSError) as error:
-        return _first_line(error)
-    return None
+        return f"triton can't be imported ({_first_line(error)}); install triton"
+    return triton_interpreter.broken() if device == "cpu" else None
 
 
 def _first_line(error: BaseException) -> str:

@@ -124,7 +124,8 @@ def _where(found: dict[str, Any]) -> str:
     software = ", ".join(f"{name} {versions[name]}" for name in ("perfbench", "torch", "triton"))
     limit = "" if found["budget_s"] is None else f" of at most {found['budget_s']:.0f}"
     tuned = ", ".join(f"{source} ({gpu})" for gpu, source in found["environment"]["kernel_settings"].items())
-    return f"{seconds:.0f} s{limit}; {software}; kernel settings: {tuned or 'defaults (no GPU)'}"
+    left_out = f"; left out: {', '.join(found['left_out'])}" if found.get("left_out") else ""
+    return f"{seconds:.0f} s{limit}{left_out}; {software}; kernel settings: {tuned or 'defaults (no GPU)'}"
 
 
 def _shortened(names: list[str]) -> str:

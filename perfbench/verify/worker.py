@@ -1,9 +1,10 @@
-"""The child process of one group of sections: what it finds goes to standard output, one line of JSON each.
+"""The child process of sections: what they find goes to standard output, one line of JSON each.
 
-A process of its own, because a kernel that goes wrong on a GPU takes its process with it, and because Triton's
-interpreter has to be chosen before triton is imported.
+A process apart, because a kernel that goes wrong on a GPU takes its process with it, and because Triton's interpreter
+has to be chosen before triton is imported. Names of sections come on standard input, one a line, until it ends; after
+each section a line says that it is done.
 
-    python -m perfbench.verify.worker kernels cpu
+    echo kernels | python -m perfbench.verify.worker cpu
 """
 
 from __future__ import annotations
@@ -26,18 +27,27 @@ SECTIONS = {
     "generate": ("runtimes", "against_generate"),
     "isolation": ("runtimes", "isolation"),
     "peers": ("peers", "findings"),
+    "tune": ("tuning", "findings"),
 }
+DONE = "done"
 
 
 def main() -> int:
-    """Runs one section on a device kind, both given as arguments."""
-    section, device = sys.argv[1:]
+    """Runs the sections that standard input names, on the device kind given as the argument."""
+    (device,) = sys.argv[1:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan keeps a GPU busy
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the libraries print goes to standard error
-    for finding in findings(section, device):
-        events.write(json.dumps(asdict(finding), allow_nan=False) + "\n")
+    if device == "cuda":
+        import_module("perfbench.verify.runtimes")  # takes long, and may be done before the first section comes
+    for line in sys.stdin:
+        section = line.strip()
+        for finding in findings(section, device):
+            events.write(json.dumps(asdict(finding), allow_nan=False) + "\n")
+            events.flush()
+        tidy()
+        events.write(json.dumps({DONE: section}) + "\n")
         events.flush()
     return 0
 
@@ -47,6 +57,16 @@ def findings(section: str, device: str) -> Iterator[Finding]:
     module, function = SECTIONS[section]
     run: Callable[[str], Iterator[Finding]] = getattr(import_module(f"perfbench.verify.{module}"), function)
     return run(device)
+
+
+def tidy() -> None:
+    """Gives back the GPU memory that a section took, so that the next one begins as in a process of its own."""
+    import gc
+
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -17,11 +17,17 @@ from perfbench.verify.kernel_cases import CASES
 from perfbench.verify.kernel_check import DTYPES, FORMS, KernelCase, Setting, judge
 
 TRITON = importlib.util.find_spec("triton") is not None
-TABLE = [(form, case) for form in FORMS for case in CASES if form in case.forms and (TRITON or form == "eager")]
+MARKS = {"eager": (), "triton": pytest.mark.interpreter}
+TABLE = [
+    pytest.param(form, case, id=f"{form}-{case.kernel}-{case.id}", marks=MARKS[form])
+    for form in FORMS
+    for case in CASES
+    if form in case.forms and (TRITON or form == "eager")
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("form", "case"), TABLE, ids=[f"{form}-{case.kernel}-{case.id}" for form, case in TABLE])
+@pytest.mark.parametrize(("form", "case"), TABLE)
 def test_a_kernel_gives_what_its_definition_does(form: str, case: KernelCase, dtype: str) -> None:
     device = "cuda" if form == "triton" and torch.cuda.is_available() else "cpu"
     found = judge(case, Setting(form, DTYPES[dtype], device))

@@ -11,6 +11,8 @@ pytest.importorskip("triton", reason="triton is not there for this platform")
 
 from perfbench.kernels import low_rank, row_scale
 
+pytestmark = pytest.mark.interpreter
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 

@@ -49,6 +49,7 @@ def test_candidates_do_not_spill() -> None:
     assert [line for line in lines if not line.endswith("|0|0")] == []
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("kernel", tune.CANDIDATES)
 def test_what_is_timed_runs_with_a_candidate_in_place_of_the_default(kernel: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,6 +110,7 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert settings.TABLE.read_text() == before
 
 
+@pytest.mark.interpreter
 def test_every_candidate_is_timed_at_every_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """On small sizes in the interpreter, without the graph that a GPU would replay."""
     if torch.cuda.is_available():

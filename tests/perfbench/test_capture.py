@@ -108,6 +108,7 @@ def test_an_interrupted_call_leaves_nothing_behind(base: backbone.Backbone) -> N
     assert torch.equal(captured.generate(batch).tokens, expected)
 
 
+@pytest.mark.interpreter
 @pytest.mark.usefixtures("tail")
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("method", ["lora", "para"])

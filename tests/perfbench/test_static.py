@@ -103,6 +103,7 @@ def test_sixteen_bits_differ_by_their_rounding_only(family: str, monkeypatch: py
         assert difference(base, make_bank(base, method), make_batch(1))[1] < 3e-2, method
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("method", ["none", "lora", "fanlora", "para"])
 def test_triton_s_kernels_generate_what_plain_torch_does(
@@ -122,7 +123,7 @@ def test_triton_s_kernels_generate_what_plain_torch_does(
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["growing", "captured"])
-@pytest.mark.parametrize("kernels", ["eager", "triton"])
+@pytest.mark.parametrize("kernels", ["eager", pytest.param("triton", marks=pytest.mark.interpreter)])
 def test_tenants_of_unlike_methods_share_a_bank(
     kernels: str, captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

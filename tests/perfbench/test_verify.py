@@ -31,11 +31,26 @@ QUIET = Console(file=io.StringIO())
 FAST = ("row_scale", "residual_rmsnorm")
 
 
+class InThisProcess:
+    """In place of `sections.Sections`."""
+
+    def __init__(self, device: str, *, ahead: int):
+        self.device = device
+
+    def findings(self, section: str, seconds: float, late: Finding) -> Iterator[Finding]:
+        return worker.findings(section, self.device)
+
+    def close(self) -> None:
+        pass
+
+    close_all = close
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sections run in this process, and of them two kernels in plain torch, and no speeds."""
-    monkeypatch.setattr(command, "SECTIONS", {"kernels": worker.SECTIONS["kernels"]})
-    monkeypatch.setattr(command, "_child", lambda section, device, seconds: worker.findings(section, device))
+    monkeypatch.setattr(command, "USUAL", ("kernels", "grid"))
+    monkeypatch.setattr(command, "Sections", InThisProcess)
     monkeypatch.setattr(kernels, "FORMS", ("eager",))
     monkeypatch.setattr(kernels, "CASES", tuple(case for case in CASES if case.kernel in FAST))
     monkeypatch.setattr(grid, "QUICK", ())
@@ -100,11 +115,14 @@ def test_a_kernel_that_can_not_be_run_fails_it(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_without_triton_its_kernels_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_no_triton", lambda: "No module named 'triton'")
+    def no_triton(name: str) -> Any:
+        raise ImportError("planted")
+
+    monkeypatch.setattr(kernels.importlib, "import_module", no_triton)
     monkeypatch.setattr(kernels, "FORMS", ("triton",))
     found = list(kernels.findings("cpu"))
     assert {one.status for one in found} == {SKIPPED}
-    assert all("install triton" in one.finding for one in found)
+    assert {one.finding for one in found} == {"triton can't be imported (planted); install triton"}
 
 
 def test_what_is_skipped_is_named_and_nothing_done_is_no_success() -> None:
@@ -181,7 +199,7 @@ def test_a_second_run_goes_on_where_the_first_one_failed(
 def test_what_was_cut_short_is_done_again() -> None:
     whole = {"status": PASS, "findings": [vars(Finding("a", PASS, ""))]}
     cut = {"status": PASS, "findings": [*whole["findings"], vars(Finding(command.THE_REST, SKIPPED, ""))]}
-    assert [command._is_done(one) for one in (None, whole, cut, {**whole, "status": FAIL})] == [
+    assert [command.is_done(one) for one in (None, whole, cut, {**whole, "status": FAIL})] == [
         False, True, False, False,
     ]  # fmt: skip
 
@@ -203,16 +221,6 @@ def test_the_interpreter_is_refused_on_a_gpu(
     assert main(["verify", "--out", str(tmp_path / "out")]) == 2
     assert "unset it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_a_child_that_dies_or_hangs_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    (died,) = command._child("no such section", "cpu", 60.0)
-    assert (died.status, died.what) == (FAIL, "the rest")
-    assert "KeyError" in died.finding
-    (late,) = command._child("kernels", "cpu", 0.01)
-    assert (late.status, late.finding) == (FAIL, "not done after 0 s")
-    (cut,) = command._child("peers", "cpu", 0.01)
-    assert cut.status == SKIPPED
 
 
 # Runtimes.
@@ -292,7 +300,14 @@ def stage() -> peers.Stage:
     return peers.make_stage(SMALL, 3, "cpu")
 
 
-@pytest.mark.parametrize("name", [name for name in peers.PEERS if not name.startswith("torch.compile")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.interpreter if "Punica" in name else ())
+        for name in peers.PEERS
+        if not name.startswith("torch.compile")
+    ],
+)
 def test_every_peer_is_right_and_sees_shifted_slots(name: str, stage: peers.Stage) -> None:
     if "Punica" in name:
         pytest.importorskip("triton", reason="triton is not there for this platform")
@@ -300,6 +315,7 @@ def test_every_peer_is_right_and_sees_shifted_slots(name: str, stage: peers.Stag
     assert fault is None
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_two_launches_in_sixteen_bits_with_a_row_without_adapter(dtype: torch.dtype) -> None:
     pytest.importorskip("triton", reason="triton is not there for this platform")

@@ -1,129 +1,52 @@
 """What this machine can and can't do for perfbench, and how to fix it: one check a line, each by trying it.
 
-Nothing here opens the network. torch is imported inside the one check that asks for a device.
+Nothing here opens the network, and no package is imported but inside the check that needs it: where it is missing,
+that check alone is skipped.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import importlib.util
 import os
-import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import psutil
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from perfbench.backbone_config import NAMED_CONFIGS, parameter_count
-from perfbench.environment import governor, kernel_settings, limits
+from perfbench.doctor.check import Check
 from perfbench.nvml import Nvml
 
 GIB = 2**30
 LOW_DISK_BYTES = GIB  # a run directory is some MB; a backbone from the hub is GBs, into its own cache
 
-Status = Literal["ok", "warn", "missing"]
-STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "missing": "red"}
+# Imported name -> package, where they are called differently.
+PACKAGE_OF = {"pynvml": "nvidia-ml-py", "yaml": "PyYAML", "jinja2": "Jinja2"}
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of the doctor. `status`: ok; warn, something is worse or can't be done; missing, perfbench
-    can't work until it is mended. `finding`: what is so; `remedy`: what to do, empty if nothing."""
-
-    name: str
-    status: Status
-    finding: str
-    remedy: str = ""
+def all_of_them() -> list[Check]:
+    """Every check of the machine."""
+    return [run(name, check) for name, check in MACHINE_CHECKS.items()]
 
 
-def checks() -> list[Check]:
-    """Every check, in the order in which one would mend things. Takes some seconds: it imports torch."""
-    return [
-        python(),
-        *packages(),
-        *(check() for check in MACHINE_CHECKS),
-    ]
-
-
-def render(found: list[Check]) -> Group:
-    """The checks as a rich table with a closing line; text from the machine is never read as markup."""
-    table = Table("", "check", "finding", "what to do", show_header=True, box=None, pad_edge=False)
-    for check in found:
-        table.add_row(
-            Text(check.status, style=STYLES[check.status]),
-            Text(check.name),
-            Text(check.finding),
-            Text(check.remedy),
-        )
-    return Group(table, Text(), Text(verdict(found)))
-
-
-def verdict(found: list[Check]) -> str:
-    """One sentence: whether this machine can measure, and how many lines ask for attention."""
-    missing = [check.name for check in found if check.status == "missing"]
-    warned = [check.name for check in found if check.status == "warn"]
-    if missing:
-        return f"This machine can't run perfbench yet: mend {', '.join(missing)}."
-    if warned:
-        return f"This machine can run perfbench; read what is said of {', '.join(warned)}."
-    return "This machine can run perfbench."
-
-
-def python() -> Check:
-    """Python's version against perfbench's own requirement."""
-    version = platform.python_version()
+def run(name: str, check: Callable[[], Check]) -> Check:
+    """What a check finds; where a package is missing that it needs, which one."""
     try:
-        wanted = importlib.metadata.metadata("perfbench")["Requires-Python"]
-    except importlib.metadata.PackageNotFoundError:
-        return Check(
-            "perfbench", "missing", "not installed in this Python", "pip install -e . in its checkout"
-        )
-    if Version(version) not in SpecifierSet(wanted):
-        remedy = f"make a virtual environment of Python {wanted}"
-        return Check("python", "missing", f"{version}, outside {wanted}", remedy)
-    return Check("python", "ok", version)
-
-
-def packages(requirements: list[str] | None = None) -> list[Check]:
-    """Every package perfbench requires here, extras left out, against its range."""
-    if requirements is None:
-        try:
-            requirements = importlib.metadata.requires("perfbench") or []
-        except importlib.metadata.PackageNotFoundError:
-            return []  # python() has said so
-    parsed = [Requirement(line) for line in requirements]
-    return [
-        _package(wanted)
-        for wanted in parsed
-        if wanted.marker is None or wanted.marker.evaluate({"extra": ""})
-    ]
-
-
-def _package(wanted: Requirement) -> Check:
-    remedy = f"pip install -c constraints.txt '{wanted.name}{wanted.specifier}'"
-    try:
-        version = importlib.metadata.version(wanted.name)
-    except importlib.metadata.PackageNotFoundError:
-        return Check(wanted.name, "missing", f"not installed; perfbench needs {wanted.specifier}", remedy)
-    if not wanted.specifier.contains(version, prereleases=True):
-        return Check(wanted.name, "warn", f"{version}, outside the tested range {wanted.specifier}", remedy)
-    return Check(wanted.name, "ok", version)
+        return check()
+    except ModuleNotFoundError as error:
+        imported = (error.name or "a package").split(".")[0]
+        package = PACKAGE_OF.get(imported, imported)
+        finding = f"skipped: it needs {package}, which is not installed"
+        return Check(name, "warn", finding, f"install {package}, see above")
 
 
 def cuda() -> Check:
     """Whether torch finds a CUDA device, by asking it."""
     try:
         import torch
+    except ModuleNotFoundError as error:
+        if error.name == "torch":
+            raise
+        return Check("cuda", "missing", f"torch can't be imported: {_one_line(error)}", "install torch again")
     except (ImportError, OSError) as error:  # OSError: a shared library of torch's is missing
         return Check("cuda", "missing", f"torch can't be imported: {_one_line(error)}", "install torch again")
     if not torch.cuda.is_available():
@@ -181,7 +104,10 @@ def triton() -> Check:
 
 def tuned_kernels(settings: dict[str, str] | None = None) -> Check:
     """Whether the launch settings of the Triton kernels were tuned for the GPUs here."""
-    settings = kernel_settings() if settings is None else settings
+    if settings is None:
+        from perfbench import environment
+
+        settings = environment.kernel_settings()
     untuned = [name for name, source in settings.items() if source != "tuned"]
     if untuned:
         finding = f"kernels/settings.json lacks {', '.join(untuned)}: its kernels run with the defaults"
@@ -190,7 +116,7 @@ def tuned_kernels(settings: dict[str, str] | None = None) -> Check:
     return Check("kernel settings", "ok", finding)
 
 
-def kernels_name(package: Path = Path(__file__).parent) -> Check:
+def kernels_name(package: Path = Path(__file__).parents[1]) -> Check:
     """Whether our folder `kernels` is reachable as perfbench.kernels and shadows no installed package."""
     if not (package / "kernels").is_dir():
         finding = "perfbench/kernels is not a folder: the symbolic link to it was lost"
@@ -205,8 +131,12 @@ def kernels_name(package: Path = Path(__file__).parent) -> Check:
 
 def memory() -> Check:
     """The memory that is free, and which named backbones fit into it with fp32 weights."""
+    import psutil
+
+    from perfbench import environment
+
     free = psutil.virtual_memory().available
-    limit = limits()["memory_bytes"]
+    limit = environment.limits()["memory_bytes"]
     free = min(free, int(limit)) if limit is not None else free
     # Weights times 1.5: the rest is adapters, activations and the libraries themselves.
     fit = [name for name, config in NAMED_CONFIGS.items() if 4 * 1.5 * parameter_count(config) + GIB < free]
@@ -246,7 +176,9 @@ def peak_memory(clear_refs: Path = Path("/proc/self/clear_refs")) -> Check:
 
 def cpu_clock() -> Check:
     """Whether the CPU's clock is held still."""
-    found = governor()
+    from perfbench import environment
+
+    found = environment.governor()
     if found is None:
         finding = "the frequency governor is not visible (a virtual machine?): speed may drift"
         return Check("cpu clock", "warn", finding, "compare arms of one run (kept), not figures of two")
@@ -258,8 +190,12 @@ def cpu_clock() -> Check:
 
 def cpu_load() -> Check:
     """Whether other work runs on the cores, and whether a quota takes them away."""
+    import psutil
+
+    from perfbench import environment
+
     cores = psutil.cpu_count() or 1
-    quota = limits()["cpus"]
+    quota = environment.limits()["cpus"]
     if quota is not None and quota < cores:
         finding = (
             f"a container limit of {quota:g} cores on {cores} visible ones: threads beyond it are stopped"
@@ -284,19 +220,20 @@ def hub() -> Check:
     return Check("hub", "ok", f"models are downloaded where the network allows it (not tried); {where}")
 
 
-MACHINE_CHECKS: tuple[Callable[[], Check], ...] = (
-    cuda,
-    nvml,
-    triton,
-    tuned_kernels,
-    kernels_name,
-    memory,
-    disk,
-    peak_memory,
-    cpu_clock,
-    cpu_load,
-    hub,
-)
+# Name, as each check says it itself -> the check.
+MACHINE_CHECKS: dict[str, Callable[[], Check]] = {
+    "cuda": cuda,
+    "nvml": nvml,
+    "kernels: triton": triton,
+    "kernel settings": tuned_kernels,
+    "name kernels": kernels_name,
+    "memory": memory,
+    "disk": disk,
+    "host memory peak": peak_memory,
+    "cpu clock": cpu_clock,
+    "cpu load": cpu_load,
+    "hub": hub,
+}
 
 
 def _short(path: Path) -> str:
