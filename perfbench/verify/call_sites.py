@@ -5,8 +5,9 @@ Recorded on a CPU in no time: kernels are not run, products not computed, weight
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from perfbench.verify.kernel_cases import CASES
 from perfbench.verify.kernel_check import DTYPES, Setting
 
 SERVED = tuple(name for name, method in METHODS.items() if method.served_by == "plan")
+# As scenarios/multitenant.yaml has them on a GPU.
+PROMPT_TOKENS, NEW_TOKENS, BEAMS, REQUESTS = 274, 32, (1, 3), 8
 
 
 def of_cases() -> Iterator[tuple[str, list[Launch]]]:
@@ -65,38 +68,67 @@ def unfilled(backbone: str, layers: int, dtype: torch.dtype) -> Backbone:
     return Backbone(backbone, BackboneShape.of_config(config), model, dtype, torch.device("cpu"))
 
 
-@dataclass(frozen=True)
-class Generated:
-    """What a batch launched in its prefill, and what its captured decode step did."""
+class Served:
+    """One method on runtime static, with Triton's kernels and the decode step that a GPU captures: each runs once, in
+    its capture, and its replays do nothing."""
 
-    prefill: list[Launch]
-    step: list[Launch]
+    def __init__(self, base: Backbone, method: str, tenants: int):
+        bank = None
+        if method != "none":
+            layout = parameters.meta_plan(method, base.shape, METHODS[method].options())
+            bank = Bank(layout, tenants, base.dtype, base.device)
+        self._arm = StaticArm(base, bank, "triton", self._captured)
+        self._launches: list[Launch] = []
+        self._prefill = 0
+        self._around: Callable[[], AbstractContextManager[object]] = nullcontext
 
-
-def of_batch(base: Backbone, method: str, batch: Batch) -> Generated:
-    """The launches of one batch on runtime static with Triton's kernels and the step that a GPU captures: it runs once
-    and its replays do nothing."""
-    bank, begun = None, []
-    if method != "none":
-        layout = parameters.meta_plan(method, base.shape, METHODS[method].options())
-        bank = Bank(layout, len(batch.slots), base.dtype, base.device)
-
-    def captured(step: Step) -> Step:
-        begun.append(len(launches))
-        step()
+    def _captured(self, step: Step) -> Step:
+        self._prefill = len(self._launches)
+        with self._around():
+            step()
         return lambda: None
 
-    with recording() as launches, _ArithmeticLeftOut():
-        arm = StaticArm(base, bank, "triton", captured)
-        arm.generate(batch)
-        arm.close()
-    (first,) = begun
-    return Generated(launches[:first], launches[first:])
+    def generate(
+        self, batch: Batch, around: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> tuple[list[Launch], list[Launch]]:
+        """The launches of a batch's prefill and those of its decode step, of a size unlike the last batch's. around:
+        makes what the step runs within."""
+        self._around = around
+        with recording() as self._launches, _ArithmeticLeftOut():
+            self._arm.generate(batch)
+        return self._launches[: self._prefill], self._launches[self._prefill :]
+
+    def close(self) -> None:
+        """Lets the backbone go."""
+        self._arm.close()
 
 
-def tenants_apart(requests: int, beams: int, *, prompt_tokens: int, new_tokens: int, padded: bool) -> Batch:
+def tenants_apart(requests: int, beams: int, *, prompt_tokens: int, new_tokens: int, padded: bool = False) -> Batch:
     """Requests of as many tenants, in the slots of their numbers; padded: the first prompt is 3 tokens shorter."""
     mask = torch.ones(requests, prompt_tokens, dtype=torch.int64)
     if padded:
         mask[0, :3] = 0
     return Batch(mask.clone(), mask, tuple(range(requests)), beams, new_tokens)
+
+
+def of_seven_b() -> Iterator[tuple[str, list[Launch]]]:
+    """(name, launches) of the prefills and decode steps of LLaMA-2 7B in bf16 that the main scenario has, of each
+    method, and of one request alone. Two layers: the first is like all, of the last one a prefill needs less."""
+    base = unfilled("llama2-7b", 2, torch.bfloat16)
+    for method in SERVED:
+        served = Served(base, method, REQUESTS)
+        for requests, beams, padded in product((REQUESTS, 1), BEAMS, (False, True)):
+            if padded and (method != "none" or requests == 1):
+                continue  # adapters do not see the padding
+            batch = tenants_apart(
+                requests, beams, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, padded=padded
+            )
+            prefill, step = served.generate(batch)
+            name = f"{method}, {_count(requests, 'request')}"
+            yield f"{name}, prefill", prefill
+            yield f"{name}, {_count(beams, 'beam')}{', padded' if padded else ''}", step
+        served.close()
+
+
+def _count(number: int, of_what: str) -> str:
+    return f"{number} {of_what}{'' if number == 1 else 's'}"
