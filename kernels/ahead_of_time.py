@@ -109,6 +109,21 @@ def compiled(launch: Launch, capability: int) -> dict[str, int]:
     return _usage(program.asm["cubin"]) | {"shared_bytes": int(program.metadata.shared)}
 
 
+def fault(launch: Launch, capability: int) -> str | None:
+    """What speaks against launching it on a GPU of this compute capability, in a line; None if nothing does."""
+    try:
+        found = compiled(launch, capability)
+    except Exception as error:  # Triton's of every kind, its assembler's: whatever it is, a GPU would meet it
+        return f"{launch.name} on sm_{capability}: does not compile: {_last_line(error)}"
+    if found["spill_bytes"] or found["shared_bytes"] > ARCHITECTURES[capability]:
+        return f"{launch.name} on sm_{capability}: spills or outgrows shared memory: {found}"
+    return None
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
 def _usage(cubin: bytes) -> dict[str, int]:
     """What a program for a GPU says that it takes."""
     with tempfile.TemporaryDirectory() as folder:
@@ -118,6 +133,7 @@ def _usage(cubin: bytes) -> dict[str, int]:
         done = subprocess.run(command, capture_output=True, text=True)
     found = re.findall(r"REG:(\d+) STACK:(\d+)", done.stdout)
     if done.returncode or len(found) != 1:
-        raise RuntimeError(f"cuobjdump: expected the usage of one function, got {(done.stdout + done.stderr).strip()!r}")
+        said = (done.stdout + done.stderr).strip()
+        raise RuntimeError(f"cuobjdump: expected the usage of one function, got {said!r}")
     registers, stack = map(int, found[0])
     return {"registers": registers, "spill_bytes": stack}

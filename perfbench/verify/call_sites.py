@@ -5,6 +5,7 @@ Recorded on a CPU in no time: kernels are not run, products not computed, weight
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import product
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perfbench.backbone import Backbone
@@ -94,7 +97,7 @@ class Served:
         """The launches of a batch's prefill and those of its decode step, of a size unlike the last batch's. around:
         makes what the step runs within."""
         self._around = around
-        with recording() as self._launches, _ArithmeticLeftOut():
+        with recording() as self._launches:
             self._arm.generate(batch)
         return self._launches[: self._prefill], self._launches[self._prefill :]
 
@@ -111,23 +114,53 @@ def tenants_apart(requests: int, beams: int, *, prompt_tokens: int, new_tokens: 
     return Batch(mask.clone(), mask, tuple(range(requests)), beams, new_tokens)
 
 
-def of_seven_b() -> Iterator[tuple[str, list[Launch]]]:
+def of_seven_b() -> list[tuple[str, list[Launch]]]:
     """(name, launches) of the prefills and decode steps of LLaMA-2 7B in bf16 that the main scenario has, of each
     method, and of one request alone. Two layers: the first is like all, of the last one a prefill needs less."""
     base = unfilled("llama2-7b", 2, torch.bfloat16)
+    found = []
     for method in SERVED:
         served = Served(base, method, REQUESTS)
         for requests, beams, padded in product((REQUESTS, 1), BEAMS, (False, True)):
             if padded and (method != "none" or requests == 1):
                 continue  # adapters do not see the padding
-            batch = tenants_apart(
-                requests, beams, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, padded=padded
-            )
-            prefill, step = served.generate(batch)
+            batch = tenants_apart(requests, beams, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, padded=padded)
+            with _ArithmeticLeftOut():
+                prefill, step = served.generate(batch)
             name = f"{method}, {_count(requests, 'request')}"
-            yield f"{name}, prefill", prefill
-            yield f"{name}, {_count(beams, 'beam')}{', padded' if padded else ''}", step
+            found.append((f"{name}, prefill", prefill))
+            found.append((f"{name}, {_count(beams, 'beam')}{', padded' if padded else ''}", step))
         served.close()
+    return found
+
+
+class _Operations(TorchDispatchMode):
+    """Notes the operations that a GPU launches something for: not those that only look at a tensor in another way, or
+    make room for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0]
+        looked_at = _storages((args, kwargs)) & _storages(out)
+        if func._schema.is_mutable or not (looked_at or name.startswith(("empty", "new_empty"))):
+            self.names.append(name)
+        return out
+
+
+def _storages(values: Any) -> set[int]:
+    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)}
+
+
+def of_step(base: Backbone, method: str, batch: Batch) -> Counter[str]:
+    """How often a decode step of this batch launches each operation of torch's and each of our kernels."""
+    served, operations = Served(base, method, len(batch.slots)), _Operations()
+    _, step = served.generate(batch, lambda: operations)
+    served.close()
+    return Counter([*operations.names, *(launch.name for launch in step)])
 
 
 def _count(number: int, of_what: str) -> str:

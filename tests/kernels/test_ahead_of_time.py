@@ -1,0 +1,141 @@
+"""Every Triton case of the table and every batch of a decode step, as real call sites launch them, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not there for this platform")
+
+from perfbench.kernels import ahead_of_time, decode_attention_triton
+
+# Prints the faults of the cases' launches of kernels whose names begin with the first argument, a line each, on the
+# compute capabilities that follow; then how many programs it compiled.
+CASES = """
+import sys
+from perfbench.kernels.ahead_of_time import distinct, fault
+from perfbench.verify import call_sites
+launches = distinct(one for _, found in call_sites.of_cases() for one in found if one.name.startswith(sys.argv[1]))
+faults = [fault(one, int(capability)) for one in launches for capability in sys.argv[2:]]
+print(*filter(None, faults), len(faults), sep="\\n")
+"""
+
+# Takes the last argument, a file, for a module of the kernels.
+INSTEAD = """
+import importlib.util, sys
+from pathlib import Path
+file = Path(sys.argv.pop())
+spec = importlib.util.spec_from_file_location(f"perfbench.kernels.{file.stem}", file)
+module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
+
+
+def test_every_case_compiles_for_every_architecture(compiling: Callable[..., str]) -> None:
+    """Fp32, bf16 and fp16; nothing spills or outgrows its shared memory. One process for each of two cores."""
+    every = list(ahead_of_time.ARCHITECTURES)
+    with ThreadPoolExecutor(2) as both:
+        found = list(both.map(lambda some: compiling(CASES, "", *some), (every[::2], every[1::2])))
+    for said in found:
+        *faults, count = said.splitlines()
+        assert faults == []
+        assert int(count) > 300
+
+
+def test_a_branch_that_no_gpu_can_compile_is_seen(compiling: Callable[..., str], tmp_path: Path) -> None:
+    """Without generated tokens `where` is no table: in the interpreter the branch that reads it is never entered, but
+    a compiler sees it unless a constant says that it is not there."""
+    assert decode_attention_triton.__file__ is not None
+    source = Path(decode_attention_triton.__file__).read_text()
+    planted, count = re.subn(r"elif BEAM:", "else:", source)
+    assert count == 1
+    for name, text, faulty in (("sound", source, False), ("planted", planted, True)):
+        file = tmp_path / name / "decode_attention_triton.py"
+        file.parent.mkdir()
+        file.write_text(text)
+        *faults, compiled = compiling(INSTEAD + CASES, "decode_attention.parts", 90, file).splitlines()
+        assert int(compiled) >= 10
+        assert bool(faults) is faulty
+        assert all("decode_attention.parts on sm_90: does not compile" in fault for fault in faults)
+
+
+def test_a_tile_that_spills_is_seen(compiling: Callable[..., str]) -> None:
+    """Launched as it is, and with tiles that no register file holds."""
+    program = """
+from perfbench.kernels import resources, settings, tune
+from perfbench.kernels.ahead_of_time import fault
+wide = tune.Sizes(bottleneck=64)
+print(fault(*resources.launched("vector_generator"), 86))
+with settings.instead("vector_generator", "", {"BLOCK_K": 64, "BLOCK_N": 2048, "num_warps": 4}):
+    print(fault(*resources.launched("vector_generator", sizes=wide), 86))
+"""
+    sound, spilling = compiling(program).splitlines()
+    assert sound == "None"
+    assert "vector_generator.generate on sm_86: spills" in spilling
+
+
+def test_in_the_interpreter_it_refuses() -> None:
+    if not ahead_of_time.knobs.runtime.interpret:
+        pytest.skip("kernels are compiled in this process")
+    with pytest.raises(RuntimeError, match="without TRITON_INTERPRET"), ahead_of_time.recording():
+        pass
+
+
+def test_what_was_set_is_put_back(compiling: Callable[..., str]) -> None:
+    """Also after an error: launches are refused on a CPU again, and Triton has the driver that it had."""
+    program = """
+import torch
+from triton import knobs
+from triton.runtime import driver
+from perfbench.kernels import row_scale
+from perfbench.kernels.ahead_of_time import recording
+def scale(): row_scale.FORMS["triton"](torch.ones(1, 1, 4), torch.ones(1, 4))
+def attempt():
+    try: scale()
+    except ValueError as error: return "expected a tensor on one CUDA device" in str(error)
+print(attempt(), driver._active, knobs.runtime.jit_cache_hook)
+try:
+    with recording() as launches:
+        scale()
+        raise KeyError
+except KeyError:
+    print([launch.name for launch in launches])
+print(attempt(), driver._active, knobs.runtime.jit_cache_hook)
+"""
+    assert compiling(program).splitlines() == ["True None None", "['row_scale.scale']", "True None None"]
+
+
+# Of the captured decode step: 4 products and 6 launches of kernels in each layer, with any adapters or none.
+LAUNCHES_PER_LAYER = 10
+# Where the step is, the rotations, embedding, the first norm and the head; with beams the table of ancestors as well.
+LAUNCHES_AROUND = {1: 8, 3: 11}
+
+STEPS = """
+import json, torch
+from perfbench.verify import call_sites
+for layers in (1, 2):
+    base = call_sites.unfilled("llama-tiny", layers, torch.bfloat16)
+    for method in call_sites.SERVED:
+        for beams, padded in ((1, False), (1, True), (3, False), (3, True)):
+            batch = call_sites.tenants_apart(2, beams, prompt_tokens=9, new_tokens=4, padded=padded)
+            print(json.dumps([method, layers, beams, padded, call_sites.of_step(base, method, batch)]))
+"""
+
+
+def test_no_adapter_adds_a_launch_to_a_decode_step(compiling: Callable[..., str]) -> None:
+    found = {}
+    for line in compiling(STEPS).splitlines():
+        *of, counts = json.loads(line)
+        found[tuple(of)] = Counter(counts)
+    methods = {method for method, *_ in found}
+    assert {"none", "lora", "fanlora", "ia3", "ia3-original", "para"} <= methods
+    for (method, layers, beams, padded), counts in found.items():
+        expected = LAUNCHES_AROUND[beams] + layers * LAUNCHES_PER_LAYER
+        assert counts.total() == expected, (method, layers, beams, padded, counts)
+        assert counts == found["none", layers, beams, padded]
