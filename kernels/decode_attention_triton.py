@@ -19,7 +19,7 @@ MOST_QUERIES = 128
 # Fewer tokens of the prompt than this are not worth a program of their own.
 LEAST_SPLIT = 64
 # Generated tokens that a program of several beams loads at once: each beam has its own.
-STEPS_AT_ONCE = 8
+STEPS_AT_ONCE = 4
 
 
 @triton.jit
