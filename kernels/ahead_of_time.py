@@ -109,13 +109,14 @@ def compiled(launch: Launch, capability: int) -> dict[str, int]:
     return _usage(program.asm["cubin"]) | {"shared_bytes": int(program.metadata.shared)}
 
 
-def fault(launch: Launch, capability: int) -> str | None:
-    """What speaks against launching it on a GPU of this compute capability, in a line; None if nothing does."""
+def fault(launch: Launch, capability: int, spill_bytes: int = 0) -> str | None:
+    """What speaks against launching it on a GPU of this compute capability, in a line; None if nothing does.
+    spill_bytes: how many a thread may spill."""
     try:
         found = compiled(launch, capability)
     except Exception as error:  # Triton's of every kind, its assembler's: whatever it is, a GPU would meet it
         return f"{launch.name} on sm_{capability}: does not compile: {_last_line(error)}"
-    if found["spill_bytes"] or found["shared_bytes"] > ARCHITECTURES[capability]:
+    if found["spill_bytes"] > spill_bytes or found["shared_bytes"] > ARCHITECTURES[capability]:
         return f"{launch.name} on sm_{capability}: spills or outgrows shared memory: {found}"
     return None
 

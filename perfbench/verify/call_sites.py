@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,6 +34,8 @@ from perfbench.verify.kernel_check import DTYPES, Setting
 SERVED = tuple(name for name, method in METHODS.items() if method.served_by == "plan")
 # As scenarios/multitenant.yaml has them on a GPU.
 PROMPT_TOKENS, NEW_TOKENS, BEAMS, REQUESTS = 274, 32, (1, 3), 8
+# That the table of cases has.
+LARGEST_RANK = 128
 
 
 def of_cases() -> Iterator[tuple[str, list[Launch]]]:
@@ -48,20 +50,21 @@ def of_cases() -> Iterator[tuple[str, list[Launch]]]:
 
 
 class _ArithmeticLeftOut(TorchFunctionMode):
-    """Within it a product, and the attention of a prefill, have their sizes and type, and any values."""
+    """Within it a product, a norm and the attention of a prefill have their sizes and type, and any values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is linear:
             x, weight = args[:2]
             return x.new_empty(*x.shape[:-1], len(weight))
-        if func is scaled_dot_product_attention:
+        if func in (scaled_dot_product_attention, rms_norm):
             return torch.empty_like(args[0])
         return func(*args, **(kwargs or {}))
 
 
 def unfilled(backbone: str, layers: int, dtype: torch.dtype) -> Backbone:
-    """The named shape with so many layers on the CPU, its weights whatever lay there before."""
-    config = NAMED_CONFIGS[backbone] | {"num_hidden_layers": layers}
+    """The named shape on the CPU, with so many layers and a small vocabulary, which no kernel of ours sees; its weights
+    are whatever lay there before."""
+    config = NAMED_CONFIGS[backbone] | {"num_hidden_layers": layers, "vocab_size": 256}
     fields = {key: value for key, value in config.items() if key != "model_type"}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -75,10 +78,10 @@ class Served:
     """One method on runtime static, with Triton's kernels and the decode step that a GPU captures: each runs once, in
     its capture, and its replays do nothing."""
 
-    def __init__(self, base: Backbone, method: str, tenants: int):
+    def __init__(self, base: Backbone, method: str, tenants: int, **options: Any):
         bank = None
         if method != "none":
-            layout = parameters.meta_plan(method, base.shape, METHODS[method].options())
+            layout = parameters.meta_plan(method, base.shape, METHODS[method].options(**options))
             bank = Bank(layout, tenants, base.dtype, base.device)
         self._arm = StaticArm(base, bank, "triton", self._captured)
         self._launches: list[Launch] = []
@@ -116,18 +119,22 @@ def tenants_apart(requests: int, beams: int, *, prompt_tokens: int, new_tokens: 
 
 def of_seven_b() -> list[tuple[str, list[Launch]]]:
     """(name, launches) of the prefills and decode steps of LLaMA-2 7B in bf16 that the main scenario has, of each
-    method, and of one request alone. Two layers: the first is like all, of the last one a prefill needs less."""
+    method, and of one request alone; and at the largest rank. Two layers: the first is like all, of the last one a
+    prefill needs less."""
     base = unfilled("llama2-7b", 2, torch.bfloat16)
+    methods: list[tuple[str, dict[str, int]]] = [(method, {}) for method in SERVED]
+    methods += [(method, {"rank": LARGEST_RANK}) for method in ("lora", "para")]
     found = []
-    for method in SERVED:
-        served = Served(base, method, REQUESTS)
+    for method, options in methods:
+        served = Served(base, method, REQUESTS, **options)
+        words = ", ".join([method, *(f"{name} {value}" for name, value in options.items())])
         for requests, beams, padded in product((REQUESTS, 1), BEAMS, (False, True)):
-            if padded and (method != "none" or requests == 1):
+            if (padded and (method != "none" or requests == 1)) or (options and requests == 1):
                 continue  # adapters do not see the padding
             batch = tenants_apart(requests, beams, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS, padded=padded)
             with _ArithmeticLeftOut():
                 prefill, step = served.generate(batch)
-            name = f"{method}, {_count(requests, 'request')}"
+            name = f"{words}, {_count(requests, 'request')}"
             found.append((f"{name}, prefill", prefill))
             found.append((f"{name}, {_count(beams, 'beam')}{', padded' if padded else ''}", step))
         served.close()

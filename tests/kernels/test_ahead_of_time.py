@@ -15,14 +15,19 @@ pytest.importorskip("triton", reason="triton is not there for this platform")
 
 from perfbench.kernels import ahead_of_time, decode_attention_triton
 
+# At odd sizes nothing is aligned, and ptxas would rather spill a few registers than use more of them; no model has such
+# sizes, and at those of LLaMA-2 7B nothing may spill (test_resources).
+SPILL_BYTES_AT_ODD_SIZES = 64
+
 # Prints the faults of the cases' launches of kernels whose names begin with the first argument, a line each, on the
-# compute capabilities that follow; then how many programs it compiled.
+# compute capabilities that follow the bytes that may be spilled; then how many programs it compiled.
 CASES = """
 import sys
 from perfbench.kernels.ahead_of_time import distinct, fault
 from perfbench.verify import call_sites
 launches = distinct(one for _, found in call_sites.of_cases() for one in found if one.name.startswith(sys.argv[1]))
-faults = [fault(one, int(capability)) for one in launches for capability in sys.argv[2:]]
+spill_bytes, *capabilities = map(int, sys.argv[2:])
+faults = [fault(one, capability, spill_bytes) for one in launches for capability in capabilities]
 print(*filter(None, faults), len(faults), sep="\\n")
 """
 
@@ -38,10 +43,14 @@ spec.loader.exec_module(module)
 
 
 def test_every_case_compiles_for_every_architecture(compiling: Callable[..., str]) -> None:
-    """Fp32, bf16 and fp16; nothing spills or outgrows its shared memory. One process for each of two cores."""
+    """Fp32, bf16 and fp16, within their shared memory. One process for each of two cores."""
+
+    def compile_for(some: list[int]) -> str:
+        return compiling(CASES, "", SPILL_BYTES_AT_ODD_SIZES, *some)
+
     every = list(ahead_of_time.ARCHITECTURES)
     with ThreadPoolExecutor(2) as both:
-        found = list(both.map(lambda some: compiling(CASES, "", *some), (every[::2], every[1::2])))
+        found = list(both.map(compile_for, (every[::2], every[1::2])))
     for said in found:
         *faults, count = said.splitlines()
         assert faults == []
@@ -59,7 +68,8 @@ def test_a_branch_that_no_gpu_can_compile_is_seen(compiling: Callable[..., str],
         file = tmp_path / name / "decode_attention_triton.py"
         file.parent.mkdir()
         file.write_text(text)
-        *faults, compiled = compiling(INSTEAD + CASES, "decode_attention.parts", 90, file).splitlines()
+        said = compiling(INSTEAD + CASES, "decode_attention.parts", SPILL_BYTES_AT_ODD_SIZES, 90, file)
+        *faults, compiled = said.splitlines()
         assert int(compiled) >= 10
         assert bool(faults) is faulty
         assert all("decode_attention.parts on sm_90: does not compile" in fault for fault in faults)
@@ -111,8 +121,10 @@ print(attempt(), driver._active, knobs.runtime.jit_cache_hook)
     assert compiling(program).splitlines() == ["True None None", "['row_scale.scale']", "True None None"]
 
 
-# Of the captured decode step: 4 products and 6 launches of kernels in each layer, with any adapters or none.
-LAUNCHES_PER_LAYER = 10
+# Of the captured decode step, with any adapters or none: 4 products and 5 launches of kernels in each layer.
+LAUNCHES_PER_LAYER = 9
+# And one more in each where the parts of the attention are joined: with beams, and where the length is split.
+LAUNCHES_OF_A_JOIN = 1
 # Where the step is, the rotations, embedding, the first norm and the head; with beams the table of ancestors as well.
 LAUNCHES_AROUND = {1: 8, 3: 11}
 
@@ -122,9 +134,9 @@ from perfbench.verify import call_sites
 for layers in (1, 2):
     base = call_sites.unfilled("llama-tiny", layers, torch.bfloat16)
     for method in call_sites.SERVED:
-        for beams, padded in ((1, False), (1, True), (3, False), (3, True)):
-            batch = call_sites.tenants_apart(2, beams, prompt_tokens=9, new_tokens=4, padded=padded)
-            print(json.dumps([method, layers, beams, padded, call_sites.of_step(base, method, batch)]))
+        for beams, padded, tokens in ((1, 0, 9), (1, 1, 9), (1, 0, 200), (3, 0, 9), (3, 1, 9)):
+            batch = call_sites.tenants_apart(2, beams, prompt_tokens=tokens, new_tokens=4, padded=bool(padded))
+            print(json.dumps([method, layers, beams, padded, tokens, call_sites.of_step(base, method, batch)]))
 """
 
 
@@ -133,9 +145,9 @@ def test_no_adapter_adds_a_launch_to_a_decode_step(compiling: Callable[..., str]
     for line in compiling(STEPS).splitlines():
         *of, counts = json.loads(line)
         found[tuple(of)] = Counter(counts)
-    methods = {method for method, *_ in found}
-    assert {"none", "lora", "fanlora", "ia3", "ia3-original", "para"} <= methods
-    for (method, layers, beams, padded), counts in found.items():
-        expected = LAUNCHES_AROUND[beams] + layers * LAUNCHES_PER_LAYER
-        assert counts.total() == expected, (method, layers, beams, padded, counts)
-        assert counts == found["none", layers, beams, padded]
+    assert {"none", "lora", "fanlora", "ia3", "ia3-original", "para"} <= {method for method, *_ in found}
+    for (method, layers, beams, padded, tokens), counts in found.items():
+        joined = LAUNCHES_OF_A_JOIN if beams > 1 or tokens > 64 else 0
+        expected = LAUNCHES_AROUND[beams] + layers * (LAUNCHES_PER_LAYER + joined)
+        assert counts.total() == expected, (method, layers, beams, padded, tokens, counts)
+        assert counts == found["none", layers, beams, padded, tokens]
