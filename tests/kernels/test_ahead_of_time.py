@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +18,20 @@ from perfbench.kernels import ahead_of_time, decode_attention_triton
 # sizes, and at those of LLaMA-2 7B nothing may spill (test_resources).
 SPILL_BYTES_AT_ODD_SIZES = 64
 
-# Prints the faults of the cases' launches of kernels whose names begin with the first argument, a line each, on the
-# compute capabilities that follow the bytes that may be spilled; then how many programs it compiled.
+# One for each way in which tl.dot is compiled; sm_80 is sm_86 with more shared memory, and LLaMA-2 7B's calls are
+# compiled for it too (test_resources).
+CAPABILITIES = (86, 90, 100)
+
+# Arguments: how the names of kernels begin, bytes that they may spill, how many processes share the work, which of them
+# this one is, compute capabilities. Prints the faults of the cases' launches, a line each, then how many were compiled.
 CASES = """
 import sys
 from perfbench.kernels.ahead_of_time import distinct, fault
 from perfbench.verify import call_sites
 launches = distinct(one for _, found in call_sites.of_cases() for one in found if one.name.startswith(sys.argv[1]))
-spill_bytes, *capabilities = map(int, sys.argv[2:])
-faults = [fault(one, capability, spill_bytes) for one in launches for capability in capabilities]
+spill_bytes, processes, this, *capabilities = map(int, sys.argv[2:])
+mine = launches[this::processes]
+faults = [fault(one, capability, spill_bytes) for one in mine for capability in capabilities]
 print(*filter(None, faults), len(faults), sep="\\n")
 """
 
@@ -42,19 +46,18 @@ spec.loader.exec_module(module)
 """
 
 
-def test_every_case_compiles_for_every_architecture(compiling: Callable[..., str]) -> None:
+def test_every_case_compiles(compiling: Callable[..., str]) -> None:
     """Fp32, bf16 and fp16, within their shared memory. One process for each of two cores."""
 
-    def compile_for(some: list[int]) -> str:
-        return compiling(CASES, "", SPILL_BYTES_AT_ODD_SIZES, *some)
+    def compiled(this: int) -> str:
+        return compiling(CASES, "", SPILL_BYTES_AT_ODD_SIZES, 2, this, *CAPABILITIES)
 
-    every = list(ahead_of_time.ARCHITECTURES)
     with ThreadPoolExecutor(2) as both:
-        found = list(both.map(compile_for, (every[::2], every[1::2])))
+        found = list(both.map(compiled, range(2)))
     for said in found:
         *faults, count = said.splitlines()
         assert faults == []
-        assert int(count) > 300
+        assert int(count) > 200
 
 
 def test_a_branch_that_no_gpu_can_compile_is_seen(compiling: Callable[..., str], tmp_path: Path) -> None:
@@ -62,13 +65,13 @@ def test_a_branch_that_no_gpu_can_compile_is_seen(compiling: Callable[..., str],
     a compiler sees it unless a constant says that it is not there."""
     assert decode_attention_triton.__file__ is not None
     source = Path(decode_attention_triton.__file__).read_text()
-    planted, count = re.subn(r"elif BEAM:", "else:", source)
-    assert count == 1
+    assert source.count("elif BEAM:") == 1
+    planted = source.replace("elif BEAM:", "else:")
     for name, text, faulty in (("sound", source, False), ("planted", planted, True)):
         file = tmp_path / name / "decode_attention_triton.py"
         file.parent.mkdir()
         file.write_text(text)
-        said = compiling(INSTEAD + CASES, "decode_attention.parts", SPILL_BYTES_AT_ODD_SIZES, 90, file)
+        said = compiling(INSTEAD + CASES, "decode_attention.parts", SPILL_BYTES_AT_ODD_SIZES, 1, 0, 90, file)
         *faults, compiled = said.splitlines()
         assert int(compiled) >= 10
         assert bool(faults) is faulty
