@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from perfbench.kernels.launch import INTERPRETED, tile
+from perfbench.kernels.placement import on_gpu
 from perfbench.kernels.settings import setting
 
 # Beams x heads of a group that one program holds.
@@ -18,7 +19,7 @@ MOST_QUERIES = 128
 # Fewer tokens of the prompt than this are not worth a program of their own.
 LEAST_SPLIT = 64
 # Generated tokens that a program of several beams loads at once: each beam has its own.
-STEPS_AT_ONCE = 8
+STEPS_AT_ONCE = 4
 
 
 @triton.jit
@@ -190,7 +191,7 @@ def attend(
     """
     rows, heads, dim = q.shape
     requests, _, kv_heads, length, _ = prompt.shape
-    if not (q.is_cuda or INTERPRETED):
+    if not (on_gpu(q) or INTERPRETED):
         raise ValueError(f"q: expected a tensor on one CUDA device, got {q.device}; choose kernels eager")
     if rows % requests or heads % kv_heads or prompt.shape[-1] != dim or prompt.dtype != q.dtype:
         raise ValueError(f"prompt: expected keys and values for q {list(q.shape)}, got {list(prompt.shape)}")

@@ -8,6 +8,7 @@ import torch
 import triton
 
 from perfbench.kernels.low_rank import Expansion
+from perfbench.kernels.placement import on_gpu
 from perfbench.kernels.row_scale import Scale
 
 # Below 16 tl.dot has no instruction to compile to.
@@ -69,7 +70,7 @@ def _check_kind(name: str, tensor: torch.Tensor, sizes: tuple[int, ...], like: t
         raise ValueError(f"{name}: expected sizes {list(sizes)}, got {list(tensor.shape)}")
     if tensor.dtype != like.dtype or tensor.dtype not in DTYPES:
         raise ValueError(f"{name}: expected {like.dtype}, one of fp32, bf16, fp16, got {tensor.dtype}")
-    if tensor.device != like.device or not (tensor.is_cuda or INTERPRETED):
+    if tensor.device != like.device or not (on_gpu(tensor) or INTERPRETED):
         raise ValueError(f"{name}: expected a tensor on one CUDA device, got {tensor.device}; choose kernels eager")
 
 

@@ -19,6 +19,8 @@ RUNTIME |= {"ab_worker", "kept_worker", "oracle"}
 RUNTIME |= {f"profiling.{name}" for name in ("memory_timeline", "probes", "profile_worker", "ranges")}
 TOP = {"__main__", "cli", "commands", "inputs", "params", "profiling.profile", "roof_table", "run"}
 TOP |= {f"verify.{name}" for name in ("command", "grid", "sections", "worker")}
+# kernels/<name>.py that looks at them as the runtimes call them.
+COMMANDS_OF_KERNELS = {"resources"}
 # methods/<name>.py that a scenario is checked with, so they load no torch.
 REGISTRY = {"__init__", "registry", "shape"}
 
@@ -84,7 +86,7 @@ def room_of(module: str) -> str:
     """The room of a dotted name inside perfbench."""
     parts = [*module.split("."), ""]
     if parts[1] == "kernels":
-        return "kernels"
+        return "runtime" if parts[2] in COMMANDS_OF_KERNELS else "kernels"
     if parts[1] == "methods":
         return "registry" if parts[2] in REGISTRY else "methods"
     if parts[1] == "finetune":
@@ -154,6 +156,7 @@ def _linked(path: Path) -> bool:
         ("kernels/low_rank.py", "import transformers\n"),
         ("kernels/low_rank.py", "from perfbench.methods.plan import LowRank\n"),
         ("kernels/low_rank.py", "def f():\n    import numpy\n"),
+        ("kernels/low_rank.py", "from perfbench.kernels import resources\n"),
         ("methods/lora.py", "from perfbench.kernels import low_rank\n"),
         ("methods/lora.py", "from perfbench import kernels\n"),
         ("methods/lora.py", "import peft\n"),

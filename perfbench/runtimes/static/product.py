@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
+from perfbench.kernels.placement import on_gpu
+
 # With more values than this in x oneDNN is faster.
 FEW_VALUES = 3072
 
@@ -25,7 +27,7 @@ def product_with_tail(
 def takes_tail(x: torch.Tensor) -> bool:
     """Whether a decode step gets the ranks out of the base product. On a CPU a product of their own is no slower with
     a few rows, and with more the ranks of every row with every adapter would cost arithmetic."""
-    return x.is_cuda
+    return on_gpu(x)
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
