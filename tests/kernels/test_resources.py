@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not there for this platform")
 
 import triton
 
-from perfbench.kernels import resources
+from perfbench.kernels import resources, settings
 from perfbench.kernels.ahead_of_time import ARCHITECTURES
 from perfbench.kernels.settings import DEFAULTS
 from perfbench.verify.call_sites import SERVED
@@ -70,3 +70,24 @@ def test_a_program_is_named_after_the_call_that_launches_it_first() -> None:
     of_para = [launch("norm", "1"), launch("norm", "2")]
     found = resources.named([("none", [norm, scale, norm]), ("lora", [norm, wide]), ("para", of_para)])
     assert list(found) == ["norm: none", "scale: none", "norm: lora", "norm: para", "norm: para #2"]
+
+
+# Compute capability of each GPU that kernels/settings.json knows.
+CAPABILITIES = {"NVIDIA H200": 90}
+
+OF_A_GPU = """
+import sys
+from perfbench.kernels import resources, settings
+from perfbench.kernels.ahead_of_time import fault
+gpu, capability = sys.argv[1], int(sys.argv[2])
+for kernel, chosen in settings.table()[gpu].items():
+    with settings.instead(kernel, "", chosen):
+        launches = resources.launched(kernel)
+        print(kernel, len(launches) > 0, *filter(None, (fault(one, capability) for one in launches)))
+"""
+
+
+@pytest.mark.parametrize("gpu", settings.table())
+def test_the_settings_of_a_gpu_compile_for_it(gpu: str, compiling: Callable[..., str]) -> None:
+    found = compiling(OF_A_GPU, gpu, CAPABILITIES[gpu]).splitlines()
+    assert found == [f"{kernel} True" for kernel in settings.table()[gpu]]
