@@ -78,7 +78,8 @@ class Check:
 @dataclass(frozen=True)
 class Runs:
     """What is compared, of each sampled request [N, V]: as served in the batch, by the oracle in a wider dtype, by the
-    oracle in the arm's dtype; and with the next tenant's adapter, as served and by the oracle."""
+    oracle in the arm's dtype; as served with the next tenant's adapter, and, for the first SAMPLED_REQUESTS, by the
+    oracle with it."""
 
     served: list[torch.Tensor]
     expected: list[torch.Tensor]
@@ -123,10 +124,13 @@ class Shares(NamedTuple):
 
 
 def _shares(runs: Runs) -> Shares:
-    served, rounded, shifted = (
-        [wrong_share(*three) for three in zip(found, runs.expected, runs.next_expected, strict=True)]
-        for found in (runs.served, runs.rounded, runs.shifted)
+    """Which way the next tenant's adapter lies, the arm's own shifted run says, since that is there for all; whether
+    it went there, the oracle says."""
+    served, rounded = (
+        [wrong_share(*three) for three in zip(found, runs.expected, runs.shifted, strict=True)]
+        for found in (runs.served, runs.rounded)
     )
+    shifted = map(wrong_share, runs.shifted, runs.expected, runs.next_expected)  # as many as there are of the last
     return Shares(max(map(abs, served)), max(map(abs, rounded)), min(shifted))
 
 
@@ -148,7 +152,8 @@ def _runs(
         wrong = replace(batch, slots=shift_slots(batch.slots, resident))
         wrong_logits = forced_logits(arm, wrong, tokens)
         shifted = [wrong_logits[i] for i in sampled]
-        next_expected = oracle.logits(backbone, [_served(wrong, i, tokens[i], plan_of) for i in sampled], wider)
+        few = [_served(wrong, i, tokens[i], plan_of) for i in sampled[:SAMPLED_REQUESTS]]
+        next_expected = oracle.logits(backbone, few, wider)
     return Runs(served, expected, rounded, shifted, next_expected)
 
 

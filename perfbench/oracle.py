@@ -30,6 +30,9 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 # What 16 bits round off shows in 32, what 32 round off in 64.
 WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
+# Of the attention, held at a time: 256 MiB in fp32.
+LARGEST_SCORES = 2**26
+
 
 @dataclass(frozen=True)
 class Served:
@@ -123,12 +126,15 @@ def _attention(
     if window is not None:
         hidden |= place[None, :] <= place[:, None] - window
     group = shape.heads // shape.kv_heads
+    q = q.view(length, shape.kv_heads, group, dim)
     out = torch.empty_like(q)
-    for kv in range(shape.kv_heads):  # one group at a time: the scores of all heads of a long prompt would not fit
-        own = slice(kv * group, (kv + 1) * group)
-        scores = torch.einsum("ihd,jd->hij", q[:, own], k[:, kv]) / math.sqrt(dim)
+    # As many heads at once as leave room: the scores of all heads of a long prompt would not fit.
+    some = max(1, LARGEST_SCORES // (group * length * length))
+    for first in range(0, shape.kv_heads, some):
+        own = slice(first, first + some)
+        scores = torch.einsum("ikgd,jkd->kgij", q[:, own], k[:, own]) / math.sqrt(dim)
         weights = _at_least_fp32(scores).masked_fill(hidden, float("-inf")).softmax(dim=-1).to(q.dtype)
-        out[:, own] = torch.einsum("hij,jd->ihd", weights, v[:, kv])
+        out[:, own] = torch.einsum("kgij,jkd->ikgd", weights, v[:, own])
     return out.flatten(1)
 
 
