@@ -8,7 +8,7 @@ tokens, is exact, because end-of-sequence is off in latency work. A *sample* is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -104,6 +104,22 @@ def sample_metrics(token_times_ms: Sequence[float], requests: int, total_ms: flo
         "decode_tokens_per_s": requests * (tokens - 1) / decode_ms * 1000.0,
         "tokens_per_s": requests * tokens / float(total_ms) * 1000.0,
     }
+
+
+def contradiction(sample: Mapping[str, Any], requests: int, new_tokens: int) -> str | None:
+    """What in a sample of `requests` prompts and `new_tokens` each can't be so, worked out from the times alone; None
+    where all agrees."""
+    steps, total_ms, ttft_ms = sample["itl_ms"], sample["total_ms"], sample["ttft_ms"]
+    if len(steps) != new_tokens - 1:
+        return f"itl_ms: expected {new_tokens - 1} steps after the first token, got {len(steps)}"
+    if not 0 < ttft_ms + sum(steps) <= total_ms * (1 + 1e-9):
+        return f"total_ms: the steps take {ttft_ms + sum(steps)} ms, the whole call {total_ms} ms"
+    for name, tokens, ms in (
+        ("tokens_per_s", new_tokens, total_ms), ("decode_tokens_per_s", new_tokens - 1, total_ms - ttft_ms),
+    ):  # fmt: skip
+        if not math.isclose(sample[name], requests * tokens / ms * 1e3, rel_tol=1e-9):
+            return f"{name}: {requests} requests x {tokens} tokens in {ms} ms are not {sample[name]}"
+    return None
 
 
 def energy_mj_per_token(energy_mj: float, requests: int, new_tokens: int) -> float:

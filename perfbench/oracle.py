@@ -72,6 +72,24 @@ def logits(backbone: Backbone, sequences: Sequence[Served], dtype: torch.dtype) 
         return [_norm(stream, model.model.norm, model.config) @ head.T for stream in last]
 
 
+def beam_search(
+    backbone: Backbone, prompt: torch.Tensor, plan: AdapterPlan | None, beams: int, new_tokens: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """int64 [new_tokens]: the best of `beams` continuations of a prompt [S] kept alive at each step, by the sum of
+    their log-probabilities. Every step reads every continuation again from the start."""
+    device = backbone.device
+    paths = torch.empty(1, 0, dtype=torch.int64, device=device)  # [continuations, tokens so far]
+    scores = torch.zeros(1, dtype=torch.float64, device=device)
+    unchosen = torch.zeros(1, dtype=torch.int64, device=device)
+    for _ in range(new_tokens):
+        asked = [Served(prompt, torch.cat([path, unchosen]), plan) for path in paths]
+        chances = torch.stack([found[-1] for found in logits(backbone, asked, dtype)]).double().log_softmax(dim=-1)
+        scores, best = (scores[:, None] + chances).flatten().topk(beams)
+        parent, token = best // chances.shape[1], best % chances.shape[1]
+        paths = torch.cat([paths[parent], token[:, None]], dim=1)
+    return paths[0]
+
+
 def _layer(
     layer: Any,
     streams: list[torch.Tensor],

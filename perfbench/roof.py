@@ -130,3 +130,35 @@ def decode_step(
         adapter_bytes=adapter_bytes,
         flops=2 * (linears * rows + attention + adapter_products),
     )
+
+
+# A vendor's figures can't be beaten. One that was measured on a machine that others use too may be a bad moment's.
+_MARGIN_OF_A_MEASUREMENT = 3.0
+
+
+def least_ms(comparison: Mapping[str, Any], exact: Mapping[str, Any] | None) -> float | None:
+    """The least time of the last decode step of a case on the device of its comparison; None where something is not
+    known. exact: the case's figures of a step."""
+    roof, exact = comparison.get("roof"), exact or {}
+    if not roof or exact.get("bytes_per_decode_step") is None or exact.get("least_flops_per_decode_step") is None:
+        return None
+    work = Work(exact["bytes_per_decode_step"], 0, 0, exact["least_flops_per_decode_step"])
+    return work.least_s(Device(**roof), comparison["dtype"]) * 1e3
+
+
+def impossible(comparison: Mapping[str, Any], case: Mapping[str, Any]) -> str | None:
+    """Why a measured case can't have been so fast, in a line; None where it can.
+
+    Of the last step's bytes, which are known, at most those of the tokens generated since fall away for the first one.
+    """
+    last_ms = least_ms(comparison, case["exact"])
+    if last_ms is None or not case["summary"]:
+        return None
+    load = comparison["workload"]
+    prompt_tokens = load.get("prompt_tokens") or 1
+    margin = _MARGIN_OF_A_MEASUREMENT if comparison["roof"]["memory_bytes"] is None else 1.0
+    first_ms = last_ms * prompt_tokens / (prompt_tokens + load["new_tokens"]) / margin
+    median_ms = case["summary"]["itl_ms"]["median"]
+    if median_ms >= first_ms:
+        return None
+    return f"a step took {median_ms:.3g} ms, and what it must read takes {first_ms:.3g} ms at least on this device"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,19 @@ def make(workload: Workload, backbone: Backbone, seed: int) -> Batch:
         workload.new_tokens,
         follow_up=follow_up,
     )
+
+
+def fresh(batch: Batch, seed: int, turn: int) -> Batch:
+    """`batch` with other prompts of the same lengths, drawn for this turn from the tokens of its own prompts: nothing
+    that an arm kept from another turn can serve it. The same seed and turn give the same prompts to every arm."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + turn + 1)
+    pool = batch.input_ids[batch.attention_mask.bool()]
+
+    def drawn(size: torch.Size) -> torch.Tensor:
+        return pool[torch.randint(len(pool), size, generator=generator).to(pool.device)]
+
+    follow_up = None if batch.follow_up is None else drawn(batch.follow_up.shape)
+    return replace(batch, input_ids=drawn(batch.input_ids.shape) * batch.attention_mask, follow_up=follow_up)
 
 
 def assign_slots(workload: Workload, seed: int) -> tuple[int, ...]:
