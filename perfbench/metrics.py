@@ -52,7 +52,9 @@ METRICS: dict[str, Metric] = {
     "energy_mj_per_token": Metric("mJ/token", "lower", "device energy in generate / (requests x N) (NVML)"),
     "aten_ops_per_decode_step": Metric("operations", "lower", "ATen operations called in one decode step"),
     "kernel_launches_per_decode_step": Metric("launches", "lower", "device kernels launched in one step"),
-    "flops_per_decode_step": Metric("FLOPs", "lower", "floating-point operations of one decode step"),
+    "flops_per_decode_step": Metric(
+        "FLOPs", "lower", "floating-point operations of one decode step: as counted, or the least where that is more"
+    ),
     "compiled_registers": Metric("registers", "lower", "registers of one thread of a compiled kernel (ptxas)"),
     "compiled_spill_bytes": Metric("bytes", "lower", "registers' worth that one thread keeps in memory instead"),
     "compiled_shared_bytes": Metric("bytes", "lower", "shared memory of one program of a compiled kernel"),

@@ -147,6 +147,7 @@ def test_a_full_run_measures_every_case(full: tuple[Path, Any]) -> None:
         assert case["check"]["tokens_equal"] is True
         assert case["check"]["relative_difference"] <= case["check"]["tolerance"]
         assert case["summary"]["decode_tokens_per_s"]["median"] > 0
+        assert case["exact"]["flops_per_decode_step"] >= case["exact"]["least_flops_per_decode_step"] > 0
         if arm == "none":
             assert case["kept"] is None
             assert case["check"]["shifted_share"] is None
