@@ -38,10 +38,28 @@ def module_name(layer: int, module: str) -> str:
     return f"{LAYERS}{layer}.{MODULE_PATHS[module]}"
 
 
+def describe(folder: Path) -> dict[str, Any]:
+    """The configuration of an adapter folder, as it stands there. Raises AdapterError."""
+    _expect_folder(folder)
+    return _read_config(folder / CONFIG)
+
+
 def peft_type(folder: Path) -> Any:
     """What the configuration of an adapter folder says that it is. Raises AdapterError."""
-    _expect_folder(folder)
-    return _read_config(folder / CONFIG).get("peft_type")
+    return describe(folder).get("peft_type")
+
+
+def note_on_backbone(folder: Path, backbone: str) -> str | None:
+    """What to tell the user of an adapter whose configuration names another backbone than `backbone`; a copy under
+    another path has the same last name. Raises AdapterError."""
+    trained_on = describe(folder).get("base_model_name_or_path")
+    if not isinstance(trained_on, str) or not trained_on or _last_name(trained_on) == _last_name(backbone):
+        return None
+    return f"{folder}: trained on {trained_on!r}, served on {backbone}: the sizes fit, but nothing else was compared"
+
+
+def _last_name(backbone: str) -> str:
+    return backbone.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def read(folder: Path, peft_type: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
