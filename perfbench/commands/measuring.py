@@ -93,7 +93,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from perfbench import inputs, run
 
     out = out_of(arguments, run.default_out(resolved), "run directory")
-    inputs.check(comparisons)
+    for note in inputs.check(comparisons):
+        notes.print(note)
     notes.print(f"{work} -> {out}")
     try:
         directory = run.execute(resolved, comparisons, out, resume=arguments.resume)
