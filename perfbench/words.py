@@ -91,12 +91,12 @@ def conclusion(group: Sequence[Row]) -> Iterator[str]:
     if measured:
         best = max(measured, key=lambda row: row["kept_decode_tokens_per_s"])
         share = f"{best['kept_decode_tokens_per_s']:.1%}"
-        rounds = min(row["rounds"] or 0 for row in measured)
+        rounds = _fewest(measured)
         if len(measured) == 1:
             yield f"{arm_name(best, group)} kept {share} of the bare backbone's decode speed."
         elif rounds < LEAST_ROUNDS:
-            few = _counted(rounds, "round")
-            yield f"Nothing is ranked: there are {few}, and fewer than {LEAST_ROUNDS} don't tell arms apart."
+            few = "is 1 round" if rounds == 1 else f"are {rounds} rounds"
+            yield f"Nothing is ranked: there {few}, and fewer than {LEAST_ROUNDS} don't tell arms apart."
         else:
             name, ties = arm_name(best, group), _ties(best, measured)
             yield f"{name} kept most of the bare backbone's decode speed, {share}{ties}"
@@ -113,8 +113,9 @@ def conclusion(group: Sequence[Row]) -> Iterator[str]:
         yield f"A tenant costs least with {_enumerated(names)}: {format_bytes(least)}."
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _fewest(measured: Sequence[Row]) -> int:
+    """The rounds of the arm that has fewest; one, where there was no interval to be had."""
+    return min(row["rounds"] if row["kept_decode_tokens_per_s_low"] is not None else 1 for row in measured)
 
 
 def _ties(best: Row, measured: Sequence[Row]) -> str:
@@ -130,7 +131,7 @@ def _ties(best: Row, measured: Sequence[Row]) -> str:
 def is_best(row: Row, measured: Sequence[Row]) -> bool:
     """Whether `row` kept most of all `measured`, or its interval overlaps that of the one that did; no row, where the
     rounds are too few to tell."""
-    if min(row["rounds"] or 0 for row in measured) < LEAST_ROUNDS:
+    if _fewest(measured) < LEAST_ROUNDS:
         return False
     best = max(measured, key=lambda row: row["kept_decode_tokens_per_s"])
     return row is best or bool(overlap(_kept_interval(best), _kept_interval(row)))
