@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
-import copy
 import json
 import re
 from typing import Any
