@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from perfbench import strict_json
 from perfbench.errors import RunDirectoryError
 from perfbench.metrics import energy_mj_per_token
 from perfbench.stats import Interval, median_interval, paired_ratios, summary
@@ -47,7 +48,7 @@ _COMPARISON_FIELDS = ("id", "backbone", "dtype", "device", "runtime", "workload"
 def is_finetune(path: Path) -> bool:
     """Whether the folder holds what `perfbench finetune` wrote; False too where nothing there can be read."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = strict_json.parse((path / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and manifest.get("kind") == "finetune"
@@ -121,7 +122,7 @@ class RunDirectory:
             what = f"not a run directory, it has no {MANIFEST}" if path.is_dir() else "no such folder"
             raise RunDirectoryError(f"{path}: {what}; give the folder that `perfbench run` wrote")
         try:
-            manifest = json.loads(file.read_bytes(), parse_constant=_refuse_constant)
+            manifest = strict_json.parse(file.read_bytes())
         except OSError as error:
             raise RunDirectoryError(
                 f"{file}: can't be read ({error.strerror}); check its permissions"
@@ -217,7 +218,7 @@ class RunDirectory:
             ) from error
         for number, line in enumerate(lines, start=1):
             try:
-                sample = json.loads(line, parse_constant=_refuse_constant)
+                sample = strict_json.parse(line)
             except ValueError as error:
                 raise self._corrupt(number, f"not valid JSON ({error})") from error
             if not isinstance(sample, dict) or not set(sample) >= _SAMPLE_FIELDS:
@@ -356,11 +357,6 @@ def _check_manifest(manifest: Any, file: Path) -> None:
 def _missing(value: Any, fields: Iterable[str]) -> str:
     """The `fields` that `value` lacks, as text: all of them where it is no object, "" where it has all."""
     return ", ".join(sorted(set(fields) - set(value if isinstance(value, dict) else ())))
-
-
-def _refuse_constant(name: str) -> Any:
-    """NaN and Infinity, which Python's parser would take."""
-    raise ValueError(f"{name} is not JSON")
 
 
 def _refuse_not_finite(value: Any, place: str) -> None:

@@ -39,7 +39,8 @@ if STATUS == "refused":
 if job["prepare"]:
     for case in CASES:
         exact = {"aten_ops_per_decode_step": OPERATIONS}
-        emit("case", case=case, status=STATUS, reason=None, check=None, memory={}, adapters={}, exact=exact)
+        check = {"passed": STATUS == "ok"}
+        emit("case", case=case, status=STATUS, reason=None, check=check, memory={}, adapters={}, exact=exact)
 code = {}
 for name, module in list(sys.modules.items()):
     if name.split(".")[0] == "perfbench" and getattr(module, "__file__", None):
