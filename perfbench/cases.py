@@ -22,6 +22,7 @@ from typing import Any
 from perfbench import backbone_config
 from perfbench.errors import ScenarioError, nearest
 from perfbench.methods.registry import METHODS
+from perfbench.paths import expanded
 from perfbench.runtime_support import serves
 from perfbench.scenario import Scenario, WorkloadAxes, frozen
 
@@ -183,10 +184,10 @@ def _comparison(
 
 def _backbone_part(backbone: str) -> str:
     """A name as it is; of a folder its own name and a hash of its path, since many folders share a name."""
-    if not Path(backbone).expanduser().is_dir() or backbone_config.is_named(backbone):
+    if backbone_config.is_named(backbone) or not expanded(backbone).is_dir():
         return _safe(backbone.replace("/", "--"))
     digest = hashlib.sha256(os.path.normpath(backbone).encode()).hexdigest()[:6]
-    return f"{_safe(Path(backbone).expanduser().resolve().name)}-{digest}"
+    return f"{_safe(expanded(backbone).resolve().name)}-{digest}"
 
 
 def _workload_part(workload: Workload) -> str:

@@ -13,16 +13,14 @@ def one_line(text: str) -> str:
 
     `##[` and a leading `::`, which GitHub's runner takes for commands, are broken up.
     """
-    clean = printable(text).replace("##[", "# #[")
+    clean = " ".join(printable(text).split()).replace("##[", "# #[")
     return f": :{clean[2:]}" if clean.startswith("::") else clean
 
 
 def printable(text: str) -> str:
     """`text` in one line, with a replacement character for each that a terminal does not show as one."""
     if text.isascii() and text.isprintable():  # as nearly everything is
-        return " ".join(text.split())
-    clean = "".join(
-        " " if char.isspace() else "\N{REPLACEMENT CHARACTER}" if unicodedata.category(char) in _UNSAFE else char
-        for char in text
-    )
-    return " ".join(clean.split())
+        return text
+    if any(char != " " and char.isspace() for char in text):
+        text = " ".join(text.split())
+    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(char) in _UNSAFE else char for char in text)

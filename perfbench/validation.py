@@ -9,6 +9,7 @@ from pathlib import Path
 from perfbench import cases, scenario
 from perfbench.backbone_config import is_named
 from perfbench.errors import PerfbenchError
+from perfbench.paths import expanded
 
 
 def validate(files: Sequence[Path]) -> int:
@@ -32,10 +33,17 @@ def summary(path: Path) -> str:
     parts = []
     for kind in document.device_kinds:
         resolved = scenario.resolve(document, kind)
-        remote = [name for name in resolved.backbone if not is_named(name) and not Path(name).expanduser().is_dir()]
+        remote = [name for name in resolved.backbone if _is_remote(name)]
         if not remote:
             scenario.check_against_backbone(resolved)
         count = sum(len(comparison.cases) for comparison in cases.expand(resolved))
         unchecked = f", {', '.join(remote)} not looked up" if remote else ""
         parts.append(f"{count} cases on {kind}{unchecked}")
     return "; ".join(parts)
+
+
+def _is_remote(backbone: str) -> bool:
+    try:
+        return not is_named(backbone) and not expanded(backbone).is_dir()
+    except PerfbenchError:  # no path that can be: what is wrong is said where the backbone is looked for
+        return False

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from perfbench import crash_report
 from perfbench.errors import PerfbenchError, nearest
 from perfbench.gate.formats import FORMATS, github_annotations
 from perfbench.gate.report import Report
@@ -60,8 +60,7 @@ def verdict_of(make: Callable[[], Report], writes: Writes) -> int:
 
 
 def _fault(error: Exception) -> Report:
-    traceback.print_exception(error)
-    return Report("fault", f"{type(error).__name__}: {error}; this is perfbench's own fault, not a slow-down")
+    return Report("fault", f"{crash_report.in_one_line(error)}; it is no slow-down")
 
 
 def _tell(report: Report, writes: Writes) -> list[str]:
