@@ -18,6 +18,7 @@ from typing import Any
 from perfbench import strict_json
 from perfbench.errors import RunDirectoryError
 from perfbench.metrics import energy_mj_per_token
+from perfbench.run_schema import problem_of_run, problem_of_sample
 from perfbench.stats import Interval, median_interval, paired_ratios, summary
 
 SCHEMA_VERSION = 2
@@ -132,6 +133,8 @@ class RunDirectory:
                 f"{file}: not valid JSON ({error}); restore the file or {_ELSEWHERE}"
             ) from error
         _check_manifest(manifest, file)
+        if problem := problem_of_run(manifest):
+            raise RunDirectoryError(f"{file}: {problem[0]}: {problem[1]}; restore the file or {_ELSEWHERE}")
         return cls(path, manifest)
 
     def write_manifest(self) -> None:
@@ -223,6 +226,8 @@ class RunDirectory:
                 raise self._corrupt(number, f"not valid JSON ({error})") from error
             if not isinstance(sample, dict) or not set(sample) >= _SAMPLE_FIELDS:
                 raise self._corrupt(number, "expected a sample with all of its fields")
+            if problem := problem_of_sample(sample):
+                raise self._corrupt(number, problem)
             yield sample
 
     def _corrupt(self, number: int, what: str) -> RunDirectoryError:

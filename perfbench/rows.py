@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 from perfbench.papers import Paper, find_paper
@@ -86,7 +87,9 @@ def _least_ms(comparison: Mapping[str, Any], row: Row) -> float | None:
     roof = comparison.get("roof")
     if not roof or row["bytes_per_decode_step"] is None or row["least_flops_per_decode_step"] is None:
         return None
-    device = Device(**roof)
+    if row["dtype"] not in roof["flops_per_s"]:
+        return None
+    device = Device(**{field.name: roof[field.name] for field in fields(Device)})
     work = Work(row["bytes_per_decode_step"], 0, 0, row["least_flops_per_decode_step"])
     return work.least_s(device, row["dtype"]) * 1e3
 

@@ -121,6 +121,8 @@ def _show(arguments: argparse.Namespace) -> int:
         summary.render(FinetuneFolder.open(arguments.run).manifest)
         return 0
     directory = RunDirectory.open(arguments.run)
+    if directory.samples_path.exists():
+        directory.samples()  # a table of a run whose samples are damaged would look as good as any
     text = render(directory.manifest, arguments.format)
     if text is not None:
         print(text)

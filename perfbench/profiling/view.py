@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from perfbench import strict_json
 from perfbench.errors import TraceError
 from perfbench.profiling import profile_table, speedscope, trace
 from perfbench.profiling.view_page import Timeline, render
@@ -91,7 +92,7 @@ def _profile(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        profile: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        profile: dict[str, Any] = strict_json.parse(file.read_bytes())
         version = profile["schema_version"]
         if version != profile_table.SCHEMA_VERSION:
             expected = profile_table.SCHEMA_VERSION

@@ -275,7 +275,7 @@ def test_a_malformed_sample_is_refused(tmp_path: Path, plant: dict[str, Any]) ->
     run = runs.copy_of(tmp_path / "run")
     first, _, rest = (run / SAMPLES).read_text().partition("\n")
     (run / SAMPLES).write_text(json.dumps(json.loads(first) | plant) + "\n" + rest)
-    with pytest.raises(ComparisonError, match=r"samples\.jsonl: sample 1: "):
+    with pytest.raises(RunDirectoryError, match=rf"samples\.jsonl:1: {next(iter(plant))}: expected "):
         stored.load(run, exact_only=False)
 
 
@@ -283,7 +283,7 @@ def test_a_figure_that_is_no_number_is_refused(tmp_path: Path) -> None:
     def plant(manifest: dict[str, Any]) -> None:
         manifest["cases"][runs.LORA]["exact"]["flops_per_decode_step"] = "many"
 
-    with pytest.raises(ComparisonError, match="flops_per_decode_step: expected a number >= 0 or null, got 'many'"):
+    with pytest.raises(RunDirectoryError, match=r"flops_per_decode_step: expected a number or null .* got 'many'"):
         compared(runs.COMMITTED, runs.copy_of(tmp_path / "run", manifest=plant), exact_only=True)
 
 
@@ -338,7 +338,7 @@ def test_a_change_too_large_for_a_number_fails_and_is_written(tmp_path: Path) ->
             tmp_path / str(number),
             manifest=lambda manifest, size=size: manifest["cases"][runs.LORA]["memory"].update(adapter_bytes=size),
         )
-        for number, size in enumerate((5e-324, 1e308))
+        for number, size in enumerate((5e-324, 1e24))
     ]
     report = compared(*sides, exact_only=True)
     assert report.exit_code == 1
