@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from perfbench import __version__, environment
+from perfbench import __version__, environment, strict_json
 from perfbench.errors import RunDirectoryError
 from perfbench.finetune.accuracy.config import AccuracyConfig
 from perfbench.report.write import write
@@ -71,7 +71,7 @@ class AccuracyFolder:
         """The run in `path`. RunDirectoryError where there is none that can be read."""
         file = path / MANIFEST
         try:
-            manifest = json.loads(file.read_bytes())
+            manifest = strict_json.parse(file.read_bytes())
         except FileNotFoundError:
             what = f"not an accuracy run, it has no {MANIFEST}" if path.is_dir() else "no such folder"
             raise RunDirectoryError(f"{path}: {what}; give the folder that `perfbench accuracy` wrote") from None
