@@ -18,6 +18,7 @@ from typing import Any
 from perfbench import strict_json
 from perfbench.errors import RunDirectoryError
 from perfbench.metrics import energy_mj_per_token
+from perfbench.run_lock import LOCK
 from perfbench.run_schema import problem_of_run, problem_of_sample
 from perfbench.stats import Interval, median_interval, paired_ratios, summary
 
@@ -97,7 +98,7 @@ class RunDirectory:
         _check_manifest(manifest, run.manifest_path)
         made: list[Path] = []
         try:
-            if path.is_dir() and any(entry.name != _TEMPORARY for entry in path.iterdir()):
+            if path.is_dir() and any(entry.name not in (_TEMPORARY, LOCK) for entry in path.iterdir()):
                 raise RunDirectoryError(
                     f"{path}: expected a new or empty folder, this one has files in it; --resume continues "
                     "the run in it, another --out starts a new one"

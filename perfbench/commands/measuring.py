@@ -90,13 +90,14 @@ def _run(arguments: argparse.Namespace) -> int:
         print("\n".join(ids))
         notes.print(f"{work}; nothing was run")
         return 0
-    from perfbench import inputs, run
+    from perfbench import inputs, run, run_lock
 
     out = out_of(arguments, run.default_out(resolved), "run directory")
     inputs.check(comparisons)
     notes.print(f"{work} -> {out}")
     try:
-        directory = run.execute(resolved, comparisons, out, resume=arguments.resume)
+        with run_lock.held(out, resume=arguments.resume):
+            directory = run.execute(resolved, comparisons, out, resume=arguments.resume)
     except KeyboardInterrupt:
         case = ["--case", arguments.case] if arguments.case else []
         again = ["--processes", str(arguments.processes)] if arguments.processes else []
@@ -135,6 +136,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     check failed, 2 bad input."""
     from rich.console import Console
 
+    from perfbench import run_lock
     from perfbench.device import device_kind
     from perfbench.verify import command, report
 
@@ -144,10 +146,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     kind, name = device_kind("auto")
     name = name if kind == "cuda" else "the CPU"
     try:
-        found = command.verify(
-            kind, name, out, full=arguments.full, minutes=arguments.minutes, resume=arguments.resume, notes=notes,
-            sections=sections,
-        )  # fmt: skip
+        with run_lock.held(out, resume=arguments.resume):
+            found = command.verify(
+                kind, name, out, full=arguments.full, minutes=arguments.minutes, resume=arguments.resume, notes=notes,
+                sections=sections,
+            )  # fmt: skip
     except KeyboardInterrupt:
         again = ["--full"] if arguments.full else []
         again += ["--section", *sections] if arguments.section else ["--tune"] if arguments.tune else []

@@ -21,6 +21,7 @@ from perfbench.errors import RunDirectoryError
 from perfbench.finetune.config import FinetuneConfig
 from perfbench.finetune.run_schema import problem_of_finetune
 from perfbench.result import MANIFEST, SCHEMA_VERSION, RunDirectory
+from perfbench.run_lock import has_files
 
 KIND = "finetune"
 # Of a seed: what there is before it was trained.
@@ -59,7 +60,7 @@ class FinetuneFolder:
         examples: Mapping[str, Any],
     ) -> FinetuneFolder:
         """A new run in the folder `path`; RunDirectoryError where something is in it, or it can't be written."""
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and has_files(path):
             raise RunDirectoryError(
                 f"{path}: expected a new or empty folder, this one has files in it; --resume continues the run in it, "
                 "another --out starts a new one"
