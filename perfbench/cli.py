@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from perfbench import __version__, crash_report
+from perfbench import __version__, crash_report, interruption
 from perfbench.commands import judging, looking, measuring, training
 from perfbench.commands.arguments import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from perfbench.errors import PerfbenchError
@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     foresaw, each in one line."""
     arguments = parser().parse_args(argv)
     try:
-        code = int(arguments.command(arguments))
+        with interruption.as_ctrl_c():
+            code = int(arguments.command(arguments))
         sys.stdout.flush()
         return code
     except PerfbenchError as error:

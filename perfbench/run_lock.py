@@ -60,6 +60,19 @@ def held(folder: Path, *, resume: bool) -> Iterator[None]:
                 one.rmdir()
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process that lives has the lock of `folder`."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        locked, owner = _is_locked(descriptor), _owner(descriptor)
+        return locked or bool(owner and _lives(owner))
+    finally:
+        os.close(descriptor)
+
+
 def _make(folder: Path) -> list[Path]:
     """Makes the folder; those that were made, the innermost first."""
     missing: list[Path] = []
