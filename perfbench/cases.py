@@ -12,6 +12,7 @@ import fnmatch
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -69,11 +70,22 @@ class Comparison:
     cases: tuple[Case, ...]
 
 
-def expand(scenario: Scenario) -> tuple[Comparison, ...]:
+# Of one scenario; more than fit on a screen for hours, and in memory with ease.
+MOST_POINTS = 20_000
+
+
+def expand(scenario: Scenario, *, large: bool = False) -> tuple[Comparison, ...]:
     """Every comparison of `scenario`, in the order of its axes; a point written twice is there once.
 
-    ScenarioError when two different points would have one id.
+    ScenarioError when two different points would have one id, and when there are more than MOST_POINTS, unless `large`.
     """
+    count = sum(map(count_points, scenario.workload))
+    count *= len(scenario.backbone) * len(scenario.dtype) * len(scenario.runtime)
+    if count > MOST_POINTS and not large:
+        raise ScenarioError(
+            f"{scenario.source.origin(())}: expected at most {MOST_POINTS:,} comparisons, the product of all axes, "
+            f"got {count:,}; choose fewer values, or say --large"
+        )
     found: dict[str, Comparison] = {}
     for backbone, dtype, runtime in itertools.product(scenario.backbone, scenario.dtype, scenario.runtime):
         for workload in (point for axes in scenario.workload for point in _points(axes)):
@@ -130,6 +142,13 @@ def _case_from_json(data: dict[str, Any]) -> Case:
         raise ScenarioError(f"{data['id']}: unknown method {method!r}; {nearest(method, METHODS)}")
     options = METHODS[method].options(**{key: frozen(value) for key, value in data["options"].items()})
     return Case(**{**data, "options": options})
+
+
+def count_points(axes: WorkloadAxes) -> int:
+    """How many workloads these axes make, none of which is made for it."""
+    mixes = sum(len(axes.zipf_exponent) if mix == "zipf" else 1 for mix in axes.tenant_mix)
+    lists = (axes.prompt_tokens, axes.new_tokens, axes.beams, axes.requests, axes.tenants, axes.resident)
+    return mixes * math.prod(map(len, (*lists, axes.without_adapter, axes.follow_up_tokens)))
 
 
 def _points(axes: WorkloadAxes) -> Iterator[Workload]:

@@ -10,7 +10,6 @@ Everything that can be refused is refused here, before a model is loaded.
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -307,8 +306,9 @@ def _axes(source: Source, place: Place, path: Path) -> WorkloadAxes:
         message = f"expected only with tenant_mix zipf, got {', '.join(mixes)}; remove it, or choose zipf"
         _refuse(source, message, *place, "zipf_exponent")
     tenants, resident = _axis(values["tenants"]), _axis(values.get("resident"))
-    for held, drawn in itertools.product(resident, tenants):
-        if held is not None and held < drawn:
+    for held in resident:
+        if held is not None and held < max(tenants):
+            drawn = next(drawn for drawn in tenants if held < drawn)
             field_name = _last_set(source, (*place, "resident"), (*place, "tenants"))
             message = f"more tenants than the bank's capacity: resident {held} with tenants {drawn}"
             _refuse(source, f"{message}; raise resident or lower tenants", *field_name)
