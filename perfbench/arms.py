@@ -22,6 +22,7 @@ from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.plan import AdapterPlan, plan_bytes
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
+from perfbench.paths import expanded
 from perfbench.runtimes.generation import Arm, Batch
 from perfbench.runtimes.peft_arms import PeftMixedArm, PeftSingleArm, expect_mixable
 from perfbench.runtimes.peft_arms import admit as admit_peft
@@ -70,7 +71,7 @@ ADAPTER_FIGURES = ("parameters_per_tenant", "bytes_per_tenant", "admit_ms")
 
 def adapter_folders(path: str, resident: int) -> list[Path]:
     """The checkpoint folders under `path`, one for each resident tenant, in the order of their names. AdapterError."""
-    root = Path(path).expanduser()
+    root = expanded(path)
     found = [root] if (root / CONFIG).is_file() else sorted(p.parent for p in root.glob(f"*/{CONFIG}"))
     if len(found) < resident:
         raise AdapterError(f"{path}: {resident} resident tenants need as many adapter folders, found {len(found)}")

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from perfbench.errors import BackboneError, nearest
+from perfbench.errors import BackboneError, PerfbenchError, nearest
 from perfbench.methods.shape import LLAMA_FAMILY, MODULES, BackboneShape
+from perfbench.paths import expanded
+from perfbench.yaml_source import shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -136,7 +138,10 @@ def find_config(backbone: str) -> dict[str, Any]:
     """
     if backbone in NAMED_CONFIGS:
         return copy.deepcopy(NAMED_CONFIGS[backbone])
-    folder = Path(backbone).expanduser()
+    try:
+        folder = expanded(backbone)
+    except PerfbenchError as error:
+        raise BackboneError(f"backbone {error}") from None
     if folder.is_dir():
         config = _read_json(folder / "config.json", "give the folder that holds config.json")
         if (folder / ADAPTER_CONFIG).exists():
@@ -203,6 +208,11 @@ def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
         raise BackboneError(
             f"{where}: quantization_config: expected plain weights, got quantised; choose the plain model"
         )
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(name), dict | None):
+            raise BackboneError(
+                f"{where}: {name}: expected an object or null, got {shown(config[name])}; mend the file"
+            )
     try:
         shape = BackboneShape.of_config(config)
     except KeyError as missing:
@@ -234,10 +244,14 @@ def _read_json(path: Path, remedy: str) -> dict[str, Any]:
         raise BackboneError(f"{path}: can't be read: {error.strerror}; mend its permissions") from None
     except UnicodeDecodeError:
         raise BackboneError(f"{path}: expected JSON in UTF-8, got other bytes; download it again") from None
+    except RecursionError:
+        raise BackboneError(f"{path}: expected a config, got JSON nested too deeply; download it again") from None
     except json.JSONDecodeError as error:
         raise BackboneError(
             f"{path}:{error.lineno}: expected JSON, got something else ({error.msg}); download it again"
         ) from None
+    except ValueError:  # a number of more digits than Python converts
+        raise BackboneError(f"{path}: expected JSON, got a number that can't be read; download it again") from None
     if not isinstance(value, dict):
         raise BackboneError(f"{path}: expected a JSON object, got {type(value).__name__}; download it again")
     return value

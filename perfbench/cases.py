@@ -12,6 +12,7 @@ import fnmatch
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 from perfbench import backbone_config
 from perfbench.errors import ScenarioError, nearest
 from perfbench.methods.registry import METHODS
+from perfbench.paths import expanded
 from perfbench.runtime_support import serves
 from perfbench.scenario import Scenario, WorkloadAxes, frozen
 
@@ -68,11 +70,22 @@ class Comparison:
     cases: tuple[Case, ...]
 
 
-def expand(scenario: Scenario) -> tuple[Comparison, ...]:
+# Of one scenario; more than fit on a screen for hours, and in memory with ease.
+MOST_POINTS = 20_000
+
+
+def expand(scenario: Scenario, *, large: bool = False) -> tuple[Comparison, ...]:
     """Every comparison of `scenario`, in the order of its axes; a point written twice is there once.
 
-    ScenarioError when two different points would have one id.
+    ScenarioError when two different points would have one id, and when there are more than MOST_POINTS, unless `large`.
     """
+    count = sum(map(count_points, scenario.workload))
+    count *= len(scenario.backbone) * len(scenario.dtype) * len(scenario.runtime)
+    if count > MOST_POINTS and not large:
+        raise ScenarioError(
+            f"{scenario.source.origin(())}: expected at most {MOST_POINTS:,} comparisons, the product of all axes, "
+            f"got {count:,}; choose fewer values, or say --large"
+        )
     found: dict[str, Comparison] = {}
     for backbone, dtype, runtime in itertools.product(scenario.backbone, scenario.dtype, scenario.runtime):
         for workload in (point for axes in scenario.workload for point in _points(axes)):
@@ -131,6 +144,13 @@ def _case_from_json(data: dict[str, Any]) -> Case:
     return Case(**{**data, "options": options})
 
 
+def count_points(axes: WorkloadAxes) -> int:
+    """How many workloads these axes make, none of which is made for it."""
+    mixes = sum(len(axes.zipf_exponent) if mix == "zipf" else 1 for mix in axes.tenant_mix)
+    lists = (axes.prompt_tokens, axes.new_tokens, axes.beams, axes.requests, axes.tenants, axes.resident)
+    return mixes * math.prod(map(len, (*lists, axes.without_adapter, axes.follow_up_tokens)))
+
+
 def _points(axes: WorkloadAxes) -> Iterator[Workload]:
     """The product of the axes; the exponent is one of them only where the mix is zipf."""
     for mix in axes.tenant_mix:
@@ -183,10 +203,10 @@ def _comparison(
 
 def _backbone_part(backbone: str) -> str:
     """A name as it is; of a folder its own name and a hash of its path, since many folders share a name."""
-    if not Path(backbone).expanduser().is_dir() or backbone_config.is_named(backbone):
+    if backbone_config.is_named(backbone) or not expanded(backbone).is_dir():
         return _safe(backbone.replace("/", "--"))
     digest = hashlib.sha256(os.path.normpath(backbone).encode()).hexdigest()[:6]
-    return f"{_safe(Path(backbone).expanduser().resolve().name)}-{digest}"
+    return f"{_safe(expanded(backbone).resolve().name)}-{digest}"
 
 
 def _workload_part(workload: Workload) -> str:

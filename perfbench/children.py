@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from perfbench.result import RunDirectory
+from perfbench.scratch import Scratch
 
 WORKER_LOG = "worker.log"
 FRESH, KEPT = "perfbench.worker", "perfbench.kept_worker"
@@ -26,10 +27,19 @@ class Child:
         self.log = log
         self.jobs = 0
         self.numbers: dict[Path, int] = {}  # run directory -> which of its processes this one is
-        with log.open("ab") as said:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said
-            )
+        self._scratch = Scratch()
+        try:
+            with log.open("ab") as said:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", module],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=said,
+                    env=self._scratch.environment(),
+                )
+        except BaseException:
+            self._scratch.remove()
+            raise
 
     def events(self, job: dict[str, Any], *, last: bool) -> Iterator[dict[str, Any]]:
         """What it says to a job, `done` included; fewer where it dies. last: no other job follows."""
@@ -56,12 +66,13 @@ class Child:
         self._process.wait()
 
     def end(self) -> int:
-        """Ends it if it still lives. Its exit code."""
+        """Ends it if it still lives, and removes what it has left in its temporary folder. Its exit code."""
         self._process.kill()
         code = self._process.wait()
         self._close_input()
         assert self._process.stdout is not None
         self._process.stdout.close()
+        self._scratch.remove()
         return code
 
     def _close_input(self) -> None:

@@ -8,24 +8,27 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from perfbench import __version__
+from perfbench import __version__, crash_report, interruption
 from perfbench.commands import judging, looking, measuring, training
 from perfbench.commands.arguments import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from perfbench.errors import PerfbenchError
+from perfbench.plain_text import printable
 
 # As a shell says of a program that died of it: 0 would be a gate's pass.
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 2 for any error that the user can mend, in one line."""
+    """Runs one command and returns its exit code: 2 for any error that the user can mend, 4 for one that nobody
+    foresaw, each in one line."""
     arguments = parser().parse_args(argv)
     try:
-        code = int(arguments.command(arguments))
+        with interruption.as_ctrl_c():
+            code = int(arguments.command(arguments))
         sys.stdout.flush()
         return code
     except PerfbenchError as error:
-        print(f"perfbench: {error}", file=sys.stderr)
+        print(f"perfbench: {printable(str(error))}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("perfbench: interrupted", file=sys.stderr)
@@ -34,6 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What is left in the buffer would be written, and fail again, when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except Exception as error:
+        if isinstance(error, OSError) and (refused := crash_report.of_the_system(error)):
+            print(f"perfbench: {refused}", file=sys.stderr)
+            return EXIT_BAD_INPUT
+        print(f"perfbench: {crash_report.in_one_line(error)}", file=sys.stderr)
+        return crash_report.EXIT_FAULT
 
 
 def parser() -> argparse.ArgumentParser:

@@ -15,9 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from perfbench import strict_json
 from perfbench.errors import RunDirectoryError
 from perfbench.metrics import energy_mj_per_token
 from perfbench.roof import impossible
+from perfbench.run_lock import LOCK
+from perfbench.run_schema import problem_of_run, problem_of_sample
 from perfbench.stats import Interval, median_interval, paired_ratios, summary
 
 SCHEMA_VERSION = 2
@@ -48,7 +51,7 @@ _COMPARISON_FIELDS = ("id", "backbone", "dtype", "device", "runtime", "workload"
 def is_finetune(path: Path) -> bool:
     """Whether the folder holds what `perfbench finetune` wrote; False too where nothing there can be read."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = strict_json.parse((path / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and manifest.get("kind") == "finetune"
@@ -96,7 +99,7 @@ class RunDirectory:
         _check_manifest(manifest, run.manifest_path)
         made: list[Path] = []
         try:
-            if path.is_dir() and any(entry.name != _TEMPORARY for entry in path.iterdir()):
+            if path.is_dir() and any(entry.name not in (_TEMPORARY, LOCK) for entry in path.iterdir()):
                 raise RunDirectoryError(
                     f"{path}: expected a new or empty folder, this one has files in it; --resume continues "
                     "the run in it, another --out starts a new one"
@@ -122,7 +125,7 @@ class RunDirectory:
             what = f"not a run directory, it has no {MANIFEST}" if path.is_dir() else "no such folder"
             raise RunDirectoryError(f"{path}: {what}; give the folder that `perfbench run` wrote")
         try:
-            manifest = json.loads(file.read_bytes(), parse_constant=_refuse_constant)
+            manifest = strict_json.parse(file.read_bytes())
         except OSError as error:
             raise RunDirectoryError(
                 f"{file}: can't be read ({error.strerror}); check its permissions"
@@ -132,6 +135,8 @@ class RunDirectory:
                 f"{file}: not valid JSON ({error}); restore the file or {_ELSEWHERE}"
             ) from error
         _check_manifest(manifest, file)
+        if problem := problem_of_run(manifest):
+            raise RunDirectoryError(f"{file}: {problem[0]}: {problem[1]}; restore the file or {_ELSEWHERE}")
         return cls(path, manifest)
 
     def write_manifest(self) -> None:
@@ -218,11 +223,13 @@ class RunDirectory:
             ) from error
         for number, line in enumerate(lines, start=1):
             try:
-                sample = json.loads(line, parse_constant=_refuse_constant)
+                sample = strict_json.parse(line)
             except ValueError as error:
                 raise self._corrupt(number, f"not valid JSON ({error})") from error
             if not isinstance(sample, dict) or not set(sample) >= _SAMPLE_FIELDS:
                 raise self._corrupt(number, "expected a sample with all of its fields")
+            if problem := problem_of_sample(sample):
+                raise self._corrupt(number, problem)
             yield sample
 
     def _corrupt(self, number: int, what: str) -> RunDirectoryError:
@@ -359,11 +366,6 @@ def _check_manifest(manifest: Any, file: Path) -> None:
 def _missing(value: Any, fields: Iterable[str]) -> str:
     """The `fields` that `value` lacks, as text: all of them where it is no object, "" where it has all."""
     return ", ".join(sorted(set(fields) - set(value if isinstance(value, dict) else ())))
-
-
-def _refuse_constant(name: str) -> Any:
-    """NaN and Infinity, which Python's parser would take."""
-    raise ValueError(f"{name} is not JSON")
 
 
 def _refuse_not_finite(value: Any, place: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from perfbench.backbone_config import parameter_count
@@ -142,8 +142,11 @@ def least_ms(comparison: Mapping[str, Any], exact: Mapping[str, Any] | None) -> 
     roof, exact = comparison.get("roof"), exact or {}
     if not roof or exact.get("bytes_per_decode_step") is None or exact.get("least_flops_per_decode_step") is None:
         return None
+    if comparison["dtype"] not in roof["flops_per_s"]:
+        return None
     work = Work(exact["bytes_per_decode_step"], 0, 0, exact["least_flops_per_decode_step"])
-    return work.least_s(Device(**roof), comparison["dtype"]) * 1e3
+    device = Device(**{field.name: roof[field.name] for field in fields(Device)})
+    return work.least_s(device, comparison["dtype"]) * 1e3
 
 
 def impossible(comparison: Mapping[str, Any], case: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,6 @@ Everything that can be refused is refused here, before a model is loaded.
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -19,11 +18,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from perfbench import backbone_config
-from perfbench.errors import ScenarioError
+from perfbench.errors import PerfbenchError, ScenarioError
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
+from perfbench.paths import expanded
 from perfbench.runtime_support import kernels_problem, serves, unsupported
-from perfbench.scenario_schema import LAYERS, problems
+from perfbench.scenario_schema import LAYERS, first_written, problems
 from perfbench.yaml_source import Place, Source, assign, dotted, lay_over, parse, read
 
 DEVICE_KINDS = ("cpu", "cuda")
@@ -227,14 +227,8 @@ def _validate(source: Source) -> None:
     """ScenarioError for the first thing, in the order of the file, that the schema refuses."""
     found = problems(source.values)
     if found:
-        written = list(source.origins)
-        first = min(found, key=lambda problem: _rank(written, problem.place))
+        first = first_written(source, found)
         _refuse(source, first.message, *first.place)
-
-
-def _rank(written: list[Place], place: Place) -> int:
-    """Where in the order of writing `place` comes; what is missing comes last: a misspelt key may be why."""
-    return written.index(place) if place in written else len(written)
 
 
 def _last_set(source: Source, *places: Place) -> Place:
@@ -312,8 +306,9 @@ def _axes(source: Source, place: Place, path: Path) -> WorkloadAxes:
         message = f"expected only with tenant_mix zipf, got {', '.join(mixes)}; remove it, or choose zipf"
         _refuse(source, message, *place, "zipf_exponent")
     tenants, resident = _axis(values["tenants"]), _axis(values.get("resident"))
-    for held, drawn in itertools.product(resident, tenants):
-        if held is not None and held < drawn:
+    for held in resident:
+        if held is not None and held < max(tenants):
+            drawn = next(drawn for drawn in tenants if held < drawn)
             field_name = _last_set(source, (*place, "resident"), (*place, "tenants"))
             message = f"more tenants than the bank's capacity: resident {held} with tenants {drawn}"
             _refuse(source, f"{message}; raise resident or lower tenants", *field_name)
@@ -347,7 +342,11 @@ def _check_second_turn(source: Source, place: Place, values: dict[str, Any]) -> 
 
 def _existing(source: Source, name: str, scenario: Path, kind: str, *place: str | int) -> str:
     """The path of the file or folder `name`, looked for in the current folder, then beside the scenario."""
-    for candidate in (Path(name).expanduser(), scenario.parent / name):
+    try:
+        written = expanded(name)
+    except PerfbenchError as error:
+        _refuse(source, f"expected a {kind}, got {error}", *place)
+    for candidate in (written, scenario.parent / name):
         if candidate.is_file() if kind == "file" else candidate.is_dir():
             return str(candidate)
     beside = "" if Path(name).is_absolute() else f", neither in the current folder nor in {scenario.parent}"

@@ -6,7 +6,8 @@ What depends on several fields at once is checked in `perfbench.scenario`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from jsonschema import Draft202012Validator, ValidationError, validators
 from perfbench.errors import nearest
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import MODULES
-from perfbench.yaml_source import Place, shown
+from perfbench.yaml_source import Place, Source, shown
 
 DTYPES = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -279,12 +280,27 @@ _TYPES = Draft202012Validator.TYPE_CHECKER.redefine_many(
         "number": lambda _, value: type(value) in (int, float),
     }
 )
-_Validator = validators.extend(Draft202012Validator, type_checker=_TYPES)
+
+
+def _pattern(_: Any, pattern: str, value: Any, __: Schema) -> Iterator[ValidationError]:
+    """As JSON Schema has it: `$` is the end, where Python's also stands before a line break at the end."""
+    if isinstance(value, str) and not re.search(re.sub(r"\$$", r"\\Z", pattern), value):
+        yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+_Validator = validators.extend(Draft202012Validator, {"pattern": _pattern}, type_checker=_TYPES)
+_MOST_UNKNOWN = 20
 
 
 def problems(value: Any, schema: Schema = SCHEMA) -> list[Problem]:
     """All that is wrong with `value`, in no particular order; empty if nothing is."""
     return [problem for error in _Validator(schema).iter_errors(value) for problem in _explain(error)]
+
+
+def first_written(source: Source, found: Sequence[Problem]) -> Problem:
+    """The first of these problems in the order of writing; what is missing comes last: a misspelt key may be why."""
+    rank = {place: number for number, place in enumerate(source.origins)}
+    return min(found, key=lambda problem: rank.get(problem.place, len(rank)))
 
 
 def _explain(error: ValidationError) -> Iterator[Problem]:
@@ -300,8 +316,8 @@ def _explain(error: ValidationError) -> Iterator[Problem]:
         case "additionalProperties":
             known = schema["properties"]
             noun = schema.get("title", "key")
-            for key in value:
-                if key not in known:
+            unknown = [key for key in value if key not in known]
+            for key in unknown[:_MOST_UNKNOWN]:  # of many the first is told, and to find a near name takes time
                     hint = nearest(key, known) if known else "none is allowed here"
                     yield Problem((*place, key), f"unknown {noun} {key!r}; {hint}")
         case "required":
@@ -341,6 +357,8 @@ def described(schema: Schema) -> str:
         return ", or ".join([described(first), *rest])
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
+    if "type" not in schema:
+        return "a value"
     types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     words = " or ".join(_WORDS[name] for name in types)
     low, high = schema.get("minimum"), schema.get("maximum")

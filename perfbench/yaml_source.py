@@ -24,6 +24,8 @@ Place = tuple[str | int, ...]
 
 # A scenario is a page of text; a larger file is another file given by mistake.
 MAX_BYTES = 1_000_000
+MAX_DEPTH = 32
+_LARGEST_INTEGER = 2**63 - 1
 
 # The types that JSON has too; `node.tag` of everything else, such as a date or a Python object, is another.
 _TAGS = {
@@ -205,6 +207,8 @@ class _Loader(yaml.SafeLoader):
         self, node: yaml.Node, place: Place, origin_of_line: Callable[[int], str], origins: dict[Place, str]
     ) -> Any:
         """The plain value of `node`, which is at `place`; fills `origins` for the places inside it."""
+        if len(place) > MAX_DEPTH:
+            raise _at(node, f"expected at most {MAX_DEPTH} levels of nesting, got more")
         if node.tag not in _TAGS[type(node)]:
             raise _at(node, f"expected a plain value, got one of type {node.tag}; put it between quotes")
         if isinstance(node, yaml.SequenceNode):
@@ -229,16 +233,27 @@ class _Loader(yaml.SafeLoader):
         if node.tag != "tag:yaml.org,2002:str" or not isinstance(node, yaml.ScalarNode):
             shown = repr(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
             raise _at(node, f"expected a string as key, got {shown}; put it between quotes")
-        return str(node.value)
+        return _text(node)
 
     def _scalar(self, node: yaml.Node) -> Any:
         try:
             value = SafeConstructor.construct_object(self, node)
         except (ValueError, KeyError):  # such as `!!int x`, or more digits than Python converts
             raise _at(node, f"{node.value[:40]!r} can't be read as {node.tag.rpartition(':')[2]}") from None
+        if isinstance(value, str):
+            return _text(node)
+        if type(value) is int and abs(value) > _LARGEST_INTEGER:
+            raise _at(node, f"expected a number of at most 64 bits, got one of {len(node.value)} characters")
         if isinstance(value, float) and not math.isfinite(value):
             raise _at(node, f"expected a finite number, got {node.value}")
         return value
+
+
+def _text(node: yaml.Node) -> str:
+    text = str(node.value)
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise _at(node, "half of a surrogate pair, which is no character; write the character itself")
+    return text
 
 
 def _at(node: yaml.Node, problem: str) -> ConstructorError:

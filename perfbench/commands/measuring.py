@@ -18,6 +18,7 @@ def add(commands: Any) -> None:
     run.add_argument("--case", metavar="GLOB", help="only the cases whose id matches, and `none` beside them")
     run.add_argument("--processes", type=positive, metavar="N", help="repeat all of it in N fresh processes")
     run.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    _add_large(run)
     add_out(run, "runs/<scenario>-<time>")
     run.set_defaults(command=_run)
 
@@ -37,6 +38,7 @@ def add(commands: Any) -> None:
 
     validate = commands.add_parser("validate", help="check scenario files", description=_validate.__doc__)
     validate.add_argument("files", nargs="*", type=Path)
+    _add_large(validate)
     validate.add_argument("--schema", action="store_true", help="print the JSON Schema of a scenario, for editors")
     validate.set_defaults(command=_validate)
 
@@ -63,12 +65,18 @@ def add(commands: Any) -> None:
     doctor.set_defaults(command=_doctor)
 
 
+def _add_large(parser: argparse.ArgumentParser) -> None:
+    about = "go on above the limits of cases (2,000), turns (a million) and bytes on disk (1 GiB)"
+    parser.add_argument("--large", action="store_true", help=about)
+
+
 def _run(arguments: argparse.Namespace) -> int:
     """Measures every case of a scenario and prints the table. Exit codes: 0 all measured, 1 some case failed its
     check, 2 bad input, 4 some case crashed or ran out of memory."""
     from rich.console import Console
 
-    from perfbench import cases, scenario
+    from perfbench import cases, cost, scenario
+    from perfbench.columns import format_bytes
     from perfbench.device import device_kind
     from perfbench.table import render
 
@@ -79,28 +87,35 @@ def _run(arguments: argparse.Namespace) -> int:
     for note in resolved.notes:
         notes.print(note)
     scenario.check_against_backbone(resolved)
-    comparisons = cases.expand(resolved)
+    if not arguments.case:  # of many cases a few may be chosen
+        cost.check(resolved, cost.of_scenario(resolved), large=arguments.large)
+    comparisons = cases.expand(resolved, large=arguments.large)
     if arguments.case:
         comparisons = cases.select(comparisons, arguments.case)
+    costs = cost.of_comparisons(resolved, comparisons)
+    cost.check(resolved, costs, large=arguments.large)
     ids = [case.id for comparison in comparisons for case in comparison.cases]
     work = f"{len(ids)} cases, {resolved.repetitions} repetitions each"
     if resolved.processes > 1:
         work += f" in each of {resolved.processes} processes"
+    work += f" ({costs.turns:,} turns with the warm-up, about {format_bytes(costs.file_bytes)} on disk)"
     if arguments.dry_run:
         print("\n".join(ids))
         notes.print(f"{work}; nothing was run")
         return 0
-    from perfbench import inputs, run
+    from perfbench import inputs, run, run_lock
 
     out = out_of(arguments, run.default_out(resolved), "run directory")
     for note in inputs.check(comparisons):
         notes.print(note)
     notes.print(f"{work} -> {out}")
     try:
-        directory = run.execute(resolved, comparisons, out, resume=arguments.resume)
+        with run_lock.held(out, resume=arguments.resume):
+            directory = run.execute(resolved, comparisons, out, resume=arguments.resume)
     except KeyboardInterrupt:
         case = ["--case", arguments.case] if arguments.case else []
         again = ["--processes", str(arguments.processes)] if arguments.processes else []
+        again += [cost.LIFTED] if arguments.large else []
         return interrupted(["run", arguments.scenario, *case, *again], arguments, out)
     render(directory.manifest, "table")
     notes.print(f"results: {out}")
@@ -122,6 +137,8 @@ def _show(arguments: argparse.Namespace) -> int:
         summary.render(FinetuneFolder.open(arguments.run).manifest)
         return 0
     directory = RunDirectory.open(arguments.run)
+    if directory.samples_path.exists():
+        directory.samples()  # a table of a run whose samples are damaged would look as good as any
     text = render(directory.manifest, arguments.format)
     if text is not None:
         print(text)
@@ -134,6 +151,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     check failed, 2 bad input."""
     from rich.console import Console
 
+    from perfbench import run_lock
     from perfbench.device import device_kind
     from perfbench.verify import command, report
 
@@ -143,10 +161,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     kind, name = device_kind("auto")
     name = name if kind == "cuda" else "the CPU"
     try:
-        found = command.verify(
-            kind, name, out, full=arguments.full, minutes=arguments.minutes, resume=arguments.resume, notes=notes,
-            sections=sections,
-        )  # fmt: skip
+        with run_lock.held(out, resume=arguments.resume):
+            found = command.verify(
+                kind, name, out, full=arguments.full, minutes=arguments.minutes, resume=arguments.resume, notes=notes,
+                sections=sections,
+            )  # fmt: skip
     except KeyboardInterrupt:
         again = ["--full"] if arguments.full else []
         again += ["--section", *sections] if arguments.section else ["--tune"] if arguments.tune else []
@@ -168,7 +187,7 @@ def _validate(arguments: argparse.Namespace) -> int:
         return 0
     if not arguments.files:
         raise PerfbenchError("validate: expected at least one scenario file, or --schema")
-    return validate(arguments.files)
+    return validate(arguments.files, large=arguments.large)
 
 
 def _list(arguments: argparse.Namespace) -> int:

@@ -45,7 +45,9 @@ def _finetune(arguments: argparse.Namespace) -> int:
     kill with --resume; several GPUs through torchrun or accelerate launch. Exit codes: 0, or 2 for bad input and for a
     loss that is not finite."""
     import os
+    from contextlib import nullcontext
 
+    from perfbench import run_lock
     from perfbench.finetune import config, recipe
     from perfbench.finetune.run_folder import FinetuneFolder
     from perfbench.finetune.summary import render
@@ -54,11 +56,13 @@ def _finetune(arguments: argparse.Namespace) -> int:
         raise PerfbenchError("--out: say where all processes write")
     resolved = config.load(arguments.config, arguments.set)
     out = out_of(arguments, stamped(f"finetune-{resolved.name}"), "run directory")
+    is_main = int(os.environ.get("RANK", 0)) == 0  # of several processes that one writes
     try:
-        recipe.finetune(resolved, out, resume=arguments.resume)
+        with run_lock.held(out, resume=arguments.resume) if is_main else nullcontext():
+            recipe.finetune(resolved, out, resume=arguments.resume)
     except KeyboardInterrupt:
         return interrupted(["finetune", arguments.config], arguments, out)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_main:
         render(FinetuneFolder.open(out).manifest)
         print(f"results: {out}", file=sys.stderr)
     return 0
@@ -68,12 +72,14 @@ def _search(arguments: argparse.Namespace) -> int:
     """Trains LoRA on every linear of every layer, scores each module on the examples held out, and writes the setting
     that keeps the best of each layer: a file for `methods: fanlora: {setting: FILE}`. Exit code 0, or 2 for bad
     input."""
+    from perfbench import run_lock
     from perfbench.finetune.search import command, config
 
     chosen = config.load(arguments.config, arguments.set)
     out = out_of(arguments, stamped(f"{chosen.training.name}-search"), "search")
     try:
-        command.search(chosen, out, resume=arguments.resume)
+        with run_lock.held(out, resume=arguments.resume):
+            command.search(chosen, out, resume=arguments.resume)
     except KeyboardInterrupt:
         return interrupted(["fanlora", "search", arguments.config], arguments, out)
     return 0
@@ -83,13 +89,15 @@ def _accuracy(arguments: argparse.Namespace) -> int:
     """Trains each method on each task, asks every test item as trained and as served, and judges each method against a
     reference, and what is served against what was trained. Exit codes: 0 pass, 1 a method is inferior or is not served
     as it was trained, 2 invalid input, 3 inconclusive."""
+    from perfbench import run_lock
     from perfbench.finetune.accuracy import command, config, table
     from perfbench.finetune.accuracy.run_folder import PAGE
 
     resolved = config.load(arguments.config, arguments.set)
     out = out_of(arguments, stamped(f"accuracy-{resolved.name}"), "run directory")
     try:
-        folder, verdict = command.execute(resolved, out, resume=arguments.resume, run=arguments.run)
+        with run_lock.held(out, resume=arguments.resume):
+            folder, verdict = command.execute(resolved, out, resume=arguments.resume, run=arguments.run)
     except KeyboardInterrupt:
         run = ["--run", arguments.run] if arguments.run else []
         return interrupted(["accuracy", arguments.config, *run], arguments, out)

@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 from perfbench.errors import FinetuneError, ScenarioError, TaskError, nearest
 from perfbench.finetune.tasks.registry import TASKS, find
 from perfbench.finetune.trained import TRAINED, options_of
+from perfbench.paths import expanded
 from perfbench.scenario import frozen
-from perfbench.scenario_schema import DEVICES, LAYERS, METHOD_OPTIONS, problems
+from perfbench.scenario_schema import DEVICES, LAYERS, METHOD_OPTIONS, first_written, problems
 from perfbench.yaml_source import Place, Source, assign, dotted, parse, read
 
 DTYPES = ("fp32", "bf16")
@@ -175,8 +176,7 @@ def read_source(path: Path, settings: Sequence[str], what: str) -> Source:
 def check(source: Source, schema: dict[str, Any]) -> None:
     """FinetuneError for the first fault, in the order of the file, of what `schema` refuses."""
     if found := problems(source.values, schema):
-        written = list(source.origins)
-        first = min(found, key=lambda problem: written.index(problem.place) if problem.place in written else 1 << 30)
+        first = first_written(source, found)
         refuse(source, first.message, *first.place)
 
 
@@ -248,7 +248,7 @@ def _read_setting(source: Source, file: str, *place: str | int) -> Any:
 def _located(name: str, config: Path) -> str:
     """`name` where it exists as it stands or is no path here (a hub id); else the one beside the file, if there."""
     beside = config.parent / name
-    return str(beside) if not Path(name).expanduser().exists() and beside.exists() else name
+    return str(beside) if not expanded(name).exists() and beside.exists() else name
 
 
 def refuse(source: Source, message: str, *place: str | int) -> NoReturn:

@@ -6,44 +6,25 @@ and its format of judgments, one JSON line each, so that its own scripts read th
 
 from __future__ import annotations
 
-import http.client
 import json
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from perfbench.errors import TaskError
+from perfbench.finetune.judge_endpoint import Endpoint, ask
 from perfbench.finetune.tasks.mt_bench import Question, questions
 from perfbench.finetune.tasks.records import Record, find_file, read_jsonl
 
 # Categories whose answers are rated beside a reference.
 WITH_REFERENCE = ("math", "reasoning", "coding")
 NO_RATING = -1
-MAX_TOKENS = 2048
-LONGEST_WAIT_S = 60.0
-LARGEST_REPLY_BYTES = 4 * 2**20
 # What a line of --out begins with, as `judge` writes it.
 _FIRST = b'{"judge": '
 _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where the judge is asked. url: up to and with /v1; model: its name there; key: sent as a bearer token, if any;
-    timeout_s: of one try; tries: in all; wait_s: before the second, doubled before each further one."""
-
-    url: str
-    model: str
-    key: str = ""
-    timeout_s: float = 120.0
-    tries: int = 4
-    wait_s: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +45,7 @@ def judge(
 
     TaskError where an answer is missing, `out` has another judge's or answer's ratings, or the endpoint gives none.
     """
-    _check_url(endpoint.url)
+    endpoint.check()
     asked = {question.question_id: question for question in questions(folder)}
     said, references = _answers(answers, asked), _references(folder, asked)
     prompts = _prompts(folder)
@@ -115,42 +96,6 @@ def summary(out: Path) -> Summary:
     return Summary(mean, means, len(scores), len(scores) - len(rated))
 
 
-def ask(endpoint: Endpoint, system: str, user: str, what: str) -> str:
-    """One chat completion at temperature 0; tried again on no connection, no answer in time, 429 and 5xx."""
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    body = {"model": endpoint.model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS, "n": 1}
-    headers = {
-        "Content-Type": "application/json",
-        **({"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}),
-    }
-    url = f"{endpoint.url.rstrip('/')}/chat/completions"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    reason, wait_s = "", endpoint.wait_s
-    for attempt in range(1, endpoint.tries + 1):
-        asked_wait_s = 0.0
-        try:
-            with _OPENER.open(request, timeout=endpoint.timeout_s) as response:
-                return _content(response.read(LARGEST_REPLY_BYTES), f"{url}: {what}")
-        except urllib.error.HTTPError as error:
-            reason = f"HTTP {error.code} {error.reason}: {_line(error.read(2000))}"
-            if error.code != 429 and error.code < 500:
-                raise TaskError(
-                    f"judge {url}: {what}: {reason}; check the address, the model's name and the key"
-                ) from None
-            asked_wait_s = _seconds(error.headers.get("Retry-After"))
-        except TimeoutError:
-            reason = f"no answer in {endpoint.timeout_s:g} s"
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            reason = str(getattr(error, "reason", error) or type(error).__name__)
-        if attempt < endpoint.tries:
-            time.sleep(min(max(wait_s, asked_wait_s), LONGEST_WAIT_S))
-            wait_s *= 2
-    raise TaskError(
-        f"judge {url}: {what}: no answer in {endpoint.tries} tries, the last: {reason}; "
-        "check that it runs, then give the same command to go on"
-    )
-
-
 def rating(reply: str) -> float:
     """The first [[number]] of the reply, or else [number]; NO_RATING without one, or where it is not from 1 to 10."""
     for pattern in _RATINGS:
@@ -159,44 +104,6 @@ def rating(reply: str) -> float:
             value = float(found[1])
             return value if 1 <= value <= 10 else NO_RATING
     return NO_RATING
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key goes to the address that the user gave, and nowhere else."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
-
-
-def _check_url(url: str) -> None:
-    try:
-        parts = urlsplit(url)
-        known = parts.scheme in ("http", "https") and parts.netloc and (parts.port is None or parts.port > 0)
-    except ValueError:  # a bracket left open, a port that is none
-        known = False
-    if not known:
-        raise TaskError(f"judge: expected an address such as http://127.0.0.1:8000/v1, got {url!r}")
-
-
-def _content(body: bytes, what: str) -> str:
-    try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
-        content = None
-    if not isinstance(content, str):
-        raise TaskError(f"judge {what}: expected choices[0].message.content of a chat completion, got {_line(body)}")
-    return content
-
-
-def _line(body: bytes) -> str:
-    return " ".join(body.decode("utf-8", "replace").split())[:200]
-
-
-def _seconds(header: str | None) -> float:
-    return float(header) if header and header.isdecimal() else 0.0
 
 
 def _prompts(folder: str) -> dict[str, Record]:

@@ -16,10 +16,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from perfbench import __version__, environment
+from perfbench import __version__, environment, strict_json
 from perfbench.errors import RunDirectoryError
 from perfbench.finetune.config import FinetuneConfig
+from perfbench.finetune.run_schema import problem_of_finetune
 from perfbench.result import MANIFEST, SCHEMA_VERSION, RunDirectory
+from perfbench.run_lock import has_files
 
 KIND = "finetune"
 # Of a seed: what there is before it was trained.
@@ -58,7 +60,7 @@ class FinetuneFolder:
         examples: Mapping[str, Any],
     ) -> FinetuneFolder:
         """A new run in the folder `path`; RunDirectoryError where something is in it, or it can't be written."""
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and has_files(path):
             raise RunDirectoryError(
                 f"{path}: expected a new or empty folder, this one has files in it; --resume continues the run in it, "
                 "another --out starts a new one"
@@ -89,7 +91,7 @@ class FinetuneFolder:
         """The run in the folder `path`; RunDirectoryError where there is none, or one of another kind."""
         file = path / MANIFEST
         try:
-            manifest = json.loads(file.read_bytes())
+            manifest = strict_json.parse(file.read_bytes())
         except OSError as error:
             raise RunDirectoryError(f"{file}: can't be read ({error.strerror}); run without --resume") from None
         except ValueError as error:
@@ -97,6 +99,8 @@ class FinetuneFolder:
         kind = manifest.get("kind", "run") if isinstance(manifest, dict) else "none"
         if kind != KIND:
             raise RunDirectoryError(f"{path}: expected a fine-tuning run, got kind {kind!r}; choose another --out")
+        if problem := problem_of_finetune(manifest):
+            raise RunDirectoryError(f"{file}: {problem}; restore the file or run with another --out")
         return cls(path, manifest)
 
     def check_same(self, config: FinetuneConfig, processes: int) -> None:
@@ -122,7 +126,16 @@ class FinetuneFolder:
         """Every whole line of samples.jsonl."""
         file = self._directory.samples_path
         lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-        return [json.loads(line) for line in lines]
+        found = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                sample = strict_json.parse(line)
+                if not (isinstance(sample["seed"], int) and isinstance(sample["step"], int)):
+                    raise ValueError("expected integers as seed and step")
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunDirectoryError(f"{file}:{number}: not a sample ({error}); delete that line") from None
+            found.append(sample)
+        return found
 
     def cut_samples(self, seed: int, after_step: int) -> None:
         """Drops the samples that `seed` wrote after the step it goes on from: it will write them again."""

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from perfbench import crash_report
 from perfbench.errors import PerfbenchError, nearest
 from perfbench.gate.formats import FORMATS, github_annotations
 from perfbench.gate.report import Report
@@ -47,16 +47,29 @@ def verdict_of(make: Callable[[], Report], writes: Writes) -> int:
     except PerfbenchError as error:
         report = Report("invalid", str(error))
     except Exception as error:
-        traceback.print_exc()
-        report = Report("fault", f"{type(error).__name__}: {error}; this is perfbench's own fault, not a slow-down")
-    failed = _write_all(report, writes)
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        failed += _write(Path(summary), markdown(report), append=True)
-    _print(report)
+        report = _fault(error)
+    try:
+        failed = _tell(report, writes)
+    except Exception as error:
+        report = _fault(error)  # a report without findings, which every format can write
+        failed = _tell(report, writes)
     for message in failed:
         print(f"perfbench: {message}", file=sys.stderr)
     # A pass of which somebody's reader would see nothing is no pass.
     return 2 if failed and report.exit_code == 0 else report.exit_code
+
+
+def _fault(error: Exception) -> Report:
+    return Report("fault", f"{crash_report.in_one_line(error)}; it is no slow-down")
+
+
+def _tell(report: Report, writes: Writes) -> list[str]:
+    """Writes and prints the report; what could not be written, a line each."""
+    failed = _write_all(report, writes)
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        failed += _write(Path(summary), markdown(report), append=True)
+    _print(report)
+    return failed
 
 
 def _print(report: Report) -> None:

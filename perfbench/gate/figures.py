@@ -52,16 +52,21 @@ TIMED = ("decode_tokens_per_s", "tokens_per_s", "ttft_ms", "itl_ms", "total_ms",
 def case_figures(case: Mapping[str, Any], figures: Mapping[str, str]) -> dict[str, float | int | None]:
     """The values of EXACT or SHOWN `figures` in one case of a run.json; None where one was not measured.
 
-    Raises ComparisonError where one is no number.
+    Raises ComparisonError where one is no finite number >= 0, which no size, count or share can be.
     """
     for part in set(figures.values()):
         if not isinstance(case[part], dict | None):
             raise ComparisonError(f"{case['id']}: {part}: expected an object or null, got {case[part]!r}; run again")
     found = {figure: (case[part] or {}).get(figure) for figure, part in figures.items()}
     for figure, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float | None):
-            raise ComparisonError(f"{case['id']}: {figure}: expected a number or null, got {value!r}; run again")
+        if value is not None and not _is_size(value):
+            raise ComparisonError(f"{case['id']}: {figure}: expected a number >= 0 or null, got {value!r}; run again")
     return found
+
+
+def _is_size(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 <= value < math.inf
 
 
 def sample_figures(sample: Mapping[str, Any], requests: int) -> dict[str, float]:

@@ -13,8 +13,9 @@ from xml.etree import ElementTree
 
 from perfbench.errors import PerfbenchError
 from perfbench.gate.report import Finding, Report
-from perfbench.gate.text import change_words, markdown, one_line, unit_of
+from perfbench.gate.text import change_words, markdown, unit_of
 from perfbench.metrics import METRICS
+from perfbench.plain_text import one_line
 from perfbench.stats import summary
 
 # What GitHub shows of one kind of annotation per step; the rest would be dropped in silence.

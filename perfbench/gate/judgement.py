@@ -17,11 +17,16 @@ from perfbench.metrics import METRICS
 
 
 def judge_presence(
-    policy: Policy, case_id: str, baseline: Mapping[str, Any] | None, candidate: Mapping[str, Any] | None
+    policy: Policy,
+    case_id: str,
+    baseline: Mapping[str, Any] | None,
+    candidate: Mapping[str, Any] | None,
+    samples: tuple[int | None, int | None] = (None, None),
 ) -> Finding:
-    """Whether one case, an entry of run.json, was measured on both sides. Only a case that is new, that the baseline
-    failed and that is measured now, or that the policy skips, may lack a side; a crash is called a crash, never
-    "slower"."""
+    """Whether one case, an entry of run.json, was measured on both sides: its check passed, and of its `samples`,
+    where their number is known, at least one is valid; the status is only a word. Only a case that is new, that the
+    baseline failed and that is measured now, or that the policy skips, may lack a side; a crash is called a crash,
+    never "slower"."""
     skipped = policy.skipped(case_id)
 
     def found(status: str, note: str) -> Finding:
@@ -31,22 +36,28 @@ def judge_presence(
 
     if candidate is None:
         return found("fail", "missing in the candidate")
-    why = f"{_words(candidate['status'])}{_because(candidate)} in the candidate"
+    why = _why_not_measured(candidate, samples[1])
     if baseline is None:
-        return found("shown", "new: not in the baseline") if _measured(candidate) else found("fail", f"new, {why}")
-    if not _measured(candidate):
-        return found("fail", why)
-    if not _measured(baseline):
-        return found("shown", f"measured now; {_words(baseline['status'])} in the baseline")
+        if why:
+            return found("fail", f"new, {why}{_because(candidate)} in the candidate")
+        return found("shown", "new: not in the baseline")
+    if why:
+        return found("fail", f"{why}{_because(candidate)} in the candidate")
+    if why := _why_not_measured(baseline, samples[0]):
+        return found("shown", f"measured now; {why} in the baseline")
     return found("pass", "measured on both sides")
 
 
-def _measured(case: Mapping[str, Any]) -> bool:
-    return case["status"] == "ok"
-
-
-def _words(status: str) -> str:
-    return {"pending": "not measured", "ok": "measured"}.get(status, status.replace("_", " "))
+def _why_not_measured(case: Mapping[str, Any], samples: int | None) -> str | None:
+    """In a few words; None for a case that was measured."""
+    status, check = case["status"], case["check"]
+    if status != "ok":
+        return {"pending": "not measured"}.get(status, str(status).replace("_", " "))
+    if not isinstance(check, dict) or check.get("passed") is not True:
+        return "not measured (its status says ok, but its check did not pass)"
+    if samples == 0:
+        return "not measured (its status says ok, but none of its samples is valid)"
+    return None
 
 
 def _because(case: Mapping[str, Any]) -> str:
@@ -98,7 +109,8 @@ def relative_change(before: float | None, after: float | None) -> float | None:
         return None
     if before == after:
         return 0.0
-    return after / before - 1 if before else None
+    change = after / before - 1 if before else math.inf
+    return change if math.isfinite(change) else None
 
 
 Values = tuple[float | None, float | None]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO
 from perfbench.errors import ComparisonError
 from perfbench.gate.figures import medians, sample_figures, slowdown
 from perfbench.gate.revisions import Revision, prove_own_code
+from perfbench.scratch import Scratch
 
 # What perfbench/ab_worker.py of both revisions has to speak.
 PROTOCOL = 1
@@ -70,14 +70,19 @@ class ArmProcess:
         self.case: str | None = None
         self._hung = False
         # -P and the worktree in front: neither the current folder nor an installed perfbench can come first.
-        environment = os.environ | {"PYTHONPATH": str(revision.folder)}
-        self._process = subprocess.Popen(
-            [str(revision.python), "-P", "-m", "perfbench.ab_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environment,
-        )
+        self._scratch = Scratch()
+        environment = self._scratch.environment() | {"PYTHONPATH": str(revision.folder)}
+        try:
+            self._process = subprocess.Popen(
+                [str(revision.python), "-P", "-m", "perfbench.ab_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+            )
+        except BaseException:
+            self._scratch.remove()
+            raise
         self._send({"protocol": PROTOCOL, **job})
 
     def __enter__(self) -> ArmProcess:
@@ -90,6 +95,7 @@ class ArmProcess:
             if stream:
                 with suppress(BrokenPipeError):
                     stream.close()
+        self._scratch.remove()
 
     def ready(self) -> Ready:
         """What the revision will measure, once all its arms are warm and its code is proved its own.
@@ -128,9 +134,12 @@ class ArmProcess:
     def _event(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         patience = threading.Timer(SILENT_S, self._give_up)
+        patience.daemon = True  # Python waits at its end for any other
         patience.start()
-        line = self._process.stdout.readline()
-        patience.cancel()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            patience.cancel()
         if not line.endswith(b"\n"):
             code = self._process.wait()
             ended = f"said nothing for {SILENT_S:g} s" if self._hung else f"the process ended with exit code {code}"

@@ -11,12 +11,12 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from perfbench.errors import ComparisonError
+from perfbench.scratch import PREFIX, Scratch, is_stale
 
 _PIP_TIMEOUT_S = 3600
 
@@ -60,8 +60,9 @@ def revisions(repository: Path, refs: Mapping[str, str], cache: Path) -> Iterato
     Raises ComparisonError, before anything is made, on a ref that there is not, and on one that can't be built.
     """
     commits = {arm: _commit(repository, ref) for arm, ref in refs.items()}
-    with TemporaryDirectory(prefix="perfbench-ab-") as scratch:
-        folders = {arm: Path(scratch).resolve() / arm for arm in refs}
+    _forget_stale(repository)
+    with Scratch() as scratch:
+        folders = {arm: scratch.path / arm for arm in refs}
         try:
             for arm, folder in folders.items():
                 _git(repository, "worktree", "add", "--quiet", "--detach", str(folder), commits[arm])
@@ -71,8 +72,23 @@ def revisions(repository: Path, refs: Mapping[str, str], cache: Path) -> Iterato
             }
         finally:
             for folder in folders.values():
-                if folder.exists():
-                    _git(repository, "worktree", "remove", "--force", str(folder))
+                _forget(repository, folder)
+
+
+def _forget(repository: Path, folder: Path) -> None:
+    """Removes a worktree and its entry in the repository, however far its making came: git locks one that it makes,
+    which takes the second force."""
+    with suppress(ComparisonError):
+        _git(repository, "worktree", "remove", "--force", "--force", str(folder))
+
+
+def _forget_stale(repository: Path) -> None:
+    """Removes the worktrees that a session left registered which was killed; those of one that runs stay."""
+    for line in _git(repository, "worktree", "list", "--porcelain").splitlines():
+        kind, _, name = line.partition(" ")
+        scratch = Path(name).parent
+        if kind == "worktree" and scratch.name.startswith(PREFIX) and (is_stale(scratch) or not scratch.exists()):
+            _forget(repository, Path(name))
 
 
 def _commit(repository: Path, ref: str) -> str:

@@ -28,6 +28,7 @@ class Side:
     """One run: its manifest and, unless only exact figures are asked for, what each process measured.
 
     total_ms: case -> every valid repetition; sm_clock_mhz: the GPU's clock, the median over all samples, or None.
+    valid: case -> the number of its valid samples; as run.json counts them where no sample was kept (`exact_only`).
     """
 
     path: Path
@@ -35,6 +36,7 @@ class Side:
     processes: Processes
     total_ms: Mapping[str, Sequence[float]]
     sm_clock_mhz: float | None
+    valid: Mapping[str, int]
 
     @property
     def cases(self) -> Mapping[str, Mapping[str, Any]]:
@@ -54,7 +56,7 @@ def load(path: Path, *, exact_only: bool) -> Side:
     """The finished run at `path`, its folder or the run.json in it.
 
     Raises RunDirectoryError where it can't be read, ComparisonError where it is still being written, or its samples
-    are fewer than run.json was made from.
+    are fewer than run.json was made from. With `exact_only` samples may be missing, but none may be malformed.
     """
     folder = path.parent if path.name == MANIFEST else path
     run = RunDirectory.open(folder)
@@ -63,7 +65,10 @@ def load(path: Path, *, exact_only: bool) -> Side:
             f"{folder}: this run is not finished; wait for it, or go on with "
             f"`perfbench run SCENARIO --out {folder} --resume`"
         )
-    samples = {} if exact_only else _valid_samples(run)
+    valid = {} if exact_only and not run.samples_path.exists() else _valid_samples(run)
+    if not exact_only:
+        _check_numbers(run, valid)
+    samples = {} if exact_only else valid
     clocks = [one.sm_clock_mhz for own in samples.values() for one in own if one.sm_clock_mhz is not None]
     return Side(
         folder,
@@ -71,7 +76,13 @@ def load(path: Path, *, exact_only: bool) -> Side:
         {case: _by_process(own) for case, own in samples.items()},
         {case: [one.figures["total_ms"] for one in own] for case, own in samples.items()},
         statistics.median(clocks) if clocks else None,
+        {case: len(own) for case, own in valid.items()} or _summarised(run),
     )
+
+
+def _summarised(run: RunDirectory) -> dict[str, int]:
+    """Case -> the valid samples that run.json was made from, for a run whose samples were not kept."""
+    return {case_id: _rounds(run, case_id, case) for case_id, case in run.manifest["cases"].items()}
 
 
 @dataclass(frozen=True)
@@ -92,8 +103,7 @@ def _by_process(own: Sequence[_Sample]) -> list[dict[str, float]]:
 
 
 def _valid_samples(run: RunDirectory) -> dict[str, list[_Sample]]:
-    """Case -> its valid repetitions. Raises ComparisonError where a sample is malformed, or a case has other samples
-    than its summary counted."""
+    """Case -> its valid repetitions. Raises ComparisonError where a sample is malformed."""
     requests = {
         case_id: comparison["workload"]["requests"]
         for comparison in run.manifest["comparisons"]
@@ -108,6 +118,11 @@ def _valid_samples(run: RunDirectory) -> dict[str, list[_Sample]]:
                 found[sample["case"]].append(_Sample(int(sample["process"]), figures, clock))
         except (TypeError, ValueError, OverflowError) as error:  # StatisticsError is a ValueError
             raise ComparisonError(f"{run.samples_path}: sample {number}: {error}; run again") from None
+    return found
+
+
+def _check_numbers(run: RunDirectory, found: Mapping[str, Sequence[_Sample]]) -> None:
+    """Raises ComparisonError where a case has another number of valid samples than its summary counted."""
     for case_id, case in run.manifest["cases"].items():
         counted, there = _rounds(run, case_id, case), len(found[case_id])
         if case["summary"] and there != counted:
@@ -115,7 +130,6 @@ def _valid_samples(run: RunDirectory) -> dict[str, list[_Sample]]:
                 f"{run.samples_path}: {case_id}: expected the {counted} valid samples that {MANIFEST} was made from, "
                 f"got {there}; restore the whole file, or compare with --exact-only"
             )
-    return found
 
 
 def _rounds(run: RunDirectory, case_id: str, case: Mapping[str, Any]) -> int:
@@ -149,7 +163,8 @@ def compare(
     common = []
     for case_id in dict.fromkeys([*baseline.cases, *candidate.cases]):
         before, after = baseline.cases.get(case_id), candidate.cases.get(case_id)
-        presence = judge_presence(policy, case_id, before, after)
+        samples = (baseline.valid.get(case_id), candidate.valid.get(case_id))
+        presence = judge_presence(policy, case_id, before, after, samples)
         findings.append(presence)
         if presence.status == "pass" and before and after:
             common.append(case_id)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 import sys
-import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from perfbench.gate.report import Finding, Report
 from perfbench.metrics import METRICS
+from perfbench.plain_text import one_line
 
 WIDTH = 100
 _MAX_ROWS = 40
@@ -21,22 +21,6 @@ _MAX_MARKDOWN = 600_000
 _MAX_TEXT = 600
 _COLUMNS = ("case", "figure", "baseline", "candidate", "change", "verdict")
 _LEFT = ("case", "figure", "verdict")
-
-
-def one_line(text: str) -> str:
-    """`text` without what could break out of a line or a terminal: control and format characters, lone surrogates.
-
-    `##[` and a leading `::`, which GitHub's runner takes for commands, are broken up.
-    """
-    clean = "".join(
-        " " if char.isspace() else "\N{REPLACEMENT CHARACTER}" if unicodedata.category(char) in _UNSAFE else char
-        for char in text
-    )
-    clean = " ".join(clean.split()).replace("##[", "# #[")
-    return f": :{clean[2:]}" if clean.startswith("::") else clean
-
-
-_UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn"}
 
 
 def shared_prefix(names: Sequence[str]) -> str:

@@ -5,7 +5,6 @@ the child found. Free of torch.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from perfbench.profiling.memory_picture import render as render_memory
 from perfbench.profiling.profile_table import PROFILE, SCHEMA_VERSION
 from perfbench.run import WORKER_LOG, cause, threads
 from perfbench.scenario import Scenario
+from perfbench.scratch import Scratch
 
 # More would make a trace that no page shows; a case that decodes differently after so many steps is rare.
 MOST_STEPS = 64
@@ -73,7 +73,8 @@ def execute(
     except OSError as error:
         raise TraceError(f"{out}: can't be written ({error.strerror}); profile with another --out") from None
     try:
-        arms = _child(scenario, comparison, steps, unfinished, log, say)
+        with Scratch() as scratch:
+            arms = _child(scenario, comparison, steps, unfinished, log, say, scratch)
         profile = _profile(scenario, comparison, steps, arms)
         for label, timeline in arms.items():
             timeline_json = json.dumps(timeline["memory"], separators=(",", ":"))
@@ -127,7 +128,13 @@ def _profile(
 
 
 def _child(
-    scenario: Scenario, comparison: Comparison, steps: int, folder: Path, log: Path, say: Callable[[str], None]
+    scenario: Scenario,
+    comparison: Comparison,
+    steps: int,
+    folder: Path,
+    log: Path,
+    say: Callable[[str], None],
+    scratch: Scratch,
 ) -> dict[str, dict[str, Any]]:
     """Label -> what the child process says of that arm. PerfbenchError says why it did not come to its end."""
     job = {
@@ -144,7 +151,7 @@ def _child(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env={**os.environ, "KINETO_LOG_LEVEL": "99"},
+            env={**scratch.environment(), "KINETO_LOG_LEVEL": "99"},
         )
     assert child.stdin is not None
     assert child.stdout is not None

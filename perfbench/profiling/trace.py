@@ -43,6 +43,10 @@ def find(folder: Path) -> list[Path]:
     )
 
 
+# Within these a sum of times is finite; a clock of nanoseconds since 1970 is.
+_LATEST_US = 1e18
+
+
 def read(path: Path, largest_bytes: int = LARGEST_BYTES) -> Trace:
     """One trace. TraceError where it is no trace, torn, or larger than `largest_bytes` unpacked.
 
@@ -75,7 +79,9 @@ def _trace(document: Any, path: Path) -> Trace:
     complete = [event for event in events if isinstance(event, dict) and event.get("ph") == "X"]
     for event in complete:
         numbers = (event.get("ts"), event.get("dur", 0))
-        if not all(isinstance(number, (int, float)) for number in numbers) or "name" not in event:
+        # A NaN is on neither side of anything.
+        timed = all(isinstance(number, int | float) and abs(number) < _LATEST_US for number in numbers)
+        if not timed or numbers[1] < 0 or not isinstance(event.get("name"), str):
             raise TraceError(f"{path}: an event without a name or a time: {str(event)[:100]}")
     if not complete:
         raise TraceError(f"{path}: a trace without one complete event; nothing was recorded")

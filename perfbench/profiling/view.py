@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from perfbench import strict_json
 from perfbench.errors import TraceError
 from perfbench.profiling import profile_table, speedscope, trace
+from perfbench.profiling.profile_schema import problem_of_profile
 from perfbench.profiling.view_page import Timeline, render
 
 HOST = "127.0.0.1"
@@ -91,13 +93,15 @@ def _profile(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        profile: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        profile: dict[str, Any] = strict_json.parse(file.read_bytes())
         version = profile["schema_version"]
         if version != profile_table.SCHEMA_VERSION:
             expected = profile_table.SCHEMA_VERSION
             raise TraceError(f"{file}: expected schema_version {expected}, got {version!r}; profile again")
+        if problem := problem_of_profile(profile):
+            raise TraceError(f"{file}: {problem}; profile again")
         profile_table.tables(profile), profile_table.answer(profile)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
         raise TraceError(f"{file}: not a whole profile ({type(error).__name__}: {error}); profile again") from None
     return profile
 

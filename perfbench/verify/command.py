@@ -18,6 +18,7 @@ from perfbench import __version__, environment
 from perfbench.children import WORKER_LOG, Children
 from perfbench.errors import PerfbenchError, RunDirectoryError, nearest
 from perfbench.run import threads
+from perfbench.run_lock import has_files
 from perfbench.verify import grid, report
 from perfbench.verify.report import FAIL, SKIPPED, Finding
 from perfbench.verify.sections import AGAIN, THE_REST, Sections
@@ -190,7 +191,7 @@ def _open(device: str, device_name: str, out: Path, *, full: bool, resume: bool)
         "sections": {},
     }
     if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or has_files(out)):
             raise RunDirectoryError(f"{out}: expected a new or empty folder; give another --out, or --resume")
         report.write(fresh, out)
         return fresh

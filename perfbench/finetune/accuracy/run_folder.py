@@ -16,10 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from perfbench import __version__, environment
+from perfbench import __version__, environment, strict_json
 from perfbench.errors import RunDirectoryError
 from perfbench.finetune.accuracy.config import AccuracyConfig
 from perfbench.report.write import write
+from perfbench.run_lock import has_files
 
 KIND, SCHEMA_VERSION = "accuracy", 1
 MANIFEST, ITEMS, PAGE = "accuracy.json", "items.jsonl", "index.html"
@@ -37,7 +38,7 @@ class AccuracyFolder:
     @classmethod
     def create(cls, path: Path, config: AccuracyConfig, device_kind: str, threads: int) -> AccuracyFolder:
         """A new run in `path`, a new or empty folder. RunDirectoryError where it is neither."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or has_files(path)):
             what = "has files in it" if path.is_dir() else "is a file"
             raise RunDirectoryError(
                 f"{path}: expected a new or empty folder, this one {what}; --resume continues the run in it, "
@@ -71,7 +72,7 @@ class AccuracyFolder:
         """The run in `path`. RunDirectoryError where there is none that can be read."""
         file = path / MANIFEST
         try:
-            manifest = json.loads(file.read_bytes())
+            manifest = strict_json.parse(file.read_bytes())
         except FileNotFoundError:
             what = f"not an accuracy run, it has no {MANIFEST}" if path.is_dir() else "no such folder"
             raise RunDirectoryError(f"{path}: {what}; give the folder that `perfbench accuracy` wrote") from None

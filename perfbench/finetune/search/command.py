@@ -35,6 +35,7 @@ from perfbench.finetune.search.outcome import MANIFEST, Found
 from perfbench.finetune.search.scores import SCORES, Measurement, Scores
 from perfbench.methods.adapter_folder import WEIGHTS
 from perfbench.progress import RunProgress
+from perfbench.run_lock import has_files
 
 KIND = "fanlora-search"
 # The line of the naive evaluation among those of the batches.
@@ -84,7 +85,7 @@ def _open(config: SearchConfig, out: Path, resume: bool, kind: str, examples: He
         raise FinetuneError(f"{out}: expected a folder, got a file; give another --out")
     if resume and not (out / MANIFEST).is_file():
         raise FinetuneError(f"{out}: no search to go on with, it has no {MANIFEST}; run without --resume")
-    if not resume and out.is_dir() and any(out.iterdir()):
+    if not resume and out.is_dir() and has_files(out):
         raise FinetuneError(
             f"{out}: expected a new or empty folder, this one has files in it; --resume goes on with the search in "
             "it, another --out starts a new one"

@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from perfbench.errors import PerfbenchError
 from perfbench.finetune import config as finetune_config
 from perfbench.finetune.config import FinetuneConfig, check, read_source, refuse
 from perfbench.finetune.search.scores import SCORES
 from perfbench.methods.shape import MODULES
+from perfbench.paths import expanded
 from perfbench.scenario import frozen
 from perfbench.yaml_source import Source
 
@@ -107,7 +109,10 @@ def _build(source: Source, path: Path) -> SearchConfig:
 
 
 def _folder(source: Source, name: str, path: Path) -> str:
-    folder = next((one for one in (Path(name).expanduser(), path.parent / name) if one.is_dir()), None)
+    try:
+        folder = next((one for one in (expanded(name), path.parent / name) if one.is_dir()), None)
+    except PerfbenchError as error:
+        refuse(source, f"expected a folder, got {error}", "adapters")
     if folder is None:
         refuse(source, f"no such folder {name!r}; expected a PEFT LoRA checkpoint", "adapters")
     return str(folder)

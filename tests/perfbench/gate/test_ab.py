@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from runs import ROOT
 
@@ -39,7 +45,8 @@ if STATUS == "refused":
 if job["prepare"]:
     for case in CASES:
         exact = {"aten_ops_per_decode_step": OPERATIONS}
-        emit("case", case=case, status=STATUS, reason=None, check=None, memory={}, adapters={}, exact=exact)
+        check = {"passed": STATUS == "ok"}
+        emit("case", case=case, status=STATUS, reason=None, check=check, memory={}, adapters={}, exact=exact)
 code = {}
 for name, module in list(sys.modules.items()):
     if name.split(".")[0] == "perfbench" and getattr(module, "__file__", None):
@@ -166,6 +173,68 @@ def test_a_candidate_that_hangs_is_ended(
     monkeypatch.setattr(pairs_module, "SILENT_S", 2.0)
     assert ab("hanging", tmp_path / "out") == 1
     assert "crashed (said nothing for 2 s; see worker.log) in the candidate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_session_that_is_ended_leaves_nothing(repository: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """While an arm is silent, which is when a timer runs that waits for half an hour."""
+    with _session(tmp_path) as session:
+        session.send_signal(number)
+        _, said = session.communicate(timeout=60)
+    assert session.returncode == 130
+    assert said.splitlines()[-1] == "perfbench: interrupted"
+    assert git(repository, "worktree", "list").count("\n") == 0
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_what_a_killed_session_leaves_is_swept_by_the_next(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with _session(tmp_path) as session:
+        arms = psutil.Process(session.pid).children(recursive=True)
+        session.kill()
+        session.wait()
+    for arm in arms:
+        arm.kill()
+    psutil.wait_procs(arms, timeout=20)
+    assert git(repository, "worktree", "list").count("\n") == 2
+    git(repository, "worktree", "add", "--quiet", "--detach", str(tmp_path / "mine"), "base")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with revisions(repository, {"baseline": "base"}, tmp_path / "cache"):
+        assert git(repository, "worktree", "list").count("\n") == 2, "this session's, and the user's own"
+    assert "mine" in git(repository, "worktree", "list")
+    assert list((tmp_path / "temporary").iterdir()) == []
+    git(repository, "worktree", "remove", str(tmp_path / "mine"))
+
+
+@contextmanager
+def _session(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """`perfbench ab` of a candidate that hangs, once it does."""
+    (tmp_path / "temporary").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "temporary")}
+    arguments = ["ab", "--baseline", "base", "--candidate=hanging", "scenario.yaml", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-P", "-m", "perfbench", *arguments, "--pairs", "8", "--blocks", "2"]
+
+    def undisturbed() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=undisturbed
+    ) as session:
+        try:
+            while not any(_is_stopped(arm) for arm in psutil.Process(session.pid).children()):
+                assert session.poll() is None
+                time.sleep(0.02)
+            yield session
+        finally:
+            session.kill()
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):  # git, which has ended meanwhile
+        return process.status() == psutil.STATUS_STOPPED
+    return False
 
 
 def test_an_exact_failure_needs_no_pair(tmp_path: Path) -> None:

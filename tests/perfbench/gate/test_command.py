@@ -16,6 +16,7 @@ import runs
 from perfbench.cli import main
 from perfbench.gate import stored
 from perfbench.gate.formats import FORMATS
+from perfbench.gate.report import Report
 
 BASELINE = str(runs.COMMITTED)
 
@@ -56,6 +57,21 @@ def test_the_five_exit_codes(
     monkeypatch.setattr(stored, "compare", fault)
     assert gate("--candidate", BASELINE) == 4
     assert capsys.readouterr().out.startswith("HARNESS FAULT: TypeError: planted")
+
+
+def test_a_format_that_fails_is_a_fault_and_no_regression(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def infinite(report: Report) -> str:
+        if report.findings:
+            raise ValueError("Out of range float values are not JSON compliant")
+        return "written\n"
+
+    monkeypatch.setitem(FORMATS, "json", infinite)
+    assert gate("--candidate", BASELINE, *(f"--write={name}={tmp_path / name}" for name in ("json", "junit"))) == 4
+    assert capsys.readouterr().out.startswith("HARNESS FAULT: ValueError: Out of range")
+    assert (tmp_path / "json").read_text() == "written\n"
+    assert ElementTree.parse(tmp_path / "junit").getroot().attrib["errors"] == "1"
 
 
 def test_every_format_is_written(tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ def test_a_malformed_sample_is_refused(tmp_path: Path, plant: dict[str, Any]) ->
     run = runs.copy_of(tmp_path / "run")
     first, _, rest = (run / SAMPLES).read_text().partition("\n")
     (run / SAMPLES).write_text(json.dumps(json.loads(first) | plant) + "\n" + rest)
-    with pytest.raises(ComparisonError, match=r"samples\.jsonl: sample 1: "):
+    with pytest.raises(RunDirectoryError, match=rf"samples\.jsonl:1: {next(iter(plant))}: expected "):
         stored.load(run, exact_only=False)
 
 
@@ -283,8 +283,66 @@ def test_a_figure_that_is_no_number_is_refused(tmp_path: Path) -> None:
     def plant(manifest: dict[str, Any]) -> None:
         manifest["cases"][runs.LORA]["exact"]["flops_per_decode_step"] = "many"
 
-    with pytest.raises(ComparisonError, match="flops_per_decode_step: expected a number or null, got 'many'"):
+    with pytest.raises(RunDirectoryError, match=r"flops_per_decode_step: expected a number or null .* got 'many'"):
         compared(runs.COMMITTED, runs.copy_of(tmp_path / "run", manifest=plant), exact_only=True)
+
+
+@pytest.mark.parametrize("exact_only", [True, False])
+def test_a_status_without_a_valid_sample_is_no_measurement(tmp_path: Path, exact_only: bool) -> None:
+    """A run that was throttled all along: every sample is void, and every status says ok."""
+    run = runs.copy_of(tmp_path / "run", manifest=_without_summaries)
+    lines = (json.loads(line) | {"void": "throttled"} for line in (run / SAMPLES).read_text().splitlines())
+    (run / SAMPLES).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = compared(runs.COMMITTED, run, exact_only=exact_only)
+    assert report.exit_code == 1
+    assert "none of its samples is valid" in report.reason
+    assert not [one for one in report.findings if one.status == "pass"]
+
+
+def _without_summaries(manifest: dict[str, Any]) -> None:
+    for case in manifest["cases"].values():
+        case.update(summary=None, kept=None, versus_lora=None, versus_plain=None)
+
+
+def test_without_samples_the_summary_says_whether_a_case_was_measured(tmp_path: Path) -> None:
+    for name, plant, code in (("kept", lambda _: None, 0), ("void", _without_summaries, 1)):
+        run = runs.copy_of(tmp_path / name, manifest=plant)
+        (run / SAMPLES).unlink()
+        assert compared(runs.COMMITTED, run, exact_only=True).exit_code == code
+
+
+@pytest.mark.parametrize("check", [None, {"passed": False}])
+def test_a_status_without_a_passed_check_is_no_measurement(tmp_path: Path, check: Any) -> None:
+    run = runs.copy_of(
+        tmp_path / "run", manifest=lambda manifest: manifest["cases"][runs.LORA].update(check=check)
+    )
+    for exact_only in (True, False):
+        report = compared(runs.COMMITTED, run, exact_only=exact_only)
+        assert report.exit_code == 1
+        assert "its check did not pass" in report.reason
+
+
+@pytest.mark.parametrize("size", [-5, -1e-9, "-1e999", "NaN", "true"])
+def test_a_size_that_can_not_be_is_refused(tmp_path: Path, size: Any) -> None:
+    run = runs.copy_of(
+        tmp_path / "run", manifest=lambda manifest: manifest["cases"][runs.LORA]["memory"].update(adapter_bytes="@")
+    )
+    (run / MANIFEST).write_text((run / MANIFEST).read_text().replace('"@"', str(size)))
+    with pytest.raises((ComparisonError, RunDirectoryError)):
+        compared(runs.COMMITTED, run, exact_only=True)
+
+
+def test_a_change_too_large_for_a_number_fails_and_is_written(tmp_path: Path) -> None:
+    sides = [
+        runs.copy_of(
+            tmp_path / str(number),
+            manifest=lambda manifest, size=size: manifest["cases"][runs.LORA]["memory"].update(adapter_bytes=size),
+        )
+        for number, size in enumerate((5e-324, 1e24))
+    ]
+    report = compared(*sides, exact_only=True)
+    assert report.exit_code == 1
+    assert json.loads(FORMATS["json"](report))["verdict"] == "regression"
 
 
 def test_a_run_still_being_written_is_refused(tmp_path: Path) -> None:

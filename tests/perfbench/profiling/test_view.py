@@ -239,3 +239,48 @@ def test_the_browser_check_fails_for_a_page_that_loads_from_elsewhere(
         monkeypatch.setattr(view, "POLICY", view.POLICY.replace("img-src 'self'", "img-src *"))
         with serving(traces) as server:
             assert elsewhere.url.rstrip("/") in browse(server.url, tmp_path)[2]
+
+
+@pytest.mark.parametrize("wrong", [None, "x", -1, True, [], {}, 1e300, {"a": {}}], ids=repr)
+def test_anything_in_the_place_of_anything_in_a_profile_is_one_line(
+    profiled: tuple[Path, str], tmp_path: Path, wrong: Any
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(profiled[0], folder)
+    file = folder / "profile.json"
+    profile = json.loads(file.read_text())
+    arm = next(iter(profile["arms"]))
+    phase = next(iter(profile["arms"][arm]["breakdown"]))
+    places: list[list[str]] = [[key] for key in profile]
+    places += [["arms", arm], *(["arms", arm, key] for key in profile["arms"][arm])]
+    places += [["arms", arm, "check", "status"], ["arms", arm, "breakdown", phase]]
+    total = profile["arms"][arm]["breakdown"][phase]["total"]
+    places += [["arms", arm, "breakdown", phase, "total", key] for key in total]
+    refused = []
+    for place in places:
+        changed = json.loads(file.read_text())
+        inside = changed
+        for key in place[:-1]:
+            inside = inside[key]
+        inside[place[-1]] = wrong
+        try:
+            view._profile(_with(folder, json.dumps(changed)))
+        except TraceError as error:
+            refused.append(str(error))
+    assert len(refused) >= 8
+    assert all(line.isprintable() and line.endswith("profile again") for line in refused)
+
+
+def _with(folder: Path, content: str) -> Path:
+    beside = folder / "beside"
+    beside.mkdir(exist_ok=True)
+    (beside / "profile.json").write_text(content)
+    return beside
+
+
+@pytest.mark.parametrize("event", [{"ts": float("nan")}, {"dur": float("inf")}, {"dur": -1}, {"name": 3}, {"ts": "1"}])
+def test_a_trace_with_impossible_times_is_one_line(tmp_path: Path, event: dict[str, Any]) -> None:
+    planted = {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 2, "dur": 5, "pid": 1, "tid": 1} | event
+    (tmp_path / "a.pt.trace.json").write_text(json.dumps({"traceEvents": [*EVENTS["traceEvents"], planted]}))
+    with pytest.raises(TraceError, match="an event without a name or a time"):
+        view.pages(tmp_path)

@@ -1,0 +1,26 @@
+"""Text of files that others wrote, made safe to print: in one line, without what a terminal obeys. Free of torch."""
+
+from __future__ import annotations
+
+import unicodedata
+
+# Control and format characters, halves of surrogate pairs, characters for private use, and those that are none.
+_UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn"}
+
+
+def one_line(text: str) -> str:
+    """`text` without what could break out of a line or a terminal: control and format characters, lone surrogates.
+
+    `##[` and a leading `::`, which GitHub's runner takes for commands, are broken up.
+    """
+    clean = " ".join(printable(text).split()).replace("##[", "# #[")
+    return f": :{clean[2:]}" if clean.startswith("::") else clean
+
+
+def printable(text: str) -> str:
+    """`text` in one line, with a replacement character for each that a terminal does not show as one."""
+    if text.isascii() and text.isprintable():  # as nearly everything is
+        return text
+    if any(char != " " and char.isspace() for char in text):
+        text = " ".join(text.split())
+    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(char) in _UNSAFE else char for char in text)
