@@ -40,7 +40,7 @@ def _serve(emit: Emit) -> None:
     passed = [case for case in cases if session.prepare(case)]
     built: dict[str, Any] = {}
     if job["prepare"]:
-        session.count(passed, built)
+        session.count(passed)
     else:
         built = session.warm_up(passed)
     emit(

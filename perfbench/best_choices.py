@@ -70,8 +70,9 @@ def parted_from_the_best(
             own = arm.generate(batch.alone(request)).tokens[0]
         if torch.equal(own, asked.chosen):
             continue
-        if batch.beams == 1:
-            tie = is_greedy_tie(logits, own, asked.chosen, tolerance)
+        if batch.beams == 1:  # each step was made to follow the arm's own tokens, so that each stands for itself
+            best = logits.gather(1, torch.stack([own, asked.chosen], dim=1))
+            tie = bool(((best[:, 0] - best[:, 1]) <= tolerance * logits.std(dim=1)).all())
         else:
             on_own = oracle.logits(backbone, [replace(asked, chosen=own)], wider)[0]
             tie = is_beam_tie(logits, on_own, own, asked.chosen, tolerance)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ import torch
 from perfbench import best_choices, oracle
 from perfbench.backbone import Backbone
 from perfbench.best_choices import PlanOf, forced_logits, served
+from perfbench.methods.plan import AdapterPlan
 from perfbench.runtimes.generation import Arm, Batch
 from perfbench.workload import shift_slots
 
@@ -30,6 +31,9 @@ MOST_TENANTS = 64
 # How many times the oracle's noise an arm's difference may be. In 16 bits both round the same stored values: seen is
 # 0.6 to 1.5. In fp32 the noise is of the order of sums, which each library has its own way with: seen is 0.6 to 2.9.
 NOISE_FACTORS = {torch.float32: 10, torch.bfloat16: 3, torch.float16: 3}
+# The best choice may stand this many times the noise behind another one, relative to the spread of the logits: of tens
+# of thousands of them some are off by four or five times as much as most, and it takes two to change places.
+GAP_FACTOR = 10
 # Logits that have nothing to do with each other differ by 1.4 of their size: a tolerance above half of that would
 # prove too little.
 LARGEST_TOLERANCE = 0.7
@@ -89,7 +93,7 @@ class Runs:
 def check(arm: Arm, batch: Batch, resident: int, backbone: Backbone, seed: int, plan_of: PlanOf | None) -> Check:
     """Compares the sampled requests of `batch` with the oracle, which has `plan_of` for adapters (None: there are
     none); then the whole batch with shifted slots."""
-    plan_of = None if plan_of is None else cache(plan_of)  # of a tenant with several requests, or next to another
+    plan_of = None if plan_of is None else cache(partial(_on_the_host, plan_of))
     sampled = sample(batch.slots, seed)
     greedy = batch.beams == 1
     together = arm.generate(batch, with_logits=greedy)
@@ -106,15 +110,43 @@ def check(arm: Arm, batch: Batch, resident: int, backbone: Backbone, seed: int, 
     tolerance = NOISE_FACTORS[backbone.dtype] * noise
     parted: list[int] = []
     ties = searched = 0
-    if backbone.dtype == torch.float32:
+    if greedy or backbone.dtype == torch.float32:
         expected = dict(zip(sampled, runs.expected, strict=True))
         searched = 0 if greedy else best_choices.searched_requests(batch, backbone, len(sampled))
         parted, ties = best_choices.parted_from_the_best(
-            arm, batch, together.tokens, expected, backbone, plan_of, tolerance, searched
+            arm, batch, together.tokens, expected, backbone, plan_of, GAP_FACTOR * noise, searched
         )
     status, reason = verdict(worst, noise, tolerance, shares, parted)
     equal = not parted if backbone.dtype == torch.float32 else None
     return Check(status, reason, len(sampled), equal, searched, ties, worst, noise, tolerance, *(shares or ()))
+
+
+def _on_the_host(plan_of: PlanOf, slot: int) -> AdapterPlan:
+    """The adapter of a slot, kept where 64 of them have room; the oracle takes a layer of it at a time."""
+    return tuple(layer.map(torch.Tensor.cpu) for layer in plan_of(slot))
+
+
+def as_timed(
+    arm: Arm, batch: Batch, timed: torch.Tensor, request: int, backbone: Backbone, plan_of: PlanOf | None
+) -> str | None:
+    """What is wrong with the tokens `timed` int64 [Q, N] that `arm` made of `batch` in a timed call, in a line: it
+    makes others when asked again, or is not, for this one request, what the oracle says. None where all is well."""
+    if parted := best_choices.parted_from_timed(arm, batch, timed, backbone.dtype):
+        return f"request(s) {', '.join(map(str, parted))}: other tokens when timed than when checked"
+    timed = timed.to(batch.input_ids.device)
+    asked = [served(batch, request, timed[request], plan_of)]
+    found = forced_logits(arm, batch, timed)[request]
+    expected, rounded = (
+        oracle.logits(backbone, asked, dtype)[0] for dtype in (oracle.WIDER[backbone.dtype], backbone.dtype)
+    )
+    difference, noise = relative_difference(found, expected), relative_difference(rounded, expected)
+    # Twice the factor: the noise of one request says less than that of many.
+    if not difference <= 2 * NOISE_FACTORS[backbone.dtype] * noise:
+        return (
+            f"request {request}: beside the other arms its logits differ by {difference:.1e} from what its adapter "
+            f"gives by definition, where rounding leaves {noise:.1e}"
+        )
+    return None
 
 
 class Shares(NamedTuple):

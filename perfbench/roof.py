@@ -158,9 +158,10 @@ def impossible(comparison: Mapping[str, Any], case: Mapping[str, Any]) -> str | 
     if last_ms is None or not case["summary"]:
         return None
     load = comparison["workload"]
-    prompt_tokens = load.get("prompt_tokens") or 1
+    # Prompts out of a file may be shorter than the length to which they are cut.
+    prompt_tokens = 1 if load.get("prompts") else load.get("prompt_tokens") or 1
     margin = _MARGIN_OF_A_MEASUREMENT if comparison["roof"]["memory_bytes"] is None else 1.0
-    first_ms = last_ms * prompt_tokens / (prompt_tokens + load["new_tokens"]) / margin
+    first_ms = last_ms * prompt_tokens / (prompt_tokens + load["new_tokens"] * load["beams"]) / margin
     median_ms = case["summary"]["itl_ms"]["median"]
     if median_ms >= first_ms:
         return None

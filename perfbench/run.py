@@ -168,7 +168,7 @@ class Supervisor:
         """The `rounds` of one fresh process; of several, where a case killed one."""
         while alive := [case for case in _cases_of(job) if self._cases[case.id]["status"] not in FINAL]:
             timed = all(done >= set(rounds) for done in self._done(job).values())
-            if timed and all(self._cases[case.id]["exact"] for case in alive):
+            if timed and all(self._cases[case.id]["exact"] and self._is_proved(case.id) for case in alive):
                 return
             left = (replace(one, cases=tuple(case for case in one.cases if case in alive)) for one in job)
             ended = self._child(tuple(one for one in left if one.cases), rounds)
@@ -221,6 +221,10 @@ class Supervisor:
             return error["kind"], error["message"]
         return "crashed", cause(code, os.path.relpath(child.log, self.directory.path))
 
+    def _is_proved(self, case_id: str) -> bool:
+        """Whether of a case some of what was timed has been made again."""
+        return "proved_rounds" in (self._cases[case_id]["check"] or {})
+
     def _job_json(self, job: Job, rounds: range) -> dict[str, Any]:
         prepared = {
             case.id: "ok" if self._cases[case.id]["status"] == "pending" else self._cases[case.id]["status"]
@@ -230,6 +234,7 @@ class Supervisor:
         return {
             "comparisons": [cases.to_json(comparison) for comparison in job],
             "prepared": prepared,
+            "proved": [case.id for case in _cases_of(job) if self._is_proved(case.id)],
             "counted": [case.id for case in _cases_of(job) if self._cases[case.id]["exact"]],
             "done": {case_id: sorted(rounds) for case_id, rounds in self._done(job).items()},
             "warmup": self.scenario.warmup,
@@ -263,7 +268,8 @@ class Supervisor:
             self.progress.advance()
         elif kind == "proved":
             case = self._cases[event["case"]]
-            case["check"] |= {"proved_rounds": event["rounds"]}
+            known = case["check"].get("proved_rounds", [])
+            case["check"] |= {"proved_rounds": sorted({*known, *event["rounds"]})}
             if event["reason"] is not None:
                 case["check"] |= {"passed": False}
                 case.update(status="check_failed", reason=event["reason"])
