@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import triton
 
-from perfbench.kernels import tune
+from perfbench.kernels import settings, tune
 from perfbench.kernels.ahead_of_time import ARCHITECTURES, Launch, compiled, distinct, recording
 from perfbench.verify import call_sites
 
@@ -41,6 +41,9 @@ def sites() -> Iterator[tuple[str, list[Launch]]]:
     yield from call_sites.of_seven_b()
     for kernel in tune.CANDIDATES:
         yield "alone", launched(kernel)
+    # By default it is the library's; these are the widest tiles that are tried.
+    with settings.instead("few_rows_product", "", tune.CANDIDATES["few_rows_product"][-1]):
+        yield "alone", launched("few_rows_product")
 
 
 def named(calls: Iterable[tuple[str, list[Launch]]]) -> dict[str, Launch]:

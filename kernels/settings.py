@@ -22,6 +22,8 @@ TABLE = Path(__file__).with_name("settings.json")
 
 # Chosen by hand so that nothing spills on sm_80 to sm_100 (resources.json); powers of two.
 DEFAULTS: dict[str, Setting] = {
+    # BLOCK_N 0: the library's product.
+    "few_rows_product": {"BLOCK_N": 0, "BLOCK_K": 256, "num_warps": 4, "num_stages": 4},
     # SPLIT_K: columns of x that one program reads; a decode step has too few rows to fill a GPU with less splitting.
     "low_rank.shrink": {"SPLIT_K": 1024, "BLOCK_K": 64, "num_warps": 4},
     "low_rank.expand": {"BLOCK_N": 64, "num_warps": 4},

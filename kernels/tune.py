@@ -21,6 +21,7 @@ import torch
 
 from perfbench.kernels import (
     decode_attention,
+    few_rows_product,
     low_rank,
     qkv_epilogue,
     residual_rmsnorm,
@@ -44,6 +45,15 @@ def _product(**axes: Sequence[int]) -> tuple[Setting, ...]:
 
 # Kernel -> what is tried. None of them spills on sm_86 (the tests compile them); a block divides its split.
 CANDIDATES: dict[str, tuple[Setting, ...]] = {
+    "few_rows_product": (
+        DEFAULTS["few_rows_product"],
+        *(
+            {"BLOCK_N": columns, "BLOCK_K": features, "num_warps": 4, "num_stages": stages}
+            for columns, features, stages in (
+                (16, 256, 4), (32, 128, 5), (32, 256, 3), (32, 256, 4), (64, 128, 3), (64, 128, 4),
+            )
+        ),
+    ),
     "low_rank.shrink": _product(SPLIT_K=(256, 512, 1024, 2048), BLOCK_K=(32, 64), num_warps=(4,)),
     "low_rank.expand": _product(BLOCK_N=(32, 64), num_warps=(4, 8)),
     "qkv_epilogue": _product(num_warps=(1, 2, 4)),
@@ -97,6 +107,7 @@ class Problems:
     def call(self, kernel: str) -> Callable[[], object]:
         """One launch (or two, where an operation takes two) of `kernel`. KeyError on an unknown one."""
         return {
+            "few_rows_product": self._products,
             "low_rank.shrink": self._shrink,
             "low_rank.expand": self._expand,
             "qkv_epilogue": self._qkv,
@@ -106,6 +117,22 @@ class Problems:
             "row_scale": self._row_scale,
             "vector_generator": self._generator,
         }[kernel]()
+
+    def _products(self) -> Callable[[], object]:
+        """The four of a layer, with the tails of one pair for each of the modules and requests."""
+        sizes, pairs = self.sizes, self.rows * self.sizes.rank
+        attended = sizes.heads * sizes.dim
+        # A few rows over and over: what they hold costs nothing, and to draw all of them would take seconds.
+        weights = [
+            self._random(16, features).repeat(-(-(columns + modules * pairs) // 16), 1)
+            for columns, features, modules in (
+                (3 * attended, sizes.hidden, 3), (sizes.hidden, attended, 1),
+                (2 * sizes.inner, sizes.hidden, 2), (sizes.hidden, sizes.inner, 1),
+            )
+        ]  # fmt: skip
+        inputs = [self._random(self.rows, weight.shape[1]) for weight in weights]
+        call = few_rows_product.FORMS["triton"]
+        return lambda: [call(x, weight) for x, weight in zip(inputs, weights, strict=True)]
 
     def _shrink(self) -> Callable[[], object]:
         x = self._random(self.rows, self.sizes.hidden)

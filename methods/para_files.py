@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from perfbench.errors import AdapterError
-from perfbench.methods import adapter_folder
+from perfbench.methods import adapter_folder, peft_fields, peft_targets
 from perfbench.methods.adapter_folder import CONFIG, LAYERS, PEFT_PREFIX, WEIGHTS
 from perfbench.methods.registry import ParaOptions
 from perfbench.methods.shape import BackboneShape
@@ -36,22 +36,30 @@ def save(parameters: dict[str, torch.Tensor], options: ParaOptions, folder: Path
 def load(folder: Path, shape: BackboneShape) -> tuple[dict[str, torch.Tensor], ParaOptions]:
     """The parameters of every layer and the options they were trained with. Raises AdapterError."""
     config, tensors = adapter_folder.read(folder, "PARA")
-    rank, pool = config.get("rank"), config.get("pool")
-    if not isinstance(rank, int) or rank < 1:
-        raise AdapterError(f"{folder / CONFIG}: rank: expected an integer >= 1, got {rank!r}")
+    path, described = folder / WEIGHTS, folder / CONFIG
+    peft_fields.check(config, described, peft_fields.PARA)
+    rank, pool = peft_fields.expect_count(config.get("rank"), described, "rank"), config.get("pool")
     if pool not in POOLS:
-        raise AdapterError(f"{folder / CONFIG}: pool: expected one of {', '.join(POOLS)}, got {pool!r}")
-    path = folder / WEIGHTS
+        raise AdapterError(f"{described}: pool: expected one of {', '.join(POOLS)}, got {peft_fields.shown(pool)}")
+    layers = peft_targets.layers(shape)
+    if peft_targets.targets(config, described, shape, default=layers, among=layers) != set(layers):
+        raise AdapterError(
+            f"{described}: target_modules: expected all {shape.layers} layers of the backbone, "
+            f"got {peft_fields.shown(config.get('target_modules'))}"
+        )
     d = sum(shape.features(module)[1] for module in ("q", "v", "up"))
     sizes = {"w_down": (shape.hidden, rank), "w_up": (rank, d), "bias": (d,)}
-    parameters = {}
-    for layer in range(shape.layers):
-        for kind in TENSORS:
-            name = f"{PEFT_PREFIX}{LAYERS}{layer}.para_{kind}"
-            if name not in tensors:
-                raise AdapterError(f"{path}: {name} is missing; the adapter was made for another backbone")
-            adapter_folder.expect_size(path, name, tensors[name], sizes[kind])
-            parameters[f"layers.{layer}.{kind}"] = tensors.pop(name)
-    if tensors:
-        raise AdapterError(f"{path}: {min(tensors)}: the backbone has no place for it; it was made for another one")
+    found: dict[tuple[int, str], torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, kind = adapter_folder.layer_of(name, path, shape)
+        if kind.removeprefix("para_") not in TENSORS or not kind.startswith("para_"):
+            raise AdapterError(f"{path}: {name}: expected para_{', para_'.join(TENSORS)} of a layer")
+        found[layer, kind.removeprefix("para_")] = tensor
+    places = {(i, kind): f"{layers[i]}.para_{kind}" for i in range(shape.layers) for kind in TENSORS}
+    missing = [(place[0], name) for place, name in places.items() if place not in found]
+    adapter_folder.expect_places(path, missing, {layer for layer, _ in found}, shape)
+    for (layer, kind), tensor in found.items():
+        peers = [other for (_, k), other in found.items() if k == kind]
+        adapter_folder.expect_size(path, places[layer, kind], tensor, sizes[kind], peers)
+    parameters = {f"layers.{i}.{kind}": found[i, kind] for i, kind in places}
     return parameters, ParaOptions(rank=rank, pool=pool)

@@ -8,6 +8,7 @@ is measured, the measuring included, is this revision's own code.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -50,10 +51,11 @@ def _serve(emit: Emit) -> None:
         code=loaded_code(),
         root=str(_root()),
     )
+    taken = itertools.count()
     for line in sys.stdin:
         turn = json.loads(line)
         emit("phase", case=turn["case"], text="timing")
-        samples = [session.repetition(built[turn["case"]]) for _ in range(turn["repetitions"])]
+        samples = [session.repetition(built[turn["case"]], next(taken)).sample for _ in range(turn["repetitions"])]
         emit("block", case=turn["case"], samples=samples)
 
 

@@ -24,8 +24,9 @@ from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
 from perfbench.paths import expanded
 from perfbench.runtimes.generation import Arm, Batch
-from perfbench.runtimes.peft_arms import PeftMixedArm, PeftSingleArm
+from perfbench.runtimes.peft_arms import PeftMixedArm, PeftSingleArm, expect_mixable
 from perfbench.runtimes.peft_arms import admit as admit_peft
+from perfbench.runtimes.shared_weights import unchanged
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.transformers_plan import PlanArm
 
@@ -79,8 +80,13 @@ def adapter_folders(path: str, resident: int) -> list[Path]:
 
 def read_adapter(case: Case, shape: BackboneShape, resident: int, tenant: int) -> AdapterPlan:
     """The adapter in the folder of the resident `tenant`. AdapterError."""
-    folder = adapter_folders(case.options.adapters, resident)[tenant]
+    return _load(case, shape, adapter_folders(case.options.adapters, resident)[tenant])
+
+
+def _load(case: Case, shape: BackboneShape, folder: Path) -> AdapterPlan:
     plan: AdapterPlan = parameters.implementation(case.method).load(folder, shape, case.options)
+    if METHODS[case.method].served_by == "peft":
+        expect_mixable(folder)
     return plan
 
 
@@ -155,7 +161,7 @@ def _build_peft(
     method = parameters.implementation(case.method)
     if case.options.adapters is not None:
         folders = adapter_folders(case.options.adapters, resident)
-        layout = union_layout([method.load(folder, backbone.shape, case.options) for folder in folders])
+        layout = union_layout([_load(case, backbone.shape, folder) for folder in folders])
     else:
         folders = [scratch / f"tenant{tenant}" for tenant in range(resident)]
         for tenant, folder in enumerate(folders):
@@ -163,16 +169,18 @@ def _build_peft(
             method.save(values, backbone.shape, case.options, folder, backbone.name)
         layout = parameters.meta_plan(case.method, backbone.shape, case.options)
     single = METHODS[case.method].served_by == "peft-single"
-    arm: PeftMixedArm | PeftSingleArm = PeftSingleArm(backbone, folders) if single else PeftMixedArm(backbone, folders)
-    figures = {
-        "parameters_per_tenant": sum(t.numel() for layer in layout for t in layer.tensors()),
-        "bytes_per_tenant": plan_bytes(layout, backbone.dtype),
-        "admit_ms": _timed(
-            lambda: admit_peft(arm.model, folders[0], "cold", backbone.dtype, backbone.device),
-            after=lambda: arm.model.delete_adapter("cold"),
-            device=backbone.device,
-        ),
-    }
+    arm: PeftMixedArm | PeftSingleArm
+    with unchanged(backbone, f"{folders[0]} to {folders[-1]}" if len(folders) > 1 else str(folders[0])):
+        arm = PeftSingleArm(backbone, folders) if single else PeftMixedArm(backbone, folders)
+        figures = {
+            "parameters_per_tenant": sum(t.numel() for layer in layout for t in layer.tensors()),
+            "bytes_per_tenant": plan_bytes(layout, backbone.dtype),
+            "admit_ms": _timed(
+                lambda: admit_peft(arm.model, folders[0], "cold", backbone.dtype, backbone.device),
+                after=lambda: arm.model.delete_adapter("cold"),
+                device=backbone.device,
+            ),
+        }
     if single:
         slot = next((slot for slot in batch.slots if slot != -1), -1)
         batch = replace(batch, slots=(slot,) * len(batch.slots))

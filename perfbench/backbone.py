@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from perfbench.backbone_config import find_config, is_named
+from perfbench.backbone_config import BESIDE_AN_ADAPTER, find_config, is_named
 from perfbench.errors import BackboneError
 from perfbench.methods.shape import BackboneShape
 
@@ -104,14 +105,69 @@ def _random(config: dict[str, Any], dtype: torch.dtype, device: str, seed: int) 
 
 def _real(name: str, dtype: torch.dtype, device: str) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map=device, use_safetensors=True, attn_implementation="sdpa"
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            device_map=device,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, where they can be named
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BackboneError(
             f"{name}: the weights can't be loaded ({_first_line(error)}); "
             f"check the folder, or accept the licence and log in, or download it beforehand"
         ) from None
+
+
+    model, info = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise BackboneError(f"{name}: {BESIDE_AN_ADAPTER}")
+    _expect_whole(name, info)
+    _expect_finite(name, model)
+    return model
+
+
+def _expect_whole(name: str, info: dict[str, Any]) -> None:
+    """BackboneError where transformers would fill in random values, or leave something out. Tied weights are one."""
+    sizes = {key: f"{key} {list(found)}, not {list(wanted)}" for key, found, wanted in info["mismatched_keys"]}
+    faults = {
+        "has other sizes than config.json says for": [sizes[key] for key in sorted(sizes)],
+        "lacks": _in_order(set(info["missing_keys"]) - sizes.keys()),
+        "has no use for": _in_order(info["unexpected_keys"]),
+    }
+    for fault, keys in faults.items():
+        if keys:
+            raise BackboneError(
+                f"{name}: expected the tensors of the model that config.json describes, but the file {fault} "
+                f"{_some(keys)}; download the model again, or mend num_hidden_layers and its like in config.json"
+            )
+
+
+def _expect_finite(name: str, model: torch.nn.Module) -> None:
+    """BackboneError where a weight is not a finite number, in the file or in the dtype that was asked for."""
+    spoilt = [key for key, tensor in model.named_parameters() if not _is_finite(tensor)]
+    if spoilt:
+        dtype = next(key for key, value in DTYPES.items() if value == next(model.parameters()).dtype)
+        raise BackboneError(
+            f"{name}: expected finite weights, got NaN or infinity, once they are {dtype}, in "
+            f"{_some(_in_order(spoilt))}; download the model again, or choose a dtype that holds its values"
+        )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # The extremes of a tensor with a NaN are NaN; unlike a mask they take no memory.
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Names with the layers in the order of their numbers."""
+    return sorted(names, key=lambda name: [part.zfill(9) if part.isdigit() else part for part in name.split(".")])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more ({len(names)} in all)" if len(names) > 3 else "")
 
 
 def _first_line(error: BaseException) -> str:

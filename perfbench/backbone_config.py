@@ -23,6 +23,12 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Where transformers puts the safetensors weights of a model folder: one file, or shards with an index.
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
+# PEFT's file: where it lies beside a model, transformers puts the adapter on top of the weights, merged or not.
+ADAPTER_CONFIG = "adapter_config.json"
+BESIDE_AN_ADAPTER = (
+    f"expected a model without an adapter, got one with {ADAPTER_CONFIG} beside it, which would be applied to the "
+    f"weights without a word; move the adapter's files away, and give them to a method as its adapters"
+)
 
 # The field of config.json behind each field of BackboneShape, for messages.
 CONFIG_FIELDS = {
@@ -138,6 +144,8 @@ def find_config(backbone: str) -> dict[str, Any]:
         raise BackboneError(f"backbone {error}") from None
     if folder.is_dir():
         config = _read_json(folder / "config.json", "give the folder that holds config.json")
+        if (folder / ADAPTER_CONFIG).exists():
+            raise BackboneError(f"{folder}: {BESIDE_AN_ADAPTER}")
         _check_weights(folder)
         return _checked(config, str(folder / "config.json"))
     if folder.exists():

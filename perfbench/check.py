@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
-from perfbench import oracle
+from perfbench import best_choices, oracle
 from perfbench.backbone import Backbone
-from perfbench.methods.plan import AdapterPlan
+from perfbench.best_choices import PlanOf, forced_logits, served
 from perfbench.runtimes.generation import Arm, Batch
 from perfbench.workload import shift_slots
 
@@ -39,25 +38,24 @@ LARGEST_TOLERANCE = 0.7
 LARGEST_SHARE = 0.25
 SHIFTED_FACTOR = 10
 
-# Slot -> the adapter that lies there.
-PlanOf = Callable[[int], AdapterPlan]
-
 
 @dataclass(frozen=True)
 class Check:
     """The outcome. `status`: ok, check_failed or check_void; `reason`: one line, None when ok.
 
-    tokens_equal: fp32 only, else None; ties: requests whose tokens part where the two best choices are closer than
-    the tolerance. relative_difference, noise: the largest over the sampled requests and their tokens. Over the decode
-    steps, the share of the way from a request's own adapter to the next tenant's: wrong_share, the largest (without
-    sign) of the batch; noise_share, the same of rounding alone; shifted_share, the smallest of the batch with shifted
-    slots. All three None for an arm without adapters.
+    tokens_equal: fp32 only, else None; searched: with several beams, in fp32, the requests whose tokens the oracle
+    searched for too, those of the others being compared with the arm's own for the request alone; ties: requests whose
+    tokens part where the two best choices are closer than the tolerance. relative_difference, noise: the largest over
+    the sampled requests and their tokens. Over the decode steps, the share of the way from a request's own adapter to
+    the next tenant's: wrong_share, the largest (without sign) of the batch; noise_share, the same of rounding alone;
+    shifted_share, the smallest of the batch with shifted slots. All three None for an arm without adapters.
     """
 
     status: str
     reason: str | None
     requests: int
     tokens_equal: bool | None
+    searched: int
     ties: int
     relative_difference: float
     noise: float
@@ -78,7 +76,8 @@ class Check:
 @dataclass(frozen=True)
 class Runs:
     """What is compared, of each sampled request [N, V]: as served in the batch, by the oracle in a wider dtype, by the
-    oracle in the arm's dtype; and with the next tenant's adapter, as served and by the oracle."""
+    oracle in the arm's dtype; as served with the next tenant's adapter, and, for the first SAMPLED_REQUESTS, by the
+    oracle with it."""
 
     served: list[torch.Tensor]
     expected: list[torch.Tensor]
@@ -106,12 +105,16 @@ def check(arm: Arm, batch: Batch, resident: int, backbone: Backbone, seed: int, 
     shares = _shares(runs) if plan_of is not None else None
     tolerance = NOISE_FACTORS[backbone.dtype] * noise
     parted: list[int] = []
-    ties = 0
+    ties = searched = 0
     if backbone.dtype == torch.float32:
-        parted, ties = _parted(arm, batch, together.tokens, dict(zip(sampled, runs.expected, strict=True)), tolerance)
+        expected = dict(zip(sampled, runs.expected, strict=True))
+        searched = 0 if greedy else best_choices.searched_requests(batch, backbone, len(sampled))
+        parted, ties = best_choices.parted_from_the_best(
+            arm, batch, together.tokens, expected, backbone, plan_of, tolerance, searched
+        )
     status, reason = verdict(worst, noise, tolerance, shares, parted)
     equal = not parted if backbone.dtype == torch.float32 else None
-    return Check(status, reason, len(sampled), equal, ties, worst, noise, tolerance, *(shares or ()))
+    return Check(status, reason, len(sampled), equal, searched, ties, worst, noise, tolerance, *(shares or ()))
 
 
 class Shares(NamedTuple):
@@ -123,10 +126,13 @@ class Shares(NamedTuple):
 
 
 def _shares(runs: Runs) -> Shares:
-    served, rounded, shifted = (
-        [wrong_share(*three) for three in zip(found, runs.expected, runs.next_expected, strict=True)]
-        for found in (runs.served, runs.rounded, runs.shifted)
+    """Which way the next tenant's adapter lies, the arm's own shifted run says, since that is there for all; whether
+    it went there, the oracle says."""
+    served, rounded = (
+        [wrong_share(*three) for three in zip(found, runs.expected, runs.shifted, strict=True)]
+        for found in (runs.served, runs.rounded)
     )
+    shifted = map(wrong_share, runs.shifted, runs.expected, runs.next_expected)  # as many as there are of the last
     return Shares(max(map(abs, served)), max(map(abs, rounded)), min(shifted))
 
 
@@ -141,15 +147,16 @@ def _runs(
     plan_of: PlanOf | None,
 ) -> Runs:
     wider = oracle.WIDER[backbone.dtype]
-    right = [_served(batch, i, tokens[i], plan_of) for i in sampled]
+    right = [served(batch, i, tokens[i], plan_of) for i in sampled]
     expected, rounded = (oracle.logits(backbone, right, dtype) for dtype in (wider, backbone.dtype))
-    served, shifted, next_expected = [logits[i] for i in sampled], [], []
+    found, shifted, next_expected = [logits[i] for i in sampled], [], []
     if plan_of is not None:
         wrong = replace(batch, slots=shift_slots(batch.slots, resident))
         wrong_logits = forced_logits(arm, wrong, tokens)
         shifted = [wrong_logits[i] for i in sampled]
-        next_expected = oracle.logits(backbone, [_served(wrong, i, tokens[i], plan_of) for i in sampled], wider)
-    return Runs(served, expected, rounded, shifted, next_expected)
+        few = [served(wrong, i, tokens[i], plan_of) for i in sampled[:SAMPLED_REQUESTS]]
+        next_expected = oracle.logits(backbone, few, wider)
+    return Runs(found, expected, rounded, shifted, next_expected)
 
 
 def _second_turn(
@@ -165,7 +172,7 @@ def _second_turn(
     arm.generate(batch, forced=generated)
     found = arm.follow_up(generated, with_logits=True).logits[:, :1]
     conversation = batch.conversation(generated)
-    asked = [_served(conversation, i, found[i].argmax(-1), plan_of) for i in sampled]
+    asked = [served(conversation, i, found[i].argmax(-1), plan_of) for i in sampled]
     expected, rounded = (
         oracle.logits(backbone, asked, dtype) for dtype in (oracle.WIDER[backbone.dtype], backbone.dtype)
     )
@@ -180,45 +187,6 @@ def sample(slots: tuple[int, ...], seed: int) -> list[int]:
     first_of_each = list({slots[i]: i for i in reversed(order)}.values())[:MOST_TENANTS]
     others = [i for i in order if i not in first_of_each]
     return sorted(first_of_each + others[: max(0, SAMPLED_REQUESTS - len(first_of_each))])
-
-
-def _served(batch: Batch, request: int, tokens: torch.Tensor, plan_of: PlanOf | None) -> oracle.Served:
-    """That request, without its padding, and what it was given."""
-    slot = batch.slots[request]
-    prompt = batch.input_ids[request][batch.attention_mask[request].bool()]
-    return oracle.Served(prompt, tokens, None if plan_of is None or slot == -1 else plan_of(slot))
-
-
-def _parted(
-    arm: Arm, batch: Batch, tokens: torch.Tensor, expected: dict[int, torch.Tensor], tolerance: float
-) -> tuple[list[int], int]:
-    """(the requests whose tokens are not the best choices, how many are so only because two were equally good).
-
-    Greedy: each must be the oracle's best after those before it. Beams: those that the request finds alone.
-    """
-    parted, ties = [], 0
-    for request, logits in expected.items():
-        given = tokens[request]
-        if batch.beams == 1:
-            own = logits.argmax(-1)
-            tie = not torch.equal(own, given) and is_greedy_tie(logits, own, given, tolerance)
-        else:
-            alone = batch.alone(request)
-            own = arm.generate(alone).tokens[0]
-            tie = not torch.equal(own, given) and is_beam_tie(
-                logits, forced_logits(arm, alone, own.unsqueeze(0))[0], own, given, tolerance
-            )
-        ties += tie
-        if not tie and not torch.equal(own, given):
-            parted.append(request)
-    return parted, ties
-
-
-def forced_logits(arm: Arm, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
-    """fp32 [Q, N, V]: the logits of each step when the batch is made to choose `tokens` (int64 [Q, N])."""
-    logits = arm.generate(batch, forced=tokens, with_logits=True).logits
-    assert logits is not None
-    return logits
 
 
 def relative_difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
@@ -245,28 +213,6 @@ def _centred(*parts: torch.Tensor) -> list[torch.Tensor]:
 def _finite(value: torch.Tensor) -> float:
     number = value.item()
     return number if math.isfinite(number) else math.inf
-
-
-def is_greedy_tie(logits: torch.Tensor, own: torch.Tensor, tokens: torch.Tensor, tolerance: float) -> bool:
-    """Whether two tokens [N] part only because two choices were equally good: at the first difference the gap between
-    their logits [N, V] is within the tolerance, relative to the spread of the logits."""
-    step = int((own != tokens).long().argmax())
-    pair = logits[step, [own[step], tokens[step]]]
-    return bool((pair[0] - pair[1]).abs() <= tolerance * logits[step].std())
-
-
-def is_beam_tie(
-    logits: torch.Tensor, own_logits: torch.Tensor, own: torch.Tensor, tokens: torch.Tensor, tolerance: float
-) -> bool:
-    """Whether the log-probabilities of two whole continuations of one request are within the tolerance.
-
-    logits, own_logits [N, V]: of the request alone, made to choose `tokens` and `own` [N].
-    """
-    scores = [
-        found.log_softmax(-1).gather(-1, path.unsqueeze(-1)).sum()
-        for found, path in ((logits, tokens), (own_logits, own))
-    ]
-    return bool((scores[0] - scores[1]).abs() <= tolerance * scores[0].abs())
 
 
 def verdict(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from perfbench.backbone_config import shape_of
+from perfbench.backbone_config import is_named, shape_of
 from perfbench.cases import Comparison
 from perfbench.errors import ScenarioError
 
 
-def check(comparisons: Sequence[Comparison]) -> None:
-    """ScenarioError or AdapterError on the first prompts file or adapter folder that can't be served."""
+def check(comparisons: Sequence[Comparison]) -> list[str]:
+    """ScenarioError or AdapterError on the first prompts file or adapter folder that can't be served; else notes on
+    what can be served and may still not be meant."""
+    notes: dict[str, None] = {}
     for comparison in comparisons:
         workload = comparison.workload
         if workload.prompts is not None:
@@ -24,7 +26,13 @@ def check(comparisons: Sequence[Comparison]) -> None:
                 )
         for case in comparison.cases:
             if getattr(case.options, "adapters", None) is not None:
-                from perfbench.arms import read_adapter
+                from perfbench.arms import adapter_folders, read_adapter
+                from perfbench.methods.adapter_folder import note_on_backbone
 
                 for tenant in range(workload.resident):
                     read_adapter(case, shape_of(comparison.backbone), workload.resident, tenant)
+                first = adapter_folders(case.options.adapters, 1)[0]
+                # A named shape has random weights: no adapter was trained on those.
+                note = None if is_named(comparison.backbone) else note_on_backbone(first, comparison.backbone)
+                notes |= {note: None} if note else {}
+    return list(notes)

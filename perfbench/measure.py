@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import time
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 
-from perfbench.metrics import sample_metrics
+from perfbench.metrics import contradiction, sample_metrics
 from perfbench.nvml import Nvml
 from perfbench.runtimes.generation import Arm, Batch, Generation, StepClock
 from perfbench.runtimes.static.arm import StaticArm
@@ -65,11 +66,18 @@ def _triton_compilation() -> Any:
     return knobs.compilation
 
 
-def repetition(arm: Arm, batch: Batch, device: torch.device, nvml: Nvml | None) -> dict[str, Any]:
-    """Generates once and returns the sample: the figures of `metrics.sample_metrics`, `void` (None or the reason),
-    and, where NVML gives them, `sm_clock_mhz`, `throttle_reasons` and `energy_mj`.
+class Repetition(NamedTuple):
+    """One timed call. sample: the figures of `metrics.sample_metrics`, `void` (None or the reason), and, where NVML
+    gives them, `sm_clock_mhz`, `throttle_reasons` and `energy_mj`; tokens: int64 [Q, N] on the CPU, what it made."""
 
-    Garbage is collected before and not within. A compilation inside the window voids the sample.
+    sample: dict[str, Any]
+    tokens: torch.Tensor
+
+
+def repetition(arm: Arm, batch: Batch, device: torch.device, nvml: Nvml | None) -> Repetition:
+    """Generates once. Garbage is collected before and not within. A compilation inside the window voids the sample.
+
+    RuntimeError where the marks and the figures made of them contradict each other: a fault of ours.
     """
     clock = StepClock(device)
     gc.collect()
@@ -91,13 +99,30 @@ def repetition(arm: Arm, batch: Batch, device: torch.device, nvml: Nvml | None) 
             gc.enable()
     sample = sample_metrics(token_times_ms, batch.input_ids.shape[0], total_ms)
     energy = None if energy_before is None or energy_after is None else energy_after - energy_before
-    return sample | second | {
+    if (wrong := contradiction(sample, batch.input_ids.shape[0], batch.new_tokens)) is not None:
+        raise RuntimeError(f"a sample contradicts itself: {wrong}")
+    sample = sample | second | {
         "void": compilations.reason,
         "sm_clock_mhz": nvml.sm_clock_mhz() if nvml else None,
         "throttle_reasons": nvml.throttle_reasons() if nvml else None,
         "energy_mj": energy,
         "unix_time_s": time.time(),
     }
+    return Repetition(sample, generated.tokens.cpu())
+
+
+def clock_resolution_s(longest_s: float = 0.1) -> float:
+    """The least step of the clock that times a CPU: the smallest difference of marks made in a row, `longest_s` where
+    none is seen within so long."""
+    clock = StepClock(torch.device("cpu"))
+    end = time.monotonic() + longest_s
+    while time.monotonic() < end:
+        for _ in range(50):
+            clock.mark()
+        steps = [after - before for before, after in pairwise([0.0, *clock.elapsed_ms()]) if after > before]
+        if steps:
+            return min(steps) / 1e3
+    return longest_s
 
 
 def _second_turn(arm: Arm, first: Generation, device: torch.device) -> dict[str, float]:

@@ -20,6 +20,9 @@ from perfbench.runtimes.generation import Arm, Batch
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.transformers_plan import PlanArm
 
+# What a process may take between the reset of its peak and the reading that proves it.
+RESET_SLACK_BYTES = 2**22
+
 
 def peaks(arm: Arm, batch: Batch, resident_bytes: int, device: torch.device, nvml: Nvml | None) -> dict[str, Any]:
     """Peak bytes while `arm` (alone on the device with the backbone) generates; None where a figure does not exist.
@@ -108,11 +111,14 @@ def _peak_allocated_on_cpu(arm: Arm, batch: Batch) -> int:
     for event in sorted(events, key=lambda e: e.start_ns()):
         current += event.nbytes()
         peak = max(peak, current)
+    if peak <= 0:
+        raise RuntimeError("the peak of a call: expected allocations of a call that generates, the profiler saw none")
     return peak
 
 
 def reset_peak_resident() -> bool:
-    """Makes VmHWM start again from the present resident set; False where the kernel does not offer it."""
+    """Makes VmHWM start again from the present resident set; False where the kernel does not offer it, or offers it
+    and does not do it."""
     if sys.platform != "linux":
         return False
     ctypes.CDLL(None).malloc_trim(0)
@@ -120,11 +126,15 @@ def reset_peak_resident() -> bool:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
-    return True
+    return peak_resident_bytes() <= _status_bytes("VmRSS") + RESET_SLACK_BYTES
 
 
 def peak_resident_bytes() -> int:
     """VmHWM of this process, in bytes."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int:
     status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024

@@ -8,7 +8,7 @@ tokens, is exact, because end-of-sequence is off in latency work. A *sample* is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -52,7 +52,9 @@ METRICS: dict[str, Metric] = {
     "energy_mj_per_token": Metric("mJ/token", "lower", "device energy in generate / (requests x N) (NVML)"),
     "aten_ops_per_decode_step": Metric("operations", "lower", "ATen operations called in one decode step"),
     "kernel_launches_per_decode_step": Metric("launches", "lower", "device kernels launched in one step"),
-    "flops_per_decode_step": Metric("FLOPs", "lower", "floating-point operations of one decode step"),
+    "flops_per_decode_step": Metric(
+        "FLOPs", "lower", "floating-point operations of one decode step: as counted, or the least where that is more"
+    ),
     "compiled_registers": Metric("registers", "lower", "registers of one thread of a compiled kernel (ptxas)"),
     "compiled_spill_bytes": Metric("bytes", "lower", "registers' worth that one thread keeps in memory instead"),
     "compiled_shared_bytes": Metric("bytes", "lower", "shared memory of one program of a compiled kernel"),
@@ -104,6 +106,22 @@ def sample_metrics(token_times_ms: Sequence[float], requests: int, total_ms: flo
         "decode_tokens_per_s": requests * (tokens - 1) / decode_ms * 1000.0,
         "tokens_per_s": requests * tokens / float(total_ms) * 1000.0,
     }
+
+
+def contradiction(sample: Mapping[str, Any], requests: int, new_tokens: int) -> str | None:
+    """What in a sample of `requests` prompts and `new_tokens` each can't be so, worked out from the times alone; None
+    where all agrees."""
+    steps, total_ms, ttft_ms = sample["itl_ms"], sample["total_ms"], sample["ttft_ms"]
+    if len(steps) != new_tokens - 1:
+        return f"itl_ms: expected {new_tokens - 1} steps after the first token, got {len(steps)}"
+    if not 0 < ttft_ms + sum(steps) <= total_ms * (1 + 1e-9):
+        return f"total_ms: the steps take {ttft_ms + sum(steps)} ms, the whole call {total_ms} ms"
+    for name, tokens, ms in (
+        ("tokens_per_s", new_tokens, total_ms), ("decode_tokens_per_s", new_tokens - 1, total_ms - ttft_ms),
+    ):  # fmt: skip
+        if not math.isclose(sample[name], requests * tokens / ms * 1e3, rel_tol=1e-9):
+            return f"{name}: {requests} requests x {tokens} tokens in {ms} ms are not {sample[name]}"
+    return None
 
 
 def energy_mj_per_token(energy_mj: float, requests: int, new_tokens: int) -> float:

@@ -26,6 +26,10 @@ CLOCK_REASONS = {
 }
 
 
+# Errors that are no answer to one query, but say that there will be no answer to any: names in pynvml.
+FATAL = ("NVMLError_GpuIsLost", "NVMLError_ResetRequired", "NVMLError_DriverNotLoaded", "NVMLError_Uninitialized")
+
+
 @dataclass(frozen=True)
 class GpuProcess:
     """A process with a context on the GPU. `pid` is the host's, which a container may not know; `name` is the
@@ -37,9 +41,9 @@ class GpuProcess:
 
 
 class Nvml:
-    """One GPU as NVML sees it. Every reading is None where the card or the driver does not support it.
+    """One GPU as NVML sees it. Every reading is None where the card, the driver or our rights do not provide it.
 
-    A reading raises pynvml.NVMLError when the driver fails in another way (the GPU is lost, for example).
+    A reading raises pynvml.NVMLError only when the GPU or the driver is gone (see FATAL): a run can't go on then.
     """
 
     def __init__(self, library: Any, handle: Any) -> None:
@@ -171,21 +175,18 @@ def _handle_of(library: Any, uuid: str) -> Any:
         return library.nvmlDeviceGetHandleByUUID(uuid)
     try:
         return library.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    except library.NVMLError_NotFound:
+    except (library.NVMLError_NotFound, library.NVMLError_InvalidArgument):
         return library.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
 
 
 def _or_none(library: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, or None where the card, the driver or our rights do not provide it."""
+    """`function(*arguments)`, or None where NVML answers with an error that is not FATAL: drivers and cards differ in
+    which one they give to a query that they don't have, and a reading that is missing is no reason to end a run."""
     try:
         return function(*arguments)
-    except (
-        library.NVMLError_NotSupported,
-        library.NVMLError_FunctionNotFound,
-        library.NVMLError_NoPermission,
-        library.NVMLError_NotFound,
-        library.NVMLError_Unknown,  # what some drivers answer to a query they don't have
-    ):
+    except library.NVMLError as error:
+        if isinstance(error, tuple(getattr(library, name) for name in FATAL)):
+            raise
         return None
 
 

@@ -30,6 +30,9 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 # What 16 bits round off shows in 32, what 32 round off in 64.
 WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
+# Of the attention, held at a time: 256 MiB in fp32.
+LARGEST_SCORES = 2**26
+
 
 @dataclass(frozen=True)
 class Served:
@@ -67,6 +70,24 @@ def logits(backbone: Backbone, sequences: Sequence[Served], dtype: torch.dtype) 
         head = model.get_output_embeddings().weight.to(dtype)
         last = [stream[len(one.prompt) - 1 :] for stream, one in zip(streams, sequences, strict=True)]
         return [_norm(stream, model.model.norm, model.config) @ head.T for stream in last]
+
+
+def beam_search(
+    backbone: Backbone, prompt: torch.Tensor, plan: AdapterPlan | None, beams: int, new_tokens: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """int64 [new_tokens]: the best of `beams` continuations of a prompt [S] kept alive at each step, by the sum of
+    their log-probabilities. Every step reads every continuation again from the start."""
+    device = backbone.device
+    paths = torch.empty(1, 0, dtype=torch.int64, device=device)  # [continuations, tokens so far]
+    scores = torch.zeros(1, dtype=torch.float64, device=device)
+    unchosen = torch.zeros(1, dtype=torch.int64, device=device)
+    for _ in range(new_tokens):
+        asked = [Served(prompt, torch.cat([path, unchosen]), plan) for path in paths]
+        chances = torch.stack([found[-1] for found in logits(backbone, asked, dtype)]).double().log_softmax(dim=-1)
+        scores, best = (scores[:, None] + chances).flatten().topk(beams)
+        parent, token = best // chances.shape[1], best % chances.shape[1]
+        paths = torch.cat([paths[parent], token[:, None]], dim=1)
+    return paths[0]
 
 
 def _layer(
@@ -123,12 +144,15 @@ def _attention(
     if window is not None:
         hidden |= place[None, :] <= place[:, None] - window
     group = shape.heads // shape.kv_heads
+    q = q.view(length, shape.kv_heads, group, dim)
     out = torch.empty_like(q)
-    for kv in range(shape.kv_heads):  # one group at a time: the scores of all heads of a long prompt would not fit
-        own = slice(kv * group, (kv + 1) * group)
-        scores = torch.einsum("ihd,jd->hij", q[:, own], k[:, kv]) / math.sqrt(dim)
+    # As many heads at once as leave room: the scores of all heads of a long prompt would not fit.
+    some = max(1, LARGEST_SCORES // (group * length * length))
+    for first in range(0, shape.kv_heads, some):
+        own = slice(first, first + some)
+        scores = torch.einsum("ikgd,jkd->kgij", q[:, own], k[:, own]) / math.sqrt(dim)
         weights = _at_least_fp32(scores).masked_fill(hidden, float("-inf")).softmax(dim=-1).to(q.dtype)
-        out[:, own] = torch.einsum("hij,jd->ihd", weights, v[:, kv])
+        out[:, own] = torch.einsum("kgij,jkd->ikgd", weights, v[:, own])
     return out.flatten(1)
 
 

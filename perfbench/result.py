@@ -18,6 +18,7 @@ from typing import Any
 from perfbench import strict_json
 from perfbench.errors import RunDirectoryError
 from perfbench.metrics import energy_mj_per_token
+from perfbench.roof import impossible
 from perfbench.run_lock import LOCK
 from perfbench.run_schema import problem_of_run, problem_of_sample
 from perfbench.stats import Interval, median_interval, paired_ratios, summary
@@ -252,6 +253,8 @@ class RunDirectory:
                 own = valid[case["id"]]
                 ok = case["status"] == "ok" and bool(own)
                 case["summary"] = _summarise_samples(own, requests) if ok else None
+                if (why := impossible(comparison, case)) is not None:
+                    case.update(status="check_failed", reason=why, summary=None)
             for case in members:
                 for field, method in (("kept", "none"), ("versus_lora", "lora")):
                     case[field] = self._versus(case, _reference(members, method, case["kernels"]), valid)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from perfbench.backbone_config import parameter_count
@@ -130,3 +130,38 @@ def decode_step(
         adapter_bytes=adapter_bytes,
         flops=2 * (linears * rows + attention + adapter_products),
     )
+
+
+# A vendor's figures can't be beaten. One that was measured on a machine that others use too may be a bad moment's.
+_MARGIN_OF_A_MEASUREMENT = 3.0
+
+
+def least_ms(comparison: Mapping[str, Any], exact: Mapping[str, Any] | None) -> float | None:
+    """The least time of the last decode step of a case on the device of its comparison; None where something is not
+    known. exact: the case's figures of a step."""
+    roof, exact = comparison.get("roof"), exact or {}
+    if not roof or exact.get("bytes_per_decode_step") is None or exact.get("least_flops_per_decode_step") is None:
+        return None
+    if comparison["dtype"] not in roof["flops_per_s"]:
+        return None
+    work = Work(exact["bytes_per_decode_step"], 0, 0, exact["least_flops_per_decode_step"])
+    device = Device(**{field.name: roof[field.name] for field in fields(Device)})
+    return work.least_s(device, comparison["dtype"]) * 1e3
+
+
+def impossible(comparison: Mapping[str, Any], case: Mapping[str, Any]) -> str | None:
+    """Why a measured case can't have been so fast, in a line; None where it can.
+
+    Of the last step's bytes, which are known, at most those of the tokens generated since fall away for the first one.
+    """
+    last_ms = least_ms(comparison, case["exact"])
+    if last_ms is None or not case["summary"]:
+        return None
+    load = comparison["workload"]
+    prompt_tokens = load.get("prompt_tokens") or 1
+    margin = _MARGIN_OF_A_MEASUREMENT if comparison["roof"]["memory_bytes"] is None else 1.0
+    first_ms = last_ms * prompt_tokens / (prompt_tokens + load["new_tokens"]) / margin
+    median_ms = case["summary"]["itl_ms"]["median"]
+    if median_ms >= first_ms:
+        return None
+    return f"a step took {median_ms:.3g} ms, and what it must read takes {first_ms:.3g} ms at least on this device"

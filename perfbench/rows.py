@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from typing import Any
 
 from perfbench.papers import Paper, find_paper
-from perfbench.roof import Device, Work
+from perfbench.roof import least_ms
 
 Row = dict[str, Any]
 ENDS = {"": "ratio", "_low": "low", "_high": "high"}
@@ -68,9 +67,9 @@ def _row(
             row |= {f"{field}_{speed}{end}": interval.get(key) for end, key in ENDS.items()}
     for field, figures in _FIGURES.items():
         row |= {figure: (case[field] or {}).get(figure) for figure in figures}
-    least_ms = _least_ms(comparison, row)
-    row |= {"least_ms_per_decode_step": least_ms}
-    row |= {"roof_share": least_ms / row["itl_ms"] if least_ms and row["itl_ms"] else None}
+    least = least_ms(comparison, case["exact"])
+    row |= {"least_ms_per_decode_step": least}
+    row |= {"roof_share": least / row["itl_ms"] if least and row["itl_ms"] else None}
     beams = comparison["workload"].get("beams")
     theirs = paper.row(case["method"], beams, case["options"]) if paper else None
     ratio = paper.versus_lora(case["method"], beams) if paper and theirs else None
@@ -80,18 +79,6 @@ def _row(
         "paper_versus_lora_tokens_per_s": ratio,
         "paper_mib": theirs.mib if theirs else None,
     }
-
-
-def _least_ms(comparison: Mapping[str, Any], row: Row) -> float | None:
-    """The least time of the last decode step on the device of this comparison; None where something is not known."""
-    roof = comparison.get("roof")
-    if not roof or row["bytes_per_decode_step"] is None or row["least_flops_per_decode_step"] is None:
-        return None
-    if row["dtype"] not in roof["flops_per_s"]:
-        return None
-    device = Device(**{field.name: roof[field.name] for field in fields(Device)})
-    work = Work(row["bytes_per_decode_step"], 0, 0, row["least_flops_per_decode_step"])
-    return work.least_s(device, row["dtype"]) * 1e3
 
 
 def _check(case: Mapping[str, Any]) -> str:

@@ -261,6 +261,13 @@ class Supervisor:
             self._cases[case_id].update(event, status="pending" if status == "ok" else status)
             self.directory.write_manifest()
             self.progress.advance()
+        elif kind == "proved":
+            case = self._cases[event["case"]]
+            case["check"] |= {"proved_rounds": event["rounds"]}
+            if event["reason"] is not None:
+                case["check"] |= {"passed": False}
+                case.update(status="check_failed", reason=event["reason"])
+            self.directory.write_manifest()
         elif kind == "counted":
             self._cases[event["case"]]["exact"] = event["exact"]
             self.directory.write_manifest()

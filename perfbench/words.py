@@ -10,6 +10,9 @@ from perfbench.papers import Paper
 from perfbench.rows import ENDS, WORKLOAD, Row
 from perfbench.stats import overlap
 
+# With fewer rounds an interval covers less than it says, and the best of several arms is mostly luck.
+LEAST_ROUNDS = 6
+
 _RARE = {"follow_up_tokens": "second turn"}
 _LEGEND = (
     "kept: the share of the bare backbone's decode speed that is left with the adapters in, the median over "
@@ -88,11 +91,21 @@ def conclusion(group: Sequence[Row]) -> Iterator[str]:
     if measured:
         best = max(measured, key=lambda row: row["kept_decode_tokens_per_s"])
         share = f"{best['kept_decode_tokens_per_s']:.1%}"
+        rounds = _fewest(measured)
         if len(measured) == 1:
             yield f"{arm_name(best, group)} kept {share} of the bare backbone's decode speed."
+        elif rounds < LEAST_ROUNDS:
+            few = "is 1 round" if rounds == 1 else f"are {rounds} rounds"
+            yield f"Nothing is ranked: there {few}, and fewer than {LEAST_ROUNDS} don't tell arms apart."
         else:
             name, ties = arm_name(best, group), _ties(best, measured)
             yield f"{name} kept most of the bare backbone's decode speed, {share}{ties}"
+        above = [row for row in measured if (row["kept_decode_tokens_per_s_low"] or 0) > 1 and rounds >= LEAST_ROUNDS]
+        if above:
+            yield (
+                f"Implausible: with {_enumerated([arm_name(row, group) for row in above])} decoding was faster than "
+                f"without adapters, its interval lies above 100%; look for what differs beside the adapter."
+            )
     priced = [row for row in group if row["bytes_per_tenant"] and row["status"] == "ok"]
     if priced:
         least = min(row["bytes_per_tenant"] for row in priced)
@@ -100,12 +113,15 @@ def conclusion(group: Sequence[Row]) -> Iterator[str]:
         yield f"A tenant costs least with {_enumerated(names)}: {format_bytes(least)}."
 
 
+def _fewest(measured: Sequence[Row]) -> int:
+    """The rounds of the arm that has fewest; one, where there was no interval to be had."""
+    return min(row["rounds"] if row["kept_decode_tokens_per_s_low"] is not None else 1 for row in measured)
+
+
 def _ties(best: Row, measured: Sequence[Row]) -> str:
     """The rest of the sentence: whose interval overlaps that of the `best`."""
     others = [row for row in measured if row is not best]
     overlaps = {arm_name(row, measured): overlap(_kept_interval(best), _kept_interval(row)) for row in others}
-    if None in overlaps.values():
-        return "; with a single round there is no interval, so the order may be chance."
     ties = [name for name, tied in overlaps.items() if tied]
     if not ties:
         return ", and no other arm's interval reaches it."
@@ -113,7 +129,10 @@ def _ties(best: Row, measured: Sequence[Row]) -> str:
 
 
 def is_best(row: Row, measured: Sequence[Row]) -> bool:
-    """Whether `row` kept most of all `measured`, or its interval overlaps that of the one that did."""
+    """Whether `row` kept most of all `measured`, or its interval overlaps that of the one that did; no row, where the
+    rounds are too few to tell."""
+    if _fewest(measured) < LEAST_ROUNDS:
+        return False
     best = max(measured, key=lambda row: row["kept_decode_tokens_per_s"])
     return row is best or bool(overlap(_kept_interval(best), _kept_interval(row)))
 

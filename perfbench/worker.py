@@ -20,6 +20,11 @@ from typing import Any, TextIO
 
 Emit = Callable[..., None]
 
+# A coarser clock can't tell a token from the next.
+COARSEST_CLOCK_S = 1e-4
+# Rounds of each case whose tokens are made again after the timing.
+PROVED_ROUNDS = 2
+
 # The statuses that a case can end with here; a crash is seen by the parent.
 OUT_OF_MEMORY = "out_of_memory"
 
@@ -74,7 +79,9 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
     roof = measured_roof.device_roof(backbone.device, session.dtype)
     emit("backbone", parameters=backbone.parameters, bytes=backbone.bytes, roof=vars(roof))
     passed = [case for comparison in comparisons for case in comparison.cases if session.prepare(case)]
-    session.count(passed, session.time(passed))
+    built = session.time(passed)
+    session.prove_timed(passed, built)
+    session.count(passed, built)
 
 
 def open_session(job: dict[str, Any], first: Any, emit: Emit) -> Session:
@@ -83,11 +90,17 @@ def open_session(job: dict[str, Any], first: Any, emit: Emit) -> Session:
     import transformers
 
     from perfbench import backbone as backbones
-    from perfbench import workload
+    from perfbench import measure, workload
+    from perfbench.errors import PerfbenchError
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(job["threads"])
+    if (resolution_s := measure.clock_resolution_s()) > COARSEST_CLOCK_S:
+        raise PerfbenchError(
+            f"the clock: expected steps of at most {COARSEST_CLOCK_S * 1e6:.0f} us, got {resolution_s * 1e3:.1f} ms; "
+            f"times of this machine would be made of steps"
+        )
     emit("phase", case=None, text=f"loading {first.backbone}")
     backbone = backbones.load(first.backbone, first.dtype, first.device, job["seed"])
     batch = workload.make(first.workload, backbone, job["seed"])
@@ -105,6 +118,7 @@ class Session:
         self.batch = batch
         self.emit = emit
         self.nvml = _nvml(backbone.device)
+        self.timed: dict[str, dict[int, Any]] = {}  # case id -> round -> the tokens that it made
 
     def prepare(self, case: Any) -> bool:
         """Check and memory of one case, with only its arm resident. True where it may be timed.
@@ -149,6 +163,10 @@ class Session:
             self.emit("phase", case=case.id, text="counting operations")
             own = built.get(case.id) or self._build(case)
             exact = counts.decode_step(own.arm, own.batch, self.backbone.device) | self._least(own)
+            # The counter does not know every operation, none of Triton's kernels for one; the least was surely done.
+            exact["flops_per_decode_step"] = max(
+                exact["flops_per_decode_step"], exact["least_flops_per_decode_step"]
+            )
             self.emit("counted", case=case.id, exact=exact)
             own.arm.close()
 
@@ -186,8 +204,32 @@ class Session:
             random.Random(f"{self.job['seed']}/{number}").shuffle(turn)
             for case in turn:
                 self.emit("phase", case=case.id, text=f"round {number + 1} of {self.job['last_round'] + 1}")
-                self.emit("sample", case=case.id, round=number, **self.repetition(built[case.id]))
+                done = self.repetition(built[case.id], number)
+                self.timed.setdefault(case.id, {})[number] = done.tokens
+                self.emit("sample", case=case.id, round=number, **done.sample)
         return built
+
+    def prove_timed(self, cases: list[Any], built: dict[str, Any]) -> None:
+        """That what was timed was the real thing: of a few rounds of each case, drawn by lot, the tokens that were made
+        in the window are made again by the path that was checked, without a clock, and must be the same."""
+        from perfbench import best_choices
+
+        for case in cases:
+            rounds = self.timed.get(case.id, {})
+            if not rounds:
+                continue
+            self.emit("phase", case=case.id, text="proving what was timed")
+            lot = random.Random(f"{self.job['seed']}/{case.id}")
+            drawn = sorted(lot.sample(sorted(rounds), min(PROVED_ROUNDS, len(rounds))))
+            fault = None
+            for number in drawn:
+                arm, batch = built[case.id].arm, self._batch_of(built[case.id], number)
+                parted = best_choices.parted_from_timed(arm, batch, rounds[number], self.backbone.dtype)
+                if parted:
+                    requests = ", ".join(map(str, parted))
+                    fault = f"round {number + 1}: request(s) {requests}: other tokens when timed than when checked"
+                    break
+            self.emit("proved", case=case.id, rounds=drawn, reason=fault)
 
     def warm_up(self, cases: list[Any]) -> dict[str, Any]:
         """{case id: its arm, built, warm and resident}."""
@@ -198,18 +240,24 @@ class Session:
             built[case.id] = self._build(case)
         for case in cases:
             self.emit("phase", case=case.id, text="warming up")
-            for _ in range(self.job["warmup"]):
-                self.repetition(built[case.id])
+            for turn in range(self.job["warmup"]):
+                self.repetition(built[case.id], -1 - turn)
         # What is here now stays: without it, the collection before each repetition takes longer than a short one.
         gc.collect()
         gc.freeze()
         return built
 
-    def repetition(self, built: Any) -> dict[str, Any]:
-        """One timed repetition of a built arm: `measure.repetition`'s sample."""
+    def repetition(self, built: Any, turn: int) -> Any:
+        """One timed repetition of a built arm, on the prompts of this turn: `measure.repetition`'s."""
         from perfbench import measure
 
-        return measure.repetition(built.arm, built.batch, self.backbone.device, self.nvml)
+        return measure.repetition(built.arm, self._batch_of(built, turn), self.backbone.device, self.nvml)
+
+    def _batch_of(self, built: Any, turn: int) -> Any:
+        """The arm's batch with the prompts of a turn, which all arms have in common."""
+        from perfbench import workload
+
+        return workload.fresh(built.batch, self.job["seed"], turn)
 
     def _build(self, case: Any) -> Any:
         from perfbench import arms

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Modules of perfbench that touch the device; those of TOP stand above; every other one is core. One in a folder of its
 # own is told by folder and name.
 RUNTIME = {"arms", "backbone", "workload", "measure", "measured_roof", "memory", "counts", "check", "worker"}
-RUNTIME |= {"ab_worker", "kept_worker", "oracle"}
+RUNTIME |= {"ab_worker", "best_choices", "kept_worker", "oracle"}
 RUNTIME |= {f"profiling.{name}" for name in ("memory_timeline", "probes", "profile_worker", "ranges")}
 TOP = {"__main__", "cli", "commands", "inputs", "params", "profiling.profile", "roof_table", "run"}
 TOP |= {f"verify.{name}" for name in ("command", "grid", "sections", "worker")}

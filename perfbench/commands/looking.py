@@ -115,7 +115,8 @@ def _profile(arguments: argparse.Namespace) -> int:
     scenario.check_against_backbone(resolved)
     comparison = profile.choose(cases.expand(resolved), arguments.case)
     steps = profile.decode_steps(comparison, arguments.steps)
-    inputs.check([comparison])
+    for note in inputs.check([comparison]):
+        notes.print(note)
     out = arguments.out or profile.default_out(resolved, comparison)
     found = profile.execute(resolved, comparison, steps, out, notes.print)
     render(found)

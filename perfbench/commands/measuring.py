@@ -107,7 +107,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from perfbench import inputs, run, run_lock
 
     out = out_of(arguments, run.default_out(resolved), "run directory")
-    inputs.check(comparisons)
+    for note in inputs.check(comparisons):
+        notes.print(note)
     notes.print(f"{work} -> {out}")
     try:
         with run_lock.held(out, resume=arguments.resume):

@@ -1,6 +1,7 @@
 """LoRA served by Hugging Face PEFT: its mixed batch (`adapter_names`), and its ordinary forward with one tenant.
 
-Both load the checkpoint folders that perfbench writes, into a skeleton of their own over the shared weights.
+Both load checkpoint folders that the reader of `lora` has accepted, into a skeleton of their own over the shared
+weights: some that PEFT knows how to load would change those.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from peft import PeftModel
 
 from perfbench.backbone import Backbone
+from perfbench.errors import AdapterError
+from perfbench.methods import adapter_folder, peft_fields
 from perfbench.runtimes.generation import Batch, Generation, generate
 
 
@@ -27,6 +30,16 @@ def _load(backbone: Backbone, folders: Sequence[Path]) -> PeftModel:
         if "lora_" in name:
             parameter.data = parameter.data.to(backbone.dtype)
     return model.eval().requires_grad_(False)
+
+
+def expect_mixable(folder: Path) -> None:
+    """AdapterError where PEFT can serve the adapter in `folder`, but not beside others in one batch."""
+    wanted = adapter_folder.describe(folder).get("target_parameters")
+    if wanted:
+        raise AdapterError(
+            f"{folder / adapter_folder.CONFIG}: target_parameters: expected null, since PEFT's mixed batch has no "
+            f"adapters on parameters, got {peft_fields.shown(wanted)}; serve it with lora or peft-single"
+        )
 
 
 class PeftMixedArm:

@@ -15,10 +15,12 @@ import torch
 
 from perfbench.kernels import (
     decode_attention,
+    few_rows_product,
     low_rank,
     qkv_epilogue,
     residual_rmsnorm,
     row_scale,
+    settings,
     swiglu_epilogue,
     vector_generator,
 )
@@ -322,8 +324,27 @@ def _attention(beams: int, padded: bool, kv_heads: int, length: int, on_device: 
     return Problem(run, expected, FUSED)
 
 
+def _few_rows(rows: int, d_in: int, d_out: int, bias: bool, setting: Setting) -> Problem:
+    """With tiles that are smaller than the product in both directions."""
+    make = setting.normal(25)
+    x, weight, b = make(rows, d_in), make(d_out, d_in), make(d_out) if bias else None
+    expected = x.double() @ weight.double().T + (0 if b is None else b.double())
+    gpu = settings.gpu_name(None) if setting.device == "cuda" else ""
+    tiles = {"BLOCK_N": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+
+    def run(_shift: int) -> torch.Tensor:
+        own = None if b is None else setting.put(b)
+        with settings.instead("few_rows_product", gpu, tiles):
+            return few_rows_product.FORMS[setting.form](setting.put(x), setting.put(weight), own).cpu()
+
+    return Problem(run, expected, ONE, shifts=False)
+
+
 def _cases() -> Iterator[KernelCase]:
     triton = ("triton",)
+    for rows, d_in, d_out, bias in ((1, 64, 40, False), (3, 70, 33, True), (16, 192, 17, False)):
+        name = f"rows{rows}-{d_in}-{d_out}{'-bias' if bias else ''}"
+        yield KernelCase("few_rows_product", name, partial(_few_rows, rows, d_in, d_out, bias))
     # Groups, rows of each, rank, d_in, d_out; d_in 1094 is split over programs.
     for sizes in (
         (1, 1, 1, 17, 33), (3, 1, 4, 37, 53), (2, 5, 3, 130, 40), (5, 2, 16, 64, 129), (2, 3, 128, 33, 16),

@@ -18,7 +18,7 @@ import torch
 
 from perfbench.kernels import low_rank, swiglu_epilogue
 from perfbench.runtimes.static.capture import cuda_graph
-from perfbench.runtimes.static.product import product, product_with_tail, takes_tail
+from perfbench.runtimes.static.product import OF_FEW_ROWS, takes_tail
 from perfbench.stats import median_interval
 from perfbench.verify import reference
 from perfbench.verify.kernel_check import FAULT_FACTOR, FUSED
@@ -111,14 +111,15 @@ def _parts(b: torch.Tensor) -> tuple[tuple[int, int, torch.Tensor], ...]:
 
 
 def _bare(stage: Stage) -> Callable[[], torch.Tensor]:
-    consume = swiglu_epilogue.FORMS[stage.kernels]
-    return lambda: consume(product(stage.x, stage.weight), None, None, None, "silu")
+    multiply, consume = OF_FEW_ROWS[stage.kernels], swiglu_epilogue.FORMS[stage.kernels]
+    return lambda: consume(multiply(stage.x, stage.weight), None, None, None, "silu")
 
 
 def _ours(stage: Stage) -> Callable[[], torch.Tensor]:
     """As runtime static does a decode step on this device."""
     x, columns, rows = stage.x, len(stage.weight), len(stage.x)
     kernels, consume = stage.kernels, swiglu_epilogue.FORMS[stage.kernels]
+    multiply = OF_FEW_ROWS[kernels]
     a, b = stage.a[stage.own], stage.b[stage.own]
     own = torch.arange(rows, device=x.device) if kernels == "triton" else None
     expansion = low_rank.Expansion(_parts(b), b, own)
@@ -126,12 +127,13 @@ def _ours(stage: Stage) -> Callable[[], torch.Tensor]:
         stage.with_tail[columns:] = a.flatten(0, 1)
 
         def in_product() -> torch.Tensor:
-            y, ranks = product_with_tail(x, stage.with_tail, None, columns)
-            return consume(y, low_rank.FROM_PRODUCT[kernels](ranks, rows), expansion, None, "silu")
+            both = multiply(x, stage.with_tail)
+            ranks = low_rank.FROM_PRODUCT[kernels](both[:, columns:], rows)
+            return consume(both[:, :columns], ranks, expansion, None, "silu")
 
         return in_product
     shrink = low_rank.SHRINKS[kernels]
-    return lambda: consume(product(x, stage.weight), shrink(x, a, own), expansion, None, "silu")
+    return lambda: consume(multiply(x, stage.weight), shrink(x, a, own), expansion, None, "silu")
 
 
 def _batched(x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

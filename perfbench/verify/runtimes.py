@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from perfbench import backbone, check
+from perfbench import backbone, best_choices, check
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank
 from perfbench.methods.plan import AdapterPlan
@@ -154,15 +154,15 @@ def difference(arm: Any, reference: Any, batch: Batch) -> tuple[float, str | Non
     """
     tokens = reference.generate(batch).tokens
     own = arm.generate(batch).tokens
-    expected, found = (check.forced_logits(one, batch, tokens) for one in (reference, arm))
+    expected, found = (best_choices.forced_logits(one, batch, tokens) for one in (reference, arm))
     worst = max(check.relative_difference(*pair) for pair in zip(found, expected, strict=True))
     parted = [request for request in range(len(tokens)) if not torch.equal(own[request], tokens[request])]
     if parted and batch.beams == 1:
-        parted = [i for i in parted if not check.is_greedy_tie(expected[i], own[i], tokens[i], TOLERANCE)]
+        parted = [i for i in parted if not best_choices.is_greedy_tie(expected[i], own[i], tokens[i], TOLERANCE)]
     elif parted:
-        on_own = check.forced_logits(reference, batch, own)
+        on_own = best_choices.forced_logits(reference, batch, own)
         parted = [
-            i for i in parted if not check.is_beam_tie(expected[i], on_own[i], own[i], tokens[i], TOLERANCE)
+            i for i in parted if not best_choices.is_beam_tie(expected[i], on_own[i], own[i], tokens[i], TOLERANCE)
         ]
     return worst, f"other tokens in request(s) {', '.join(map(str, parted))}" if parted else None
 
@@ -192,7 +192,7 @@ def _compare_replay(
     if bank is not None:
         wrong = replace(batch, slots=others.slots)
         tokens = growing.generate(batch).tokens
-        pair = (check.forced_logits(arm, one, tokens) for arm, one in ((fixed, wrong), (growing, batch)))
+        pair = (best_choices.forced_logits(arm, one, tokens) for arm, one in ((fixed, wrong), (growing, batch)))
         seen = min(check.relative_difference(*rows) for rows in zip(*pair, strict=True))
         if not seen > check.SHIFTED_FACTOR * TOLERANCE:
             return worst, f"with other tenants the replayed step differs by {seen:.1e} only"

@@ -64,7 +64,7 @@ def ratios(runtime: str, base: backbone.Backbone, rounds: int, seed: int = 0) ->
     gc.collect()
     gc.freeze()  # as the worker does once all is warm: a long collection would leave cold caches to what follows
     turns: dict[str, Callable[[], float]] = {
-        "reported": lambda: repetition(arm, batch, base.device, None)["total_ms"],
+        "reported": lambda: repetition(arm, batch, base.device, None).sample["total_ms"],
         "by hand": lambda: BY_HAND[runtime](arm, batch),
     }
     found = []

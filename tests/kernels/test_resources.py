@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not there for this platform")
 
 import triton
 
-from perfbench.kernels import resources
+from perfbench.kernels import resources, settings
 from perfbench.kernels.ahead_of_time import ARCHITECTURES
 from perfbench.kernels.settings import DEFAULTS
 from perfbench.verify.call_sites import SERVED
@@ -51,7 +51,7 @@ def test_every_kernel_is_there_as_the_methods_call_it(measured: Table) -> None:
     for what in ("1 beam", "3 beams", "padded", "prefill", "alone"):
         assert any(what in name for name in measured), what
     # What (IA)3 as it was first published launches, the papers' variant launches too.
-    sites = {name.split(": ")[1].split(",")[0] for name in measured}
+    sites = {name.split(": ")[1].split(",")[0].split(" #")[0] for name in measured}
     assert sites - {"alone"} == set(SERVED) - {"ia3-original"}
 
 
@@ -70,3 +70,24 @@ def test_a_program_is_named_after_the_call_that_launches_it_first() -> None:
     of_para = [launch("norm", "1"), launch("norm", "2")]
     found = resources.named([("none", [norm, scale, norm]), ("lora", [norm, wide]), ("para", of_para)])
     assert list(found) == ["norm: none", "scale: none", "norm: lora", "norm: para", "norm: para #2"]
+
+
+# Compute capability of each GPU that kernels/settings.json knows.
+CAPABILITIES = {"NVIDIA H200": 90}
+
+OF_A_GPU = """
+import sys
+from perfbench.kernels import resources, settings
+from perfbench.kernels.ahead_of_time import fault
+gpu, capability = sys.argv[1], int(sys.argv[2])
+for kernel, chosen in settings.table()[gpu].items():
+    with settings.instead(kernel, "", chosen):
+        launches = resources.launched(kernel)
+        print(kernel, len(launches) > 0, *filter(None, (fault(one, capability) for one in launches)))
+"""
+
+
+@pytest.mark.parametrize("gpu", settings.table())
+def test_the_settings_of_a_gpu_compile_for_it(gpu: str, compiling: Callable[..., str]) -> None:
+    found = compiling(OF_A_GPU, gpu, CAPABILITIES[gpu]).splitlines()
+    assert found == [f"{kernel} True" for kernel in settings.table()[gpu]]

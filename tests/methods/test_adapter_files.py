@@ -216,7 +216,7 @@ def test_a_faulty_folder_is_refused_in_one_line_that_names_it(method: str, fault
 
 
 LORA_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "use_dora: True"),
+    "dora": ({"use_dora": True}, "use_dora: expected False, got True"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "bias": ({"bias": "all"}, "bias: expected 'none', got 'all'"),
 }

@@ -59,7 +59,7 @@ def _config(**values: object) -> Callable[[Path], None]:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a tensor less": (_edit(lambda t: t.pop(min(t))), "is missing; the adapter was made for another backbone"),
+    "a tensor less": (_edit(lambda t: t.pop(min(t))), "got no such tensor; the file is not whole"),
     "another width": (_edit(lambda t: t.update({min(t): t[min(t)][:, :-1].contiguous()})), "expected size"),
     "another module": (
         _edit(lambda t: t.update({min(t).replace("up_proj", "gate_proj"): torch.ones(5)})), "expected projected_ia3_z"

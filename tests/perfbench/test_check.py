@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from perfbench import backbone, check
+from perfbench import backbone, best_choices, check
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank
 from perfbench.methods.plan import AdapterPlan
@@ -188,22 +188,22 @@ def test_a_tie_is_told_from_a_difference(backbones: dict[str, backbone.Backbone]
     other = own.clone()
     other[1] = logits[1].argsort()[-2]
     gap = float(logits[1].sort().values[-1] - logits[1].sort().values[-2]) / float(logits[1].std())
-    assert not check.is_greedy_tie(logits, own, other, tolerance=0.9 * gap)
-    assert check.is_greedy_tie(logits, own, other, tolerance=1.1 * gap)
+    assert not best_choices.is_greedy_tie(logits, own, other, tolerance=0.9 * gap)
+    assert best_choices.is_greedy_tie(logits, own, other, tolerance=1.1 * gap)
 
 
 def test_a_tie_of_beams_is_told_from_a_difference(backbones: dict[str, backbone.Backbone]) -> None:
     arm, alone = make_arm(backbones["fp32"], "lora"), make_batch(beams=3).alone(0)
     own = arm.generate(alone).tokens[0]
     other = own.flip(0) if not torch.equal(own, own.flip(0)) else own + 1
-    paths = [check.forced_logits(arm, alone, path.unsqueeze(0))[0] for path in (other, own)]
+    paths = [best_choices.forced_logits(arm, alone, path.unsqueeze(0))[0] for path in (other, own)]
     scores = [
         sum(float(step.log_softmax(-1)[token]) for step, token in zip(logits, path, strict=True))
         for logits, path in zip(paths, (other, own), strict=True)
     ]
     gap = abs(scores[0] - scores[1]) / abs(scores[0])
-    assert not check.is_beam_tie(*paths, own, other, tolerance=0.9 * gap)
-    assert check.is_beam_tie(*paths, own, other, tolerance=1.1 * gap)
+    assert not best_choices.is_beam_tie(*paths, own, other, tolerance=0.9 * gap)
+    assert best_choices.is_beam_tie(*paths, own, other, tolerance=1.1 * gap)
 
 
 class AnotherToken(Faulty):

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Wrapped:
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_sample_has_one_latency_for_each_later_token(arm: PlanArm, beams: int) -> None:
-    sample = measure.repetition(arm, make_batch(5, beams), CPU, nvml=None)
+    sample = measure.repetition(arm, make_batch(5, beams), CPU, nvml=None).sample
     assert len(sample["itl_ms"]) == 5 - 1
     assert all(value > 0 for value in sample["itl_ms"])
     assert 0 < sample["ttft_ms"] < sample["total_ms"]
@@ -62,9 +63,9 @@ def test_a_compilation_in_the_window_voids_the_sample(arm: PlanArm) -> None:
     def compile_something() -> None:
         torch.compile(lambda x: x + 1, backend="eager")(torch.ones(3))
 
-    sample = measure.repetition(Wrapped(arm, compile_something), make_batch(2), CPU, nvml=None)
+    sample = measure.repetition(Wrapped(arm, compile_something), make_batch(2), CPU, nvml=None).sample
     assert sample["void"] == "1 compilation(s) inside the window: torch.compile"
-    assert measure.repetition(arm, make_batch(2), CPU, nvml=None)["void"] is None
+    assert measure.repetition(arm, make_batch(2), CPU, nvml=None).sample["void"] is None
 
 
 # Compiles a real Triton kernel for a GPU that need not be there: before the first window, in the second, in none, in
@@ -72,6 +73,7 @@ def test_a_compilation_in_the_window_voids_the_sample(arm: PlanArm) -> None:
 TRITON_SCRIPT = """
 import json
 import sys
+import time
 
 import torch
 import triton
@@ -119,7 +121,7 @@ batch = Batch(ids, torch.ones_like(ids), (-1, -1), 1, 2)
 compile_it(8)
 voids = []
 for inside in (lambda: None, lambda: compile_it(16), lambda: None, lambda: compile_it(16)):
-    voids.append(measure.repetition(Wrapped(arm, inside), batch, torch.device("cpu"), nvml=None)["void"])
+    voids.append(measure.repetition(Wrapped(arm, inside), batch, torch.device("cpu"), nvml=None).sample["void"])
 assert triton.knobs.compilation.listener is listener, "it has its place back"
 print(json.dumps([voids, heard]))
 """
@@ -146,7 +148,7 @@ def test_a_triton_kernel_that_is_compiled_in_the_window_voids_the_sample(listene
 def test_without_triton_torch_s_compilations_are_seen_still(arm: PlanArm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     compiled = Wrapped(arm, lambda: torch.compile(lambda x: x + 2, backend="eager")(torch.ones(3)))
-    sample = measure.repetition(compiled, make_batch(2), CPU, nvml=None)
+    sample = measure.repetition(compiled, make_batch(2), CPU, nvml=None).sample
     assert sample["void"] == "1 compilation(s) inside the window: torch.compile"
 
 
@@ -176,8 +178,8 @@ def test_the_collector_comes_back_after_an_error(arm: PlanArm) -> None:
 def test_a_second_turn_is_timed_beside_the_first() -> None:
     static = StaticArm(backbone.load("llama-tiny", "fp32", "cpu", seed=0), None, "eager")
     batch = make_batch(3)
-    assert "follow_up_ttft_ms" not in measure.repetition(static, batch, CPU, nvml=None)
-    sample = measure.repetition(static, replace(batch, follow_up=batch.input_ids), CPU, nvml=None)
+    assert "follow_up_ttft_ms" not in measure.repetition(static, batch, CPU, nvml=None).sample
+    sample = measure.repetition(static, replace(batch, follow_up=batch.input_ids), CPU, nvml=None).sample
     assert sample["follow_up_ttft_ms"] > 0
     assert len(sample["itl_ms"]) == 2
 
@@ -186,3 +188,15 @@ def test_a_second_turn_on_another_runtime_is_no_figure(arm: PlanArm) -> None:
     batch = make_batch(3)
     with pytest.raises(TypeError, match="a second turn needs runtime static, got PlanArm"):
         measure.repetition(arm, replace(batch, follow_up=batch.input_ids), CPU, nvml=None)
+
+
+def test_a_repetition_gives_the_tokens_that_it_timed(arm: PlanArm) -> None:
+    batch = make_batch(4)
+    assert torch.equal(measure.repetition(arm, batch, CPU, nvml=None).tokens, arm.generate(batch).tokens)
+
+
+def test_the_clock_s_resolution_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measure.clock_resolution_s() < 1e-5
+    fine = time.perf_counter
+    monkeypatch.setattr("perfbench.runtimes.generation.time.perf_counter", lambda: int(fine() * 64) / 64)
+    assert measure.clock_resolution_s() > 0.01

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from perfbench.nvml import CLOCK_REASONS, GpuProcess, Nvml
+from perfbench.nvml import CLOCK_REASONS, FATAL, GpuProcess, Nvml
 
 UUID = "12345678-aaaa-bbbb-cccc-1234567890ab"
 
@@ -18,7 +18,8 @@ class FakeNvml:
 
     NVML_CLOCK_SM = pynvml.NVML_CLOCK_SM
 
-    def __init__(self, prefix="GPU-", reasons=0, missing=(), error=pynvml.NVMLError_NotSupported):
+    def __init__(self, prefix="GPU-", reasons=0, missing=(), error=pynvml.NVMLError_NotSupported, unknown=None):
+        self.unknown = unknown or pynvml.NVMLError_NotFound
         self.uuid, self.reasons, self.missing, self.error = prefix + UUID, reasons, missing, error
         self.started = False
 
@@ -51,7 +52,7 @@ class FakeNvml:
 
     def nvmlDeviceGetHandleByUUID(self, uuid):
         if uuid != self.uuid:
-            raise pynvml.NVMLError_NotFound()
+            raise self.unknown()
         return "handle0"
 
     def nvmlDeviceGetName(self, handle):
@@ -148,10 +149,22 @@ READINGS = {
 }
 
 
-@pytest.mark.parametrize("error", ["NotSupported", "FunctionNotFound", "NoPermission", "NotFound", "Unknown"])
+NOT_FATAL = sorted(
+    name
+    for name in dir(pynvml)
+    if name.startswith("NVMLError_") and name not in FATAL and issubclass(getattr(pynvml, name), pynvml.NVMLError)
+)
+
+
+def test_the_errors_of_a_query_are_told_from_those_of_the_driver():
+    assert {"NVMLError_InvalidArgument", "NVMLError_ArgumentVersionMismatch", "NVMLError_NoData"} <= set(NOT_FATAL)
+    assert all(issubclass(getattr(pynvml, name), pynvml.NVMLError) for name in FATAL)
+
+
+@pytest.mark.parametrize("error", NOT_FATAL)
 @pytest.mark.parametrize("reading", READINGS)
 def test_a_reading_the_card_does_not_have_is_none(reading, error):
-    gpu = opened(missing={READINGS[reading]}, error=getattr(pynvml, f"NVMLError_{error}"))
+    gpu = opened(missing={READINGS[reading]}, error=getattr(pynvml, error))
     assert getattr(gpu, reading)() is None
 
 
@@ -163,9 +176,10 @@ def test_missing_lists_of_reasons_and_processes():
     assert opened(missing={"nvmlSystemGetProcessName"}).processes()[0] == GpuProcess(7, None, 2**30)
 
 
-def test_a_lost_gpu_is_not_taken_for_a_missing_reading():
-    gpu = opened(missing={"nvmlDeviceGetClockInfo"}, error=pynvml.NVMLError_GpuIsLost)
-    with pytest.raises(pynvml.NVMLError_GpuIsLost):
+@pytest.mark.parametrize("error", FATAL)
+def test_a_lost_gpu_is_not_taken_for_a_missing_reading(error):
+    gpu = opened(missing={"nvmlDeviceGetClockInfo"}, error=getattr(pynvml, error))
+    with pytest.raises(getattr(pynvml, error)):
         gpu.sm_clock_mhz()
 
 
@@ -175,6 +189,11 @@ def test_torchs_uuid_has_no_prefix(prefix):
     assert Nvml.open(UUID, library) is not None
     assert Nvml.open(prefix + UUID, library) is not None
     assert Nvml.why_not(UUID, library) is None
+
+
+def test_a_driver_that_calls_another_kind_of_uuid_invalid():
+    library = FakeNvml(prefix="MIG-", unknown=pynvml.NVMLError_InvalidArgument)
+    assert Nvml.open(UUID, library) is not None
 
 
 def test_a_gpu_that_is_not_there():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -20,19 +21,23 @@ from perfbench.table import FORMATS, WIDTH, render
 MIB = 2**20
 
 
+# As few as rank anything.
+ROUNDS = 6
+
+
 def case(
     arm: str, kept: tuple[float, float, float] | None = None, method: str | None = None, **changes: Any
 ) -> dict[str, Any]:
     """A measured case that kept `kept` (ratio, low, high) of 200 tokens/s; the bare one without it."""
     ratio = kept[0] if kept else 1.0
     speed, step = 200.0 * ratio, 10.0 / ratio
-    interval = dict(zip(("ratio", "low", "high"), kept, strict=True)) | {"rounds": 3} if kept else None
+    interval = dict(zip(("ratio", "low", "high"), kept, strict=True)) | {"rounds": ROUNDS} if kept else None
     figures = {
-        "total_ms": summary([step * 17] * 3),
-        "ttft_ms": summary([step * 2] * 3),
-        "itl_ms": summary([step] * 45),
-        "decode_tokens_per_s": summary([speed] * 3),
-        "tokens_per_s": summary([speed * 0.9] * 3),
+        "total_ms": summary([step * 17] * ROUNDS),
+        "ttft_ms": summary([step * 2] * ROUNDS),
+        "itl_ms": summary([step] * 15 * ROUNDS),
+        "decode_tokens_per_s": summary([speed] * ROUNDS),
+        "tokens_per_s": summary([speed * 0.9] * ROUNDS),
     }
     tenant_bytes = int(1.5 * MIB) if kept else 0
     return {
@@ -73,7 +78,7 @@ def manifest(
     scenario = {"name": "demo", "question": "Which one?", "notes": ["chose the CPU"], "paper": paper}
     return {
         "schema_version": SCHEMA_VERSION,
-        "scenario": {**scenario, "repetitions": 3},
+        "scenario": {**scenario, "repetitions": ROUNDS},
         "environment": {"cpu": {"model": "Abacus 3000", "threads": 2}, "gpus": [{"name": "Vector 9"}]},
         "comparisons": [comparison],
         "cases": {member["id"]: member for member in members},
@@ -114,7 +119,7 @@ def test_the_printed_row_has_every_figure() -> None:
 
 
 def test_the_second_turn_s_time_takes_the_place_of_the_operations() -> None:
-    second = {**LORA, "summary": {**LORA["summary"], "follow_up_ttft_ms": summary([7.5] * 3)}}
+    second = {**LORA, "summary": {**LORA["summary"], "follow_up_ttft_ms": summary([7.5] * ROUNDS)}}
     text = printed(manifest(NONE, second, follow_up_tokens=16))
     row = next(line for line in text.splitlines() if line.startswith("lora "))
     assert cells(row) == ["lora", "180", "90.0 [88.0, 92.0]", "22.2", "7.50", "50", "1.5 MiB", "4,321", "45", "ok"]
@@ -146,9 +151,9 @@ def test_title_and_hardware_stand_beside_the_numbers() -> None:
     text = words(printed(manifest(NONE, LORA)))
     assert text.startswith("demo: Which one? chose the CPU llama-tiny fp32 cpu transformers; ")
     assert "prompt 32, new 16, beams 1, requests 4; tenants 4 (distinct), resident 8 " in text
-    assert "On Abacus 3000, 2 threads; medians of 3 rounds." in text
+    assert "On Abacus 3000, 2 threads; medians of 6 rounds." in text
     text = words(printed(manifest(NONE, LORA, device="cuda", prompt_tokens=None)))
-    assert "On Vector 9 (host: Abacus 3000, 2 threads); medians of 3 rounds." in text
+    assert "On Vector 9 (host: Abacus 3000, 2 threads); medians of 6 rounds." in text
     assert "prompt as in the file, " in text
 
 
@@ -160,8 +165,8 @@ def test_an_environment_that_says_nothing_is_not_papered_over() -> None:
 
 def test_lost_rounds_are_said() -> None:
     run = manifest(NONE, LORA)
-    run["scenario"]["repetitions"] = 5
-    assert "medians of 3 of 5 planned rounds." in words(printed(run))
+    run["scenario"]["repetitions"] = 8
+    assert "medians of 6 of 8 planned rounds." in words(printed(run))
 
 
 def test_what_the_workloads_differ_in_is_in_the_titles() -> None:
@@ -228,8 +233,21 @@ def test_overlapping_intervals_are_a_tie() -> None:
 def test_a_single_round_orders_nothing() -> None:
     one = {"decode_tokens_per_s": median_interval([0.99]), "tokens_per_s": median_interval([0.99])}
     text = words(printed(manifest(NONE, LORA, {**PARA, "kept": one})))
-    assert "para kept most of the bare backbone's decode speed, 99.0%; with a single round" in text
-    assert "so the order may be chance" in text
+    assert "Nothing is ranked: there is 1 round, and fewer than 6 don't tell arms apart." in text
+    assert "kept most" not in text
+
+
+def test_five_rounds_rank_nothing() -> None:
+    run = copy.deepcopy(manifest(NONE, LORA, PARA))
+    for member in run["cases"].values():
+        member["summary"]["total_ms"]["rounds"] = 5
+    assert "Nothing is ranked: there are 5 rounds" in words(printed(run))
+
+
+def test_faster_with_an_adapter_than_without_is_implausible() -> None:
+    text = words(printed(manifest(NONE, LORA, case("para", (1.2, 1.1, 1.3)))))
+    assert "Implausible: with para decoding was faster than without adapters" in text
+    assert "Implausible" not in words(printed(manifest(NONE, LORA, case("para", (1.01, 0.99, 1.03)))))
 
 
 def test_a_single_arm_wins_nothing() -> None:

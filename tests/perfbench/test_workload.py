@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from perfbench import backbone, workload
 from perfbench.cases import Workload
@@ -106,6 +108,27 @@ READABLE = {
 }
 
 
+# Some that Python's splitlines, and its reading of text, take for line ends.
+SEPARATORS = "a\u0085b\u2028c\u2029d\x0be\x0cf\x1cg\rh"
+ODD_LINES: dict[str, tuple[bytes, list[str]]] = {
+    "marks.txt": (b"\xef\xbb\xbfone\ntwo\n", ["one", "two"]),
+    "marks.jsonl": (b'\xef\xbb\xbf"one"\n"two"\n', ["one", "two"]),
+    "windows.txt": (b"one\r\n\r\ntwo words\r\n", ["one", "two words"]),
+    "windows.jsonl": (b'"one"\r\n\r\n"two"', ["one", "two"]),
+    "separators.txt": (f"{SEPARATORS}\ni\n".encode(), [SEPARATORS, "i"]),
+    "separators.jsonl": ('"a\u0085b\u2028c"\n"d"\n'.encode(), ["a\u0085b\u2028c", "d"]),
+    "pairs.jsonl": (b'"\\ud83d\\ude00"\n', ["\U0001f600"]),
+    "null.jsonl": (b'{"prompt": null, "question": "one"}\n', ["one"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_LINES)
+def test_only_a_line_end_ends_a_prompt(name: str, tmp_path: Path) -> None:
+    content, expected = ODD_LINES[name]
+    (tmp_path / name).write_bytes(content)
+    assert workload.read_prompts(tmp_path / name) == expected
+
+
 @pytest.mark.parametrize("name", READABLE)
 def test_prompts_are_read(name: str, tmp_path: Path) -> None:
     text, expected = READABLE[name]
@@ -120,6 +143,13 @@ UNREADABLE = {
     "keys.jsonl": (b'{"word": "one"}\n', r"keys\.jsonl:1: expected a string or an object"),
     "type.jsonl": (b'{"prompt": 3}\n', r"type\.jsonl:1: expected a string or an object"),
     "turns.jsonl": (b'{"turns": []}\n', r"turns\.jsonl:1: expected a string or an object"),
+    "blanks.jsonl": (b'"one"\n\n \r\n"two"\n{"id": 5}\n', r"blanks\.jsonl:5: expected .* got an object with 'id'"),
+    "half.jsonl": (b'"one"\n"a \\ud83d b"\n', r"half\.jsonl:2: expected text, got half of a surrogate pair"),
+    "chat.jsonl": (b'{"messages": [{"role": "user", "content": "a"}]}', r"chat\.jsonl:1: .* a chat under 'messages'"),
+    "share.jsonl": (b'{"conversations": [{"from": "human"}]}', r"share\.jsonl:1: .* a chat under 'conversations'"),
+    "deep.jsonl": (b"[" * 100_000, r"deep\.jsonl:1: expected a line of JSON"),
+    "long.jsonl": (b"9" * 5000, r"long\.jsonl:1: expected a line of JSON"),
+    "wide.txt": ("one\ntwo\n".encode("utf-16"), r"wide\.txt: can't read the prompts: expected UTF-8"),
 }
 
 
@@ -178,3 +208,76 @@ def test_too_long_and_too_few_prompts_are_refused(real: backbone.Backbone, quest
     (tmp_path / "p.txt").write_text("one\n", encoding="utf-8")
     with pytest.raises(ScenarioError, match="12 requests need as many prompts, got 1"):
         workload.make(replace(BASE, prompts=str(tmp_path / "p.txt")), real, 1)
+
+
+def words(*added: str) -> Any:
+    """A tokenizer of four words that puts <s> before a text; `added` come after its vocabulary."""
+    inner = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1, "one": 2, "two": 3}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>")
+    made.add_tokens(list(added))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one two", [0, 2, 3]),
+        ("<s>one two", [0, 2, 3]),
+        ("<s><s> one two", [0, 2, 3]),
+        ("one <s> two", [0, 2, 3]),
+        ("<s>one <s> two", [0, 2, 3]),
+    ],
+)
+def test_a_text_begins_once(text: str, expected: list[int]) -> None:
+    ids, _ = workload.tokenise([text], words(), 1, None)
+    assert ids.tolist() == [expected]
+
+
+def test_letters_that_are_tokens_stay_letters(real: backbone.Backbone) -> None:
+    tokenizer = real.tokenizer()
+    ids, _ = workload.tokenise(["<s>One <s> day"], tokenizer, 1, None)
+    assert ids[0].tolist().count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) == "One <s> day"
+
+
+def test_a_tokenizer_that_begins_nothing_is_left_alone() -> None:
+    bare = words()
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    ids, _ = workload.tokenise(["<s> one <s> two"], bare, 1, None)
+    assert ids.tolist() == [[0, 2, 0, 3]]
+
+
+def test_a_token_beyond_the_backbone_s_is_refused() -> None:
+    texts, places = ["one", "two <new>"], ["p.txt:1", "p.txt:4"]
+    with pytest.raises(ScenarioError, match=r"^p\.txt:4: expected tokens .* has 4, got '<new>', token 4 of"):
+        workload.tokenise(texts, words("<new>"), 2, None, vocabulary=4, places=places)
+    ids, _ = workload.tokenise(texts, words("<new>"), 2, 2, vocabulary=4, places=places)
+    assert ids.tolist() == [[0, 2], [0, 3]], "what is cut is not served"
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    bare = words()
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    with pytest.raises(ScenarioError, match=r"^workload.prompts: prompt 1: expected at least one token"):
+        workload.tokenise(["\u3000"], bare, 1, None)
+
+
+def test_a_batch_names_the_prompt_it_can_t_serve(tiny_backbone: backbone.Backbone, tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("one\n\ntwo <new>\n", encoding="utf-8")
+    point = replace(BASE, prompts=str(path), requests=2, tenants=2)
+    with pytest.raises(ScenarioError, match=rf"^{path}:3: expected tokens of the backbone, which has 4"):
+        workload.make(point, tiny_backbone, 1)
+
+
+@pytest.fixture
+def tiny_backbone(tmp_path: Path) -> backbone.Backbone:
+    """A backbone of four tokens whose tokenizer has got a fifth."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=4, **sizes)).save_pretrained(str(tmp_path / "model"))
+    words("<new>").save_pretrained(str(tmp_path / "model"))
+    return backbone.load(str(tmp_path / "model"), "fp32", "cpu", seed=0)

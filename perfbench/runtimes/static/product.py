@@ -7,21 +7,16 @@ to 30 when W is the left factor, one stretch of it for each thread; else oneDNN'
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import linear
 
+from perfbench.kernels import few_rows_product
 from perfbench.kernels.placement import on_gpu
 
 # With more values than this in x oneDNN is faster.
 FEW_VALUES = 3072
-
-
-def product_with_tail(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, columns: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [rows, D_in], weight [columns + tail, D_in] -> ([rows, columns], [rows, tail]), views of one result."""
-    both = linear(x, weight, bias)
-    return both[:, :columns], both[:, columns:]
 
 
 def takes_tail(x: torch.Tensor) -> bool:
@@ -42,3 +37,10 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     columns = torch.bmm(weight.unflatten(0, (stretches, -1)), x.t().expand(stretches, -1, -1))
     y = columns.flatten(0, 1).t().contiguous()
     return y if bias is None else y.add_(bias)
+
+
+# Of a decode step, by the kernel set.
+OF_FEW_ROWS: dict[str, Callable[..., torch.Tensor]] = {
+    "eager": product,
+    "triton": few_rows_product.FORMS["triton"],
+}

@@ -132,7 +132,7 @@ def test_a_time_planted_in_one_kind_shows_there(model: backbone.Backbone, tmp_pa
 
 @contextmanager
 def _one_more_operation(arm: Any) -> Iterator[None]:
-    real = static_decoder.product
+    real = static_decoder.OF_FEW_ROWS["eager"]
     products = {layer.projections["o"].weight.data_ptr() for layer in arm.weights.layers}
 
     def slower(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Any:
@@ -140,11 +140,11 @@ def _one_more_operation(arm: Any) -> Iterator[None]:
             x = x.add(0)
         return real(x, weight, *rest)
 
-    static_decoder.product = slower
+    static_decoder.OF_FEW_ROWS["eager"], arm.decoder = slower, None
     try:
         yield
     finally:
-        static_decoder.product = real
+        static_decoder.OF_FEW_ROWS["eager"], arm.decoder = real, None
 
 
 @pytest.mark.parametrize(("runtime", "arm"), [("transformers", "lora"), ("transformers", "peft"), ("static", "para")])
