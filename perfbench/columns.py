@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from perfbench.papers import Paper
+from perfbench.plain_text import printable
 from perfbench.rows import ENDS, Row
 
 NOTHING = "-"
@@ -113,5 +115,9 @@ def arm_name(row: Row, group: Sequence[Row]) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` in one line that Markdown shows as it is, inside a table too."""
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+    """`text` in one line that Markdown shows as it is, inside a table too: no HTML, link, picture or mention."""
+    text = " ".join(printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+    # Brackets stay: intervals have them. What follows them is what makes a link.
+    text = re.sub(r"\](?=[(\[:])", "]\\\\", text.replace("`", "\\`"))
+    # A zero-width space keeps GitHub from making a mention or a link of it.
+    return re.sub(r"@(?=\w)", "@\u200b", text).replace("://", ":\u200b//").replace("www.", "www\u200b.")

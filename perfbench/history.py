@@ -19,6 +19,7 @@ from perfbench import rows, words
 from perfbench.change_points import Change, changes
 from perfbench.errors import PerfbenchError, RunDirectoryError, nearest
 from perfbench.metrics import METRICS
+from perfbench.plain_text import printable
 from perfbench.result import MANIFEST, RunDirectory
 from perfbench.stats import median_bounds
 
@@ -140,8 +141,9 @@ class Store:
         found: dict[tuple[str, str, str], list[Point]] = {}
         for name, case_id, options, started_at, commit, dirty, *values in rows:
             if machine.casefold() in name.casefold() and fnmatch.fnmatchcase(case_id, case):
-                point = Point(started_at, commit, bool(dirty), *values)
-                found.setdefault((name, case_id, options), []).append(point)
+                commit = None if commit is None else printable(str(commit))
+                point = Point(printable(str(started_at)), commit, bool(dirty), *values)
+                found.setdefault((printable(name), printable(case_id), printable(options)), []).append(point)
         if not found:
             raise PerfbenchError(f"history: no run has {figure} of a case that matches {case!r}; --case takes a glob")
         return [Series(figure, *key, tuple(points)) for key, points in sorted(found.items())]

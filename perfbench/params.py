@@ -18,7 +18,8 @@ def render(backbone: str, dtype: str, console: Console | None = None) -> None:
     """Prints the table; nothing is allocated. BackboneError where there is no such backbone."""
     find_config(backbone)
     rows = [row for method in METHODS if (row := _row(method, backbone, dtype)) is not None]
-    table = Table(title=f"One tenant's adapter on {backbone}, served in {dtype}", box=box.SIMPLE_HEAD)
+    title = Text(f"One tenant's adapter on {backbone}, served in {dtype}", "table.title")
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
     for heading in ("trained parameters", "served MiB", "papers, on llama2-7b"):
         table.add_column(heading, justify="right")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import Any
 
 # Control and format characters, halves of surrogate pairs, characters for private use, and those that are none.
 _UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn"}
@@ -24,3 +25,18 @@ def printable(text: str) -> str:
     if any(char != " " and char.isspace() for char in text):
         text = " ".join(text.split())
     return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(char) in _UNSAFE else char for char in text)
+
+
+def printable_lines(text: str) -> str:
+    """Every line of `text` as `printable`."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def printable_tree(value: Any) -> Any:
+    """Plain JSON data, every line of every string in it `printable`, those of keys too: for what is shown, never for
+    what is kept. Line breaks stay: a cell of CSV and a string of JSON may have them."""
+    if isinstance(value, str):
+        return printable_lines(value)
+    if isinstance(value, dict):
+        return {printable_lines(str(key)): printable_tree(member) for key, member in value.items()}
+    return [printable_tree(member) for member in value] if isinstance(value, list | tuple) else value

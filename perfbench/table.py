@@ -14,6 +14,7 @@ from typing import Any
 
 from perfbench.columns import Column, arm_name, columns_of, paper_columns, peak_column, plain
 from perfbench.errors import PerfbenchError, nearest
+from perfbench.plain_text import printable_tree
 from perfbench.rows import Row, groups, paper_of, rows, verdict
 from perfbench.words import conclusion, hardware, heading, legend, paper_title, title
 
@@ -26,6 +27,7 @@ def render(manifest: Mapping[str, Any], format: str = "table", console: Any = No
 
     Raises PerfbenchError on an unknown format.
     """
+    manifest = printable_tree(manifest)
     if format == "table":
         _print(manifest, console)
         return None

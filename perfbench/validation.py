@@ -10,6 +10,7 @@ from perfbench import cases, cost, scenario
 from perfbench.backbone_config import is_named
 from perfbench.errors import PerfbenchError
 from perfbench.paths import expanded
+from perfbench.plain_text import printable
 
 
 def validate(files: Sequence[Path], *, large: bool = False) -> int:
@@ -20,7 +21,7 @@ def validate(files: Sequence[Path], *, large: bool = False) -> int:
         try:
             print(f"{path}: ok, {summary(path, large=large)}")
         except PerfbenchError as error:
-            print(f"perfbench: {error}", file=sys.stderr)
+            print(f"perfbench: {printable(str(error))}", file=sys.stderr)
             bad += 1
     return 2 if bad else 0
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from perfbench.commands.arguments import EXIT_BAD_INPUT, add_set, port, positive
 from perfbench.errors import PerfbenchError
+from perfbench.plain_text import printable
 
 
 def add(commands: Any) -> None:
@@ -78,7 +79,7 @@ def _history(arguments: argparse.Namespace) -> int:
                 outcome = store.add(path)
             except PerfbenchError as error:
                 outcome = "refused"
-                print(f"perfbench: {error}", file=sys.stderr)
+                print(f"perfbench: {printable(str(error))}", file=sys.stderr)
             if outcome == "unfinished":
                 print(f"{path}: still being written, or stopped; imported once it is finished", file=sys.stderr)
             outcomes[outcome] += 1
@@ -110,7 +111,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     document = scenario.load(arguments.scenario, arguments.set)
     resolved = scenario.resolve(document, *device_kind(document.device))
     for note in resolved.notes:
-        notes.print(note)
+        notes.print(printable(note))
     scenario.check_against_backbone(resolved)
     comparison = profile.choose(cases.expand(resolved), arguments.case)
     steps = profile.decode_steps(comparison, arguments.steps)

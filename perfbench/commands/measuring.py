@@ -8,6 +8,7 @@ from typing import Any
 
 from perfbench.commands.arguments import add_out, add_set, interrupted, out_of, positive
 from perfbench.errors import PerfbenchError
+from perfbench.plain_text import printable
 
 
 def add(commands: Any) -> None:
@@ -85,7 +86,7 @@ def _run(arguments: argparse.Namespace) -> int:
     document = scenario.load(arguments.scenario, arguments.set + processes)
     resolved = scenario.resolve(document, *device_kind(document.device))
     for note in resolved.notes:
-        notes.print(note)
+        notes.print(printable(note))
     scenario.check_against_backbone(resolved)
     if not arguments.case:  # of many cases a few may be chosen
         cost.check(resolved, cost.of_scenario(resolved), large=arguments.large)

@@ -8,26 +8,28 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from perfbench.columns import format_bytes
+from perfbench.plain_text import printable_tree
 from perfbench.words import machine
 
 
 def render(manifest: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints what run.json of a fine-tuning says."""
-    console = console or Console()
+    console, manifest = console or Console(), printable_tree(manifest)
     config, seeds, test = manifest["config"], manifest["seeds"], manifest["test"]
     if config["question"]:
         console.print(config["question"], markup=False, highlight=False)
     task, examples = config["task"]["name"], manifest["examples"]
     title = f"{config['method']} on {task}: {config['backbone']} {config['dtype']}, {examples['train']} examples"
-    table = Table(title=title, title_justify="left", box=box.HORIZONTALS, show_edge=False)
+    table = Table(title=Text(title, "table.title"), title_justify="left", box=box.HORIZONTALS, show_edge=False)
     table.collapse_padding, table.pad_edge = True, False
     metric = test["metric"] if test else "test"
     for name in ("seed", metric, "dev loss", "best step", "of", "to best", "tokens/s", "peak"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(Text(name), justify="right", no_wrap=True)
     for seed, found in seeds.items():
-        table.add_row(seed, *_cells(found))
+        table.add_row(*map(Text, (seed, *_cells(found))))
     console.print(table)
     console.print(conclusion(manifest), markup=False, highlight=False, soft_wrap=True)
     here = machine(manifest["environment"], manifest["environment"]["device_kind"])

@@ -15,6 +15,7 @@ from perfbench.errors import PerfbenchError, nearest
 from perfbench.gate.formats import FORMATS, github_annotations
 from perfbench.gate.report import Report
 from perfbench.gate.text import markdown, print_report
+from perfbench.plain_text import printable
 
 # (format of FORMATS, file)
 Writes = Sequence[tuple[str, Path]]
@@ -54,7 +55,7 @@ def verdict_of(make: Callable[[], Report], writes: Writes) -> int:
         report = _fault(error)  # a report without findings, which every format can write
         failed = _tell(report, writes)
     for message in failed:
-        print(f"perfbench: {message}", file=sys.stderr)
+        print(f"perfbench: {printable(message)}", file=sys.stderr)
     # A pass of which somebody's reader would see nothing is no pass.
     return 2 if failed and report.exit_code == 0 else report.exit_code
 

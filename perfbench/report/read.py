@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from perfbench.errors import RunDirectoryError
+from perfbench.plain_text import printable, printable_lines, printable_tree
 from perfbench.result import RunDirectory
 
 
@@ -59,7 +60,8 @@ def _read(path: Path, label: str) -> Run:
     notices += [
         f"{count} of {len(written)} repetitions are void and left out: {reason}." for reason, count in void.items()
     ]
-    return Run(label, path, directory.manifest, samples, tuple(notices))
+    shown = {printable_lines(case_id): own for case_id, own in samples.items()}
+    return Run(printable(label), path, printable_tree(directory.manifest), shown, tuple(map(printable, notices)))
 
 
 def _summarise_unfinished(directory: RunDirectory, written: list[dict[str, Any]]) -> str:
