@@ -16,7 +16,7 @@ from typing import Any
 from perfbench.errors import BackboneError, PerfbenchError, nearest
 from perfbench.methods.shape import LLAMA_FAMILY, MODULES, BackboneShape
 from perfbench.paths import expanded
-from perfbench.yaml_source import shown
+from perfbench.plain_text import shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from typing import Any
 
@@ -40,3 +41,9 @@ def printable_tree(value: Any) -> Any:
     if isinstance(value, dict):
         return {printable_lines(str(key)): printable_tree(member) for key, member in value.items()}
     return [printable_tree(member) for member in value] if isinstance(value, list | tuple) else value
+
+
+def shown(value: Any) -> str:
+    """`value` as a message quotes it: short, one line, spelled as in the file."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -16,7 +16,8 @@ from jsonschema import Draft202012Validator, ValidationError, validators
 from perfbench.errors import nearest
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import MODULES
-from perfbench.yaml_source import Place, Source, shown
+from perfbench.plain_text import shown
+from perfbench.yaml_source import Place, Source
 
 DTYPES = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")

@@ -7,7 +7,6 @@ null. Duplicate keys, aliases (with which a few lines can expand to gigabytes) a
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import yaml
 from yaml.constructor import ConstructorError, SafeConstructor
 
 from perfbench.errors import ScenarioError, nearest
+from perfbench.plain_text import shown
 
 # Keys and list indices from the root to a value.
 Place = tuple[str | int, ...]
@@ -67,12 +67,6 @@ def read(path: str | Path) -> Source:
 def parse(text: str, origin: str) -> Source:
     """The values of a piece of YAML without a file, all written at `origin`. ScenarioError as `read`."""
     return _parse(text, lambda line: origin, origin)
-
-
-def shown(value: Any) -> str:
-    """`value` as a message quotes it: short, one line, spelled as in the file."""
-    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def lay_over(target: Source, place: Place, over: Source, inside: Place) -> Iterator[str]:

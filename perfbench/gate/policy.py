@@ -25,7 +25,8 @@ from typing import Any
 from perfbench import yaml_source
 from perfbench.errors import PolicyError, ScenarioError, nearest
 from perfbench.gate.figures import COMPILED, EXACT, TIMED
-from perfbench.yaml_source import Place, Source, dotted, shown
+from perfbench.plain_text import shown
+from perfbench.yaml_source import Place, Source, dotted
 
 MAX_PRIMARY = 2
 # Fewer than 6 values have no two-sided bound at 95%, of pairs or of two groups.

@@ -244,8 +244,9 @@ def test_a_run_of_another_configuration_is_not_gone_on_with(
 
 
 @pytest.fixture
-def poisoned(tiny_llama: Path, tmp_path: Path) -> Path:
-    """The tiny Llama with a NaN where the letter `N` is looked up."""
+def poisoned(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny Llama with a NaN where the letter `N` is looked up, which loading it would refuse."""
+    monkeypatch.setattr(backbone, "_expect_finite", lambda name, model: None)
     folder = tmp_path / "poisoned"
     shutil.copytree(tiny_llama, folder)
     weights = load_file(folder / "model.safetensors")
