@@ -1,10 +1,10 @@
 """The child process of sections: what they find goes to standard output, one line of JSON each.
 
 A process apart, because a kernel that goes wrong on a GPU takes its process with it, and because Triton's interpreter
-has to be chosen before triton is imported. Names of sections come on standard input, one a line, until it ends; after
-each section a line says that it is done.
+has to be chosen before triton is imported. Names of sections come as arguments, or else on standard input, one a line,
+until it ends; after each section a line says that it is done.
 
-    echo kernels | python -m perfbench.verify.worker cpu
+    python -m perfbench.verify.worker kernels cpu
 """
 
 from __future__ import annotations
@@ -33,16 +33,15 @@ DONE = "done"
 
 
 def main() -> int:
-    """Runs the sections that standard input names, on the device kind given as the argument."""
-    (device,) = sys.argv[1:]
+    """Runs the sections that the arguments or standard input name, on the device kind given as the last argument."""
+    *named, device = sys.argv[1:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan keeps a GPU busy
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the libraries print goes to standard error
     if device == "cuda":
         import_module("perfbench.verify.runtimes")  # takes long, and may be done before the first section comes
-    for line in sys.stdin:
-        section = line.strip()
+    for section in named or map(str.strip, sys.stdin):
         for finding in findings(section, device):
             events.write(json.dumps(asdict(finding), allow_nan=False) + "\n")
             events.flush()
