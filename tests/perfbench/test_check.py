@@ -300,3 +300,44 @@ def test_a_second_turn_on_a_cache_that_is_not_the_first_s_fails(
 
     monkeypatch.setattr(Decoder, "prefill_follow_up", forgetful)
     assert run(arm, base, "lora", batch).status == "check_failed"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_greedy_token_that_is_far_from_the_best_choice_fails_in_every_dtype(
+    backbones: dict[str, backbone.Backbone], dtype: str
+) -> None:
+    base = backbones[dtype]
+
+    class WorstToken(Faulty):
+        """Logits as they should be, but the last request's last token is the worst choice of all."""
+
+        def generate(self, batch: Batch, **observers: Any) -> Generation:
+            found = self.arm.generate(batch, **observers)
+            if "forced" not in observers and found.logits is not None:
+                tokens = found.tokens.clone()
+                tokens[-1, -1] = found.logits[-1, -1].argmin()
+                found = replace(found, tokens=tokens)
+            return found
+
+    found = run(WorstToken(make_arm(base, "lora")), base, "lora")
+    assert found.status == "check_failed"
+    assert "request(s) 4: other tokens" in (found.reason or "")
+
+
+def test_what_was_timed_holds_beside_the_oracle_and_a_fault_beside_other_arms_is_told(
+    backbones: dict[str, backbone.Backbone],
+) -> None:
+    base, batch = backbones["fp32"], make_batch()
+    plan_of = partial(make_plan, base, "lora", 1.0)
+    arm = make_arm(base, "lora")
+    timed = arm.generate(batch).tokens
+    assert check.as_timed(arm, batch, timed, 3, base, plan_of) is None
+    other = timed.clone()
+    other[1, 2] = (other[1, 2] + 1) % 256
+    assert check.as_timed(arm, batch, other, 3, base, plan_of) == (
+        "request(s) 1: other tokens when timed than when checked"
+    )
+    # The same wrong tokens twice, as where another arm has written over this one's adapters.
+    wrong = ShiftsMixedBatches(arm)
+    found = check.as_timed(wrong, batch, wrong.generate(batch).tokens, 3, base, plan_of)
+    assert (found or "").startswith("request 3: beside the other arms its logits differ by")

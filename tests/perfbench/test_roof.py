@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from perfbench.backbone_config import NAMED_CONFIGS, shape_of
 from perfbench.errors import PerfbenchError
 from perfbench.methods import parameters
 from perfbench.methods.registry import METHODS
-from perfbench.roof import DEVICES, Device, Work, decode_step, find_device, known_device
+from perfbench.roof import DEVICES, Device, Work, decode_step, find_device, impossible, known_device
 from perfbench.roof_table import Question, bounds, render
 
 QUESTION = Question("llama2-7b", "bf16", (1, 64), None, 274, 32, 1)
@@ -118,3 +119,39 @@ def test_what_can_t_be_asked_is_refused() -> None:
         bounds(Question("llama2-7b", "bf16", (1,), 5, 274, 32, 1), 1)
     with pytest.raises(PerfbenchError, match="--prompt-tokens: expected at most 4096 tokens"):
         bounds(Question("llama2-7b", "bf16", (1,), None, 4090, 32, 1), 1)
+
+
+def measured(itl_ms: float, memory_bytes: int | None, **load: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A comparison and a case of it whose last step reads 1 GB on a device of 1 TB/s: 1 ms at least."""
+    roof: dict[str, Any] = {"name": "d", "bytes_per_s": 1e12, "flops_per_s": {"bf16": 1e15}, "source": "made up"}
+    roof["memory_bytes"] = memory_bytes
+    workload = {"prompt_tokens": 96, "new_tokens": 32, "beams": 1} | load
+    exact = {"bytes_per_decode_step": 10**9, "least_flops_per_decode_step": 1}
+    case = {"exact": exact, "summary": {"itl_ms": {"median": itl_ms}}}
+    return {"roof": roof, "dtype": "bf16", "workload": workload}, case
+
+
+@pytest.mark.parametrize(
+    ("itl_ms", "memory_bytes", "load", "fails"),
+    [
+        (0.8, 2**30, {}, False),  # the first step may have needed 96 / 128 of the last one's
+        (0.7, 2**30, {}, True),
+        (0.7, 2**30, {"beams": 3}, False),  # each beam adds its own
+        (0.4, 2**30, {"beams": 3}, True),
+        (0.7, 2**30, {"prompts": "f.txt"}, False),  # of unknown length
+        (0.3, None, {}, False),  # a measured roof may be a bad moment's
+        (0.2, None, {}, True),
+    ],
+)
+def test_a_step_faster_than_what_it_reads_is_impossible(
+    itl_ms: float, memory_bytes: int | None, load: dict[str, Any], fails: bool
+) -> None:
+    found = impossible(*measured(itl_ms, memory_bytes, **load))
+    assert (found is not None) is fails
+    assert found is None or found.startswith(f"a step took {itl_ms:.3g} ms, and what it must read takes")
+
+
+def test_what_was_not_measured_is_not_impossible() -> None:
+    comparison, case = measured(0.1, 2**30)
+    assert impossible(comparison, case | {"summary": None}) is None
+    assert impossible(comparison | {"roof": None}, case) is None

@@ -418,3 +418,17 @@ def test_what_ended_a_child_is_said() -> None:
     assert "SIGSEGV" in cause(-signal.SIGSEGV)
     assert "memory" in cause(-signal.SIGKILL)
     assert "exit code 3" in cause(3)
+
+
+def test_what_was_timed_and_never_proved_is_proved_by_a_resumed_run(scenario: Path, tmp_path: Path) -> None:
+    """As where a child dies between its last sample and the proof."""
+    out = tmp_path / "run"
+    assert perfbench("run", scenario, "--out", out, "--set", "repetitions=2").returncode == 0
+    before, samples = manifest_of(out), samples_of(out)
+    for case in before["cases"].values():
+        assert case["check"].pop("proved_rounds")
+    (out / "run.json").write_text(json.dumps(before))
+    resumed = perfbench("run", scenario, "--out", out, "--set", "repetitions=2", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert all(case["check"]["proved_rounds"] for case in by_arm(out).values())
+    assert samples_of(out) == samples

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from perfbench import backbone, workload
 from perfbench.cases import Workload
 from perfbench.errors import BackboneError, ScenarioError
+from perfbench.runtimes.generation import Batch
 
 BASE = Workload(
     prompts=None,
@@ -281,3 +282,17 @@ def tiny_backbone(tmp_path: Path) -> backbone.Backbone:
     LlamaForCausalLM(LlamaConfig(vocab_size=4, **sizes)).save_pretrained(str(tmp_path / "model"))
     words("<new>").save_pretrained(str(tmp_path / "model"))
     return backbone.load(str(tmp_path / "model"), "fp32", "cpu", seed=0)
+
+
+def test_every_turn_has_prompts_of_its_own_and_the_same_for_all_arms() -> None:
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]])
+    batch = Batch(ids, (ids > 0).long(), (0, 1), 1, new_tokens=2, follow_up=ids)
+    first, again, second = (workload.fresh(batch, 7, turn) for turn in (0, 0, 1))
+    assert torch.equal(first.input_ids, again.input_ids)
+    assert first.follow_up is not None
+    assert torch.equal(first.follow_up, again.follow_up)
+    for other in (batch, second, workload.fresh(batch, 8, 0), workload.fresh(batch, 7, -1)):
+        assert not torch.equal(first.input_ids, other.input_ids)
+    assert torch.equal(first.attention_mask, batch.attention_mask)
+    assert not first.input_ids[0, :2].any(), "padding stays padding"
+    assert set(first.input_ids[first.attention_mask.bool()].tolist()) <= set(range(5, 15))
