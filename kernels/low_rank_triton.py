@@ -95,9 +95,7 @@ def expand_columns(
     BLOCK_R ranks are loaded as one tile [BLOCK_R, BLOCK], so that a program waits once and not once for each rank.
     """
     for i in tl.static_range(len(modules)):
-        values = _expand_module(
-            values, h, modules[i], adapter, FIRST, columns, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R
-        )
+        values = _expand_module(values, h, modules[i], adapter, FIRST, columns, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R)
     return values
 
 

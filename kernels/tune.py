@@ -50,7 +50,12 @@ CANDIDATES: dict[str, tuple[Setting, ...]] = {
         *(
             {"BLOCK_N": columns, "BLOCK_K": features, "num_warps": 4, "num_stages": stages}
             for columns, features, stages in (
-                (16, 256, 4), (32, 128, 5), (32, 256, 3), (32, 256, 4), (64, 128, 3), (64, 128, 4),
+                (16, 256, 4),
+                (32, 128, 5),
+                (32, 256, 3),
+                (32, 256, 4),
+                (64, 128, 3),
+                (64, 128, 4),
             )
         ),
     ),

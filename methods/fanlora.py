@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from perfbench.methods import lora, peft_lora_files
+from perfbench.methods import lora
+from perfbench.methods.checkpoints import lora as lora_checkpoint
 from perfbench.methods.parameters import Parameters
 from perfbench.methods.plan import AdapterPlan
 from perfbench.methods.registry import FanLoraOptions, LoraOptions, Setting
@@ -46,7 +47,7 @@ def plan(parameters: Parameters, shape: BackboneShape, options: FanLoraOptions) 
 
 def save(parameters: Parameters, shape: BackboneShape, options: FanLoraOptions, folder: Path, backbone: str) -> None:
     """Writes a PEFT LoRA checkpoint folder whose target modules are spelled out in full."""
-    peft_lora_files.save(parameters, options.alpha, folder, backbone)
+    lora_checkpoint.save(parameters, options.alpha, folder, backbone)
 
 
 def load(folder: Path, shape: BackboneShape, options: FanLoraOptions) -> AdapterPlan:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from perfbench.methods import adapter_folder, peft_ia3_files, projected_ia3_files
+from perfbench.methods.checkpoints import adapter_folder
+from perfbench.methods.checkpoints import ia3 as ia3_checkpoint
+from perfbench.methods.checkpoints import projected_ia3 as projected_ia3_checkpoint
 from perfbench.methods.parameters import Parameters
 from perfbench.methods.plan import AdapterPlan, LayerPlan
 from perfbench.methods.registry import Ia3Options
@@ -72,14 +74,14 @@ def save(parameters: Parameters, shape: BackboneShape, options: Ia3Options, fold
         for index, layer in enumerate(plan(parameters, shape, options))
         for module, scale in layer.scale_minus_one.items()
     }
-    peft_ia3_files.save(scales, folder, backbone)
+    ia3_checkpoint.save(scales, folder, backbone)
 
 
 def load(folder: Path, shape: BackboneShape, options: Ia3Options) -> AdapterPlan:
     """The plan of a folder with z and P, as training writes it, or with l on Q, K and Up. Raises AdapterError."""
-    if adapter_folder.peft_type(folder) == projected_ia3_files.PEFT_TYPE:
-        return plan(projected_ia3_files.load(folder, shape, IA3_MODULES), shape, options)
-    scales = peft_ia3_files.load(folder, shape, IA3_MODULES)
+    if adapter_folder.peft_type(folder) == projected_ia3_checkpoint.PEFT_TYPE:
+        return plan(projected_ia3_checkpoint.load(folder, shape, IA3_MODULES), shape, options)
+    scales = ia3_checkpoint.load(folder, shape, IA3_MODULES)
     return tuple(
         LayerPlan(scale_minus_one={m: scales[i, m] - 1 for m in IA3_MODULES if (i, m) in scales})
         for i in range(shape.layers)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from perfbench.methods import peft_ia3_files
+from perfbench.methods.checkpoints import ia3 as ia3_checkpoint
 from perfbench.methods.parameters import Parameters
 from perfbench.methods.plan import AdapterPlan, LayerPlan
 from perfbench.methods.registry import Ia3OriginalOptions
@@ -57,10 +57,10 @@ def save(
     for name, scale in parameters.items():
         _, index, module, _ = name.split(".")
         scales[int(index), module] = scale
-    peft_ia3_files.save(scales, folder, backbone)
+    ia3_checkpoint.save(scales, folder, backbone)
 
 
 def load(folder: Path, shape: BackboneShape, options: Ia3OriginalOptions) -> AdapterPlan:
     """The plan of a PEFT (IA)3 checkpoint folder. Raises AdapterError."""
-    scales = peft_ia3_files.load(folder, shape, IA3_MODULES)
+    scales = ia3_checkpoint.load(folder, shape, IA3_MODULES)
     return plan({f"layers.{i}.{m}.l": scale for (i, m), scale in scales.items()}, shape, options)

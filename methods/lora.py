@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from perfbench.methods import peft_lora_files
+from perfbench.methods.checkpoints import lora as lora_checkpoint
 from perfbench.methods.parameters import Parameters
 from perfbench.methods.plan import AdapterPlan, LayerPlan, LowRank
 from perfbench.methods.registry import LoraOptions, Setting
@@ -74,7 +74,7 @@ def plan(parameters: Parameters, shape: BackboneShape, options: LoraOptions) -> 
 
 def save(parameters: Parameters, shape: BackboneShape, options: LoraOptions, folder: Path, backbone: str) -> None:
     """Writes a PEFT LoRA checkpoint folder."""
-    peft_lora_files.save(parameters, options.alpha, folder, backbone)
+    lora_checkpoint.save(parameters, options.alpha, folder, backbone)
 
 
 def load(folder: Path, shape: BackboneShape, options: LoraOptions) -> AdapterPlan:
@@ -82,4 +82,4 @@ def load(folder: Path, shape: BackboneShape, options: LoraOptions) -> AdapterPla
 
     Ranks, modules and alpha are the checkpoint's own, whatever `options` say.
     """
-    return plan(peft_lora_files.load(folder, shape), shape, LoraOptions())
+    return plan(lora_checkpoint.load(folder, shape), shape, LoraOptions())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from perfbench.methods import para_files
+from perfbench.methods.checkpoints import para as para_checkpoint
 from perfbench.methods.parameters import Parameters
 from perfbench.methods.plan import AdapterPlan, Generator, LayerPlan
 from perfbench.methods.registry import ParaOptions
@@ -79,10 +79,10 @@ def plan(parameters: Parameters, shape: BackboneShape, options: ParaOptions) -> 
 
 def save(parameters: Parameters, shape: BackboneShape, options: ParaOptions, folder: Path, backbone: str) -> None:
     """Writes an adapter folder in PEFT's format with `peft_type` PARA."""
-    para_files.save(parameters, options, folder, backbone)
+    para_checkpoint.save(parameters, options, folder, backbone)
 
 
 def load(folder: Path, shape: BackboneShape, options: ParaOptions) -> AdapterPlan:
     """The plan of such a folder; its rank and its pooling are its own. Raises AdapterError."""
-    parameters, options = para_files.load(folder, shape)
+    parameters, options = para_checkpoint.load(folder, shape)
     return plan(parameters, shape, options)

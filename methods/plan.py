@@ -39,9 +39,7 @@ class Generator:
 
     def map(self, make: Callable[[torch.Tensor], torch.Tensor]) -> Generator:
         """The same with `make` of each tensor."""
-        return Generator(
-            make(self.w_down), make(self.w_up), make(self.bias_minus_one), self.modules, self.normalised
-        )
+        return Generator(make(self.w_down), make(self.w_up), make(self.bias_minus_one), self.modules, self.normalised)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """One arm of `perfbench ab`: a process of one revision, which times a block of repetitions whenever it is told to.
 
 It reads a job (one line of JSON) and then turns on standard input, and writes events to what was its standard output,
-as `perfbench.worker` does. The parent may be of another revision: PROTOCOL says whether both speak alike, and all that
-is measured, the measuring included, is this revision's own code.
+as `perfbench.measure.on_device.worker` does. The parent may be of another revision: PROTOCOL says whether both speak
+alike, and all that is measured, the measuring included, is this revision's own code. The parent starts it by its name
+in every revision, so this file stays where it is.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from perfbench.errors import PerfbenchError
-from perfbench.worker import Emit, open_session, serve
+from perfbench.measure.on_device.worker import Emit, open_session, serve
 
 PROTOCOL = 1
 
@@ -61,8 +62,8 @@ def _serve(emit: Emit) -> None:
 
 def _plan(job: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
     """The comparisons of the scenario, which must fit in one process, and the settings of the session."""
-    from perfbench import cases, scenario
-    from perfbench.device import device_kind
+    from perfbench.machine.device import device_kind
+    from perfbench.spec import cases, scenario
 
     document = scenario.load(Path(job["scenario"]), job["set"])
     resolved = scenario.resolve(document, *device_kind(document.device))

@@ -12,7 +12,7 @@ from perfbench import __version__, crash_report, interruption
 from perfbench.commands import judging, looking, measuring, training
 from perfbench.commands.arguments import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from perfbench.errors import PerfbenchError
-from perfbench.plain_text import printable
+from perfbench.files.plain_text import printable
 
 # As a shell says of a program that died of it: 0 would be a gate's pass.
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1

@@ -10,7 +10,7 @@ import os
 import tempfile
 import traceback
 
-from perfbench.plain_text import printable
+from perfbench.files.plain_text import printable
 
 # Of perfbench itself; neither a failed check (1), nor bad input (2), nor an open verdict (3).
 EXIT_FAULT = 4

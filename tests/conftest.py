@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped, with the reason, where torch finds no CUDA device; those marked `interpreter`
     where they would run in an interpreter of Triton's that is known to fail."""
-    from perfbench.triton_interpreter import broken
+    from perfbench.machine.triton_interpreter import broken
 
     if "TRITON_INTERPRET" in os.environ and (why := broken()):
         for item in items:

@@ -12,43 +12,42 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Modules of perfbench that touch the device; those of TOP stand above; every other one is core. One in a folder of its
-# own is told by folder and name.
-RUNTIME = {"arms", "backbone", "workload", "measure", "measured_roof", "memory", "counts", "check", "worker"}
-RUNTIME |= {"ab_worker", "best_choices", "kept_worker", "oracle"}
-RUNTIME |= {f"profiling.{name}" for name in ("memory_timeline", "probes", "profile_worker", "ranges")}
-TOP = {"__main__", "cli", "commands", "inputs", "params", "profiling.profile", "roof_table", "run"}
-TOP |= {f"verify.{name}" for name in ("command", "grid", "sections", "worker")}
-# kernels/<name>.py that looks at them as the runtimes call them.
-COMMANDS_OF_KERNELS = {"resources"}
-# methods/<name>.py that a scenario is checked with, so they load no torch.
-REGISTRY = {"__init__", "registry", "shape"}
-
 HEAVY = {"torch", "transformers", "peft", "triton", "safetensors", "accelerate", "datasets"}
 
-# Room -> the rooms of perfbench it may import at module level.
-MAY_IMPORT = {
-    "errors": set[str](),
-    "kernels": {"kernels"},
-    "registry": {"errors", "registry"},
-    "methods": {"errors", "registry", "methods"},
-    "core": {"errors", "registry", "core"},
-    "runtime": {"errors", "registry", "methods", "kernels", "core", "runtime"},
-    "finetune": {"errors", "registry", "methods", "kernels", "core", "runtime", "finetune"},
-    "top": {"errors", "registry", "core", "top"},
-}
+# The floors of the house, from the ground up: a file imports, at module level, only from its own floor and those below.
+# A folder that is not here stands with its parent; a file at the top of perfbench is a room of its own.
+FLOORS = (
+    {"errors"},
+    {"methods.registry", "methods.shape"},
+    {"files", "figures", "machine", "spec", "run_folder", "progress", "crash_report", "interruption"},
+    {"report", "history", "gate", "doctor"},
+    {"measure", "profiling", "verify"},
+    {"kernels"},
+    {"methods"},
+    {"runtimes", "proof", "peft", "on_device", "ab_worker"},
+    {"finetune"},
+    {"__init__", "__main__", "cli", "commands"},
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-# Room -> the only third-party packages it may import, at any level. Rooms that are not here may import any,
-# but only `runtime` and `finetune` a heavy one at module level.
+# Rooms whose files may import torch and its kin at module level. Everything else is free of torch: its functions may
+# import from any floor, where a command has to touch the device, but not those of STRICTLY_FREE.
+HEAVY_ROOMS = {"kernels", "methods", "runtimes", "proof", "peft", "on_device", "ab_worker", "finetune"}
+STRICTLY_FREE = {room for floor in FLOORS[:4] for room in floor}
+
+# Room -> the only third-party packages it may import, at any level.
 ONLY_PACKAGES = {
     "errors": set[str](),
+    "methods.registry": set[str](),
+    "methods.shape": set[str](),
     "kernels": {"torch", "triton"},
-    "registry": set[str](),
     "methods": {"torch", "safetensors"},
 }
+# Room -> the only rooms it may import; the other rooms of its floor are closed to it.
+ONLY_ROOMS = {"kernels": {"kernels"}, "methods": {"methods", "methods.registry", "methods.shape", "errors"}}
 
-# Inside functions, the top may import everything, and these two torch: they ask it for a device.
-LAZY_TORCH = {"perfbench/device.py", "perfbench/doctor/machine.py"}
+# These two ask torch for a device, inside functions.
+LAZY_TORCH = {"perfbench/machine/device.py", "perfbench/doctor/machine.py"}
 
 
 @dataclass(frozen=True)
@@ -84,21 +83,12 @@ def imports_of(source: str) -> list[Import]:
 
 def room_of(module: str) -> str:
     """The room of a dotted name inside perfbench."""
-    parts = [*module.split("."), ""]
-    if parts[1] == "kernels":
-        return "runtime" if parts[2] in COMMANDS_OF_KERNELS else "kernels"
-    if parts[1] == "methods":
-        return "registry" if parts[2] in REGISTRY else "methods"
-    if parts[1] == "finetune":
-        return "finetune"
-    if parts[1] == "verify" and parts[2] in {"", "__init__", "report"}:
-        return "core"
-    names = {parts[1], ".".join(parts[1:3])}
-    if names & TOP:
-        return "top"
-    if parts[1] in {"runtimes", "verify"} or names & RUNTIME:
-        return "runtime"
-    return "errors" if parts[1] == "errors" else "core"
+    parts = module.split(".")[1:]
+    if ".".join(parts[:2]) in FLOOR_OF:
+        return ".".join(parts[:2])
+    if "on_device" in parts[:2]:
+        return "on_device"
+    return parts[0] if parts else "__init__"
 
 
 def arrows_up(path: str, source: str) -> list[str]:
@@ -106,6 +96,9 @@ def arrows_up(path: str, source: str) -> list[str]:
     module = ".".join(Path(path).with_suffix("").parts)
     room = room_of(module if module.startswith("perfbench") else f"perfbench.{module}")
     wrong = []
+    if room not in FLOOR_OF:
+        wrong.append(f"{path}:1: {room} stands on no floor of FLOORS")
+        return wrong
     for imported in imports_of(source):
         package = imported.name.split(".")[0]
         if not package:
@@ -113,27 +106,37 @@ def arrows_up(path: str, source: str) -> list[str]:
         elif package in {"kernels", "methods", "scenarios"}:
             wrong.append(f"{path}:{imported.line}: {imported.name}; write perfbench.{imported.name}")
         elif package == "perfbench":
-            target = room_of(imported.name)
-            lazily = room == "top" and not imported.at_module_level
-            if target not in MAY_IMPORT[room] and not lazily:
-                wrong.append(f"{path}:{imported.line}: {room} imports {imported.name} of {target}")
-        elif package not in sys.stdlib_module_names and not _may_import(path, room, package, imported):
+            if not _may_import_room(room, room_of(imported.name), imported):
+                wrong.append(f"{path}:{imported.line}: {room} imports {imported.name}")
+        elif package not in sys.stdlib_module_names and not _may_import_package(path, room, package, imported):
             wrong.append(f"{path}:{imported.line}: {room} imports {package}")
     return wrong
 
 
-def _may_import(path: str, room: str, package: str, imported: Import) -> bool:
+def _may_import_room(room: str, target: str, imported: Import) -> bool:
+    if target not in FLOOR_OF:
+        return target == "__version__"
+    if room in ONLY_ROOMS:
+        return target in ONLY_ROOMS[room]
+    if room not in STRICTLY_FREE | HEAVY_ROOMS and not imported.at_module_level:
+        return True
+    if room not in HEAVY_ROOMS and target in HEAVY_ROOMS:
+        return False
+    return FLOOR_OF[target] <= FLOOR_OF[room]
+
+
+def _may_import_package(path: str, room: str, package: str, imported: Import) -> bool:
     if room in ONLY_PACKAGES:
         return package in ONLY_PACKAGES[room]
-    if room in {"runtime", "finetune"} or package not in HEAVY:
+    if room in HEAVY_ROOMS or package not in HEAVY:
         return True
-    return not imported.at_module_level and (room == "top" or path in LAZY_TORCH)
+    return not imported.at_module_level and (room not in STRICTLY_FREE or path in LAZY_TORCH)
 
 
 def sources() -> list[Path]:
     """Every Python file of the rooms; perfbench/kernels and perfbench/methods are links to the top."""
     ours = [path for path in sorted((ROOT / "perfbench").rglob("*.py")) if not _linked(path)]
-    return [path for folder in ("kernels", "methods") for path in sorted((ROOT / folder).glob("*.py"))] + ours
+    return [path for folder in ("kernels", "methods") for path in sorted((ROOT / folder).rglob("*.py"))] + ours
 
 
 def test_every_arrow_points_down():
@@ -156,7 +159,7 @@ def _linked(path: Path) -> bool:
         ("kernels/low_rank.py", "import transformers\n"),
         ("kernels/low_rank.py", "from perfbench.methods.plan import LowRank\n"),
         ("kernels/low_rank.py", "def f():\n    import numpy\n"),
-        ("kernels/low_rank.py", "from perfbench.kernels import resources\n"),
+        ("kernels/low_rank.py", "from perfbench.verify.on_device import resources\n"),
         ("methods/lora.py", "from perfbench.kernels import low_rank\n"),
         ("methods/lora.py", "from perfbench import kernels\n"),
         ("methods/lora.py", "import peft\n"),
@@ -164,18 +167,18 @@ def _linked(path: Path) -> bool:
         ("methods/registry.py", "import torch\n"),
         ("methods/registry.py", "from perfbench.methods import lora\n"),
         ("methods/shape.py", "def f():\n    import torch\n"),
-        ("perfbench/errors.py", "from perfbench import result\n"),
-        ("perfbench/stats.py", "import torch.nn.functional as F\n"),
-        ("perfbench/stats.py", "def f():\n    import torch\n"),
-        ("perfbench/stats.py", "from perfbench.worker import main\n"),
-        ("perfbench/stats.py", "from perfbench.runtimes import generation\n"),
-        ("perfbench/stats.py", "from perfbench.methods.bank import Bank\n"),
-        ("perfbench/stats.py", "from methods import bank\n"),
+        ("perfbench/errors.py", "from perfbench.figures import stats\n"),
+        ("perfbench/figures/stats.py", "import torch.nn.functional as F\n"),
+        ("perfbench/figures/stats.py", "def f():\n    import torch\n"),
+        ("perfbench/figures/stats.py", "from perfbench.measure.on_device.worker import main\n"),
+        ("perfbench/figures/stats.py", "from perfbench.runtimes import generation\n"),
+        ("perfbench/figures/stats.py", "from perfbench.methods.bank import Bank\n"),
+        ("perfbench/figures/stats.py", "from methods import bank\n"),
         ("perfbench/doctor/machine.py", "try:\n    import torch\nexcept ImportError:\n    torch = None\n"),
-        ("perfbench/cli.py", "from perfbench.worker import main\n"),
+        ("perfbench/cli.py", "from perfbench.measure.on_device.worker import main\n"),
         ("perfbench/a_new_module.py", "import transformers\n"),
-        ("perfbench/worker.py", "from perfbench.cli import main\n"),
-        ("perfbench/worker.py", "from perfbench.finetune import recipe\n"),
+        ("perfbench/measure/on_device/worker.py", "from perfbench.cli import main\n"),
+        ("perfbench/measure/on_device/worker.py", "from perfbench.finetune import recipe\n"),
     ],
 )
 def test_a_planted_arrow_up_is_found(tmp_path, path, source):
@@ -192,8 +195,8 @@ def test_a_planted_arrow_up_is_found(tmp_path, path, source):
         ("kernels/low_rank.py", "import math\nimport torch\nimport triton.language as tl\n"),
         ("methods/lora.py", "import torch\nfrom perfbench.methods import plan\n"),
         ("perfbench/doctor/machine.py", "def f():\n    import torch\n"),
-        ("perfbench/cli.py", "def f():\n    from perfbench.worker import main\n"),
-        ("perfbench/worker.py", "import peft\nfrom perfbench.kernels import low_rank\n"),
+        ("perfbench/cli.py", "def f():\n    from perfbench.measure.on_device.worker import main\n"),
+        ("perfbench/measure/on_device/worker.py", "import peft\nfrom perfbench.kernels import low_rank\n"),
     ],
 )
 def test_an_arrow_down_is_not(path, source):
@@ -218,9 +221,9 @@ def heavy_after(code: str) -> set[str]:
 
 def test_core_modules_load_nothing_heavy():
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources()]
-    core = [name for name in modules if name.startswith("perfbench.") and room_of(name) in {"core", "top", "errors"}]
+    core = [name for name in modules if name.startswith("perfbench.") and room_of(name) not in HEAVY_ROOMS]
     core = [name for name in core if not name.endswith(("__init__", "__main__"))]
-    assert {"perfbench.backbone_config", "perfbench.profiling.view"} <= set(core)
+    assert {"perfbench.spec.backbone_config", "perfbench.profiling.view"} <= set(core)
     assert heavy_after(f"import {', '.join(core)}, perfbench.methods.registry") == set()
 
 

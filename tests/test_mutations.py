@@ -30,6 +30,8 @@ repetitions: 2
 
 TRANSFORMERS = "perfbench/runtimes/transformers_plan.py"
 STATIC = "perfbench/runtimes/static"
+WORKER = "perfbench/measure/on_device/worker.py"
+REPETITION = "perfbench/measure/on_device/repetition.py"
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,12 @@ CACHING = """
 # Acts while prompts are read, and is forgotten for the tokens after them.
 LINEAR = """        y = linear(x, self.weight, self.bias)
 """
-PREFILL_ONLY = LINEAR + """        if x.shape[1] == 1:
+PREFILL_ONLY = (
+    LINEAR
+    + """        if x.shape[1] == 1:
             return y
 """
+)
 
 FAULTS = (
     Fault("the tokens of an earlier call, given again when timed", ((TRANSFORMERS, CACHED, CACHING),),
@@ -102,20 +107,20 @@ FAULTS = (
         ("perfbench/runtimes/peft_arms.py", 'f"tenant{slot}" for slot in batch.slots]',
          'f"tenant{min(slot, 1)}" for slot in batch.slots]'),), "peft: FAILED", methods="[peft]"),
     Fault("beams multiplied into the speed", (
-        ("perfbench/measure.py", "sample_metrics(token_times_ms, batch.input_ids.shape[0], total_ms)",
+        (REPETITION, "sample_metrics(token_times_ms, batch.input_ids.shape[0], total_ms)",
          "sample_metrics(token_times_ms, batch.input_ids.shape[0] * batch.beams, total_ms)"),),
         "contradicts itself: tokens_per_s", code=4, beams=3),
     Fault("the second token is called the first", (
-        ("perfbench/measure.py", "sample_metrics(token_times_ms, batch", "sample_metrics(token_times_ms[1:], batch"),),
+        (REPETITION, "sample_metrics(token_times_ms, batch", "sample_metrics(token_times_ms[1:], batch"),),
         "contradicts itself: itl_ms", code=4),
     Fault("the clock starts at the first token", (
-        ("perfbench/measure.py", "            clock.mark()\n            generated =", "            generated ="),),
+        (REPETITION, "            clock.mark()\n            generated =", "            generated ="),),
         "contradicts itself: itl_ms", code=4),
     Fault("a clock of 15.6 ms", (
         ("perfbench/runtimes/generation.py", "self._marks.append(time.perf_counter())",
          "self._marks.append(int(time.perf_counter() * 64) / 64)"),), "the clock: expected steps", code=2),
     Fault("a peak without a run", (
-        ("perfbench/memory.py", "profile_memory=True) as profiler:\n        arm.generate(batch)",
+        ("perfbench/measure/on_device/memory.py", "profile_memory=True) as profiler:\n        arm.generate(batch)",
          "profile_memory=True) as profiler:\n        pass"),), "the profiler saw none", code=4),
 )  # fmt: skip
 
@@ -135,9 +140,7 @@ def run(code: Path, fault: Fault) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "perfbench", "run", str(scenario), "--out", str(code / "out")]
-    return subprocess.run(
-        command, cwd=code, env=environment, capture_output=True, text=True, timeout=DEADLINE_S
-    )
+    return subprocess.run(command, cwd=code, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
 
 
 def judged(fault: Fault, folder: Path) -> str | None:
@@ -167,7 +170,7 @@ def test_a_run_sees_every_planted_fault(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak resident set can be reset on Linux only")
 def test_a_peak_that_was_not_reset_is_no_figure(tmp_path: Path) -> None:
     code = copy_of_the_code(tmp_path)
-    file = code / "perfbench" / "memory.py"
+    file = code / "perfbench" / "measure" / "on_device" / "memory.py"
     sound = 'Path("/proc/self/clear_refs").write_text("5")'
     assert sound in file.read_text()
     file.write_text(file.read_text().replace(sound, "pass"))

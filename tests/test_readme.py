@@ -32,7 +32,7 @@ def tables_of(readme: str) -> list[tuple[str, str]]:
 
 def stale_tables(readme: str) -> list[str]:
     """The paths of the marked tables that are not what their run.json says."""
-    from perfbench.table import render
+    from perfbench.report.table import render
 
     return [
         path
@@ -43,9 +43,7 @@ def stale_tables(readme: str) -> list[str]:
 
 def ci_test_command(root: Path) -> str:
     """The command that .ci/run in `root` would run."""
-    done = subprocess.run(
-        [root / ".ci" / "run", "--print"], capture_output=True, text=True, check=True, cwd="/"
-    )
+    done = subprocess.run([root / ".ci" / "run", "--print"], capture_output=True, text=True, check=True, cwd="/")
     return done.stdout.removesuffix("\n")
 
 
@@ -86,9 +84,7 @@ def copy_of_ci(folder: Path, readme: str) -> Path:
 
 
 def test_ci_reads_the_command_and_does_not_know_it(tmp_path):
-    root = copy_of_ci(
-        tmp_path, "A sentence.\n```sh\nfirst 'one'\nsecond \"$HOME\" '.[x]'\n```\n```sh\nno\nno\n```\n"
-    )
+    root = copy_of_ci(tmp_path, "A sentence.\n```sh\nfirst 'one'\nsecond \"$HOME\" '.[x]'\n```\n```sh\nno\nno\n```\n")
     assert ci_test_command(root) == "second \"$HOME\" '.[x]'"
 
 

@@ -63,8 +63,8 @@ def _gate(arguments: argparse.Namespace) -> int:
     """Judges a run against a stored one by a policy. Exit codes: 0 pass, 1 regression (a missing or crashed case
     too), 2 invalid input, 3 inconclusive, 4 a fault of perfbench itself."""
     from perfbench.gate import policy, stored
-    from perfbench.gate.command import verdict_of, writes_of
-    from perfbench.gate.report import Report
+    from perfbench.gate.gate_report import Report
+    from perfbench.gate.outcome import verdict_of, writes_of
 
     def report() -> Report:
         rules = policy.load(arguments.policy)
@@ -82,8 +82,8 @@ def _ab(arguments: argparse.Namespace) -> int:
     a control that moved."""
     from perfbench.gate import policy
     from perfbench.gate.ab import Plan, compare_revisions
-    from perfbench.gate.command import verdict_of, writes_of
-    from perfbench.gate.report import Report
+    from perfbench.gate.gate_report import Report
+    from perfbench.gate.outcome import verdict_of, writes_of
 
     out = arguments.out or stamped("ab")
 

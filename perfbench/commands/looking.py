@@ -9,7 +9,7 @@ from typing import Any
 
 from perfbench.commands.arguments import EXIT_BAD_INPUT, add_set, port, positive
 from perfbench.errors import PerfbenchError
-from perfbench.plain_text import printable
+from perfbench.files.plain_text import printable
 
 
 def add(commands: Any) -> None:
@@ -69,11 +69,12 @@ def _history(arguments: argparse.Namespace) -> int:
     moved from run to run and where its level changed. Exit code 2 where a run can't be read; the rest is imported."""
     from collections import Counter
 
-    from perfbench import history, history_view
+    from perfbench.history import store as history_store
+    from perfbench.history import view as history_view
     from perfbench.report.write import write
 
-    found, outcomes = history.find_runs(arguments.runs), Counter[str]()
-    with history.open_store(arguments.store, create=bool(found)) as store:
+    found, outcomes = history_store.find_runs(arguments.runs), Counter[str]()
+    with history_store.open_store(arguments.store, create=bool(found)) as store:
         for path in found:
             try:
                 outcome = store.add(path)
@@ -102,10 +103,11 @@ def _profile(arguments: argparse.Namespace) -> int:
     traces for `perfbench view`, Perfetto and TensorBoard. Exit codes: 0, 1 the case failed its check, 2 bad input."""
     from rich.console import Console
 
-    from perfbench import cases, inputs, scenario
-    from perfbench.device import device_kind
+    from perfbench.machine.device import device_kind
+    from perfbench.measure import inputs
     from perfbench.profiling import profile
     from perfbench.profiling.profile_table import render
+    from perfbench.spec import cases, scenario
 
     notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     document = scenario.load(arguments.scenario, arguments.set)

@@ -8,7 +8,7 @@ from typing import Any
 
 from perfbench.commands.arguments import add_out, add_set, interrupted, out_of, positive
 from perfbench.errors import PerfbenchError
-from perfbench.plain_text import printable
+from perfbench.files.plain_text import printable
 
 
 def add(commands: Any) -> None:
@@ -76,10 +76,10 @@ def _run(arguments: argparse.Namespace) -> int:
     check, 2 bad input, 4 some case crashed or ran out of memory."""
     from rich.console import Console
 
-    from perfbench import cases, cost, scenario
-    from perfbench.columns import format_bytes
-    from perfbench.device import device_kind
-    from perfbench.table import render
+    from perfbench.files.plain_text import format_bytes
+    from perfbench.machine.device import device_kind
+    from perfbench.report.table import render
+    from perfbench.spec import cases, cost, scenario
 
     notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     processes = [f"processes={arguments.processes}"] if arguments.processes else []
@@ -104,7 +104,8 @@ def _run(arguments: argparse.Namespace) -> int:
         print("\n".join(ids))
         notes.print(f"{work}; nothing was run")
         return 0
-    from perfbench import inputs, run, run_lock
+    from perfbench.files import run_lock
+    from perfbench.measure import inputs, run
 
     out = out_of(arguments, run.default_out(resolved), "run directory")
     for note in inputs.check(comparisons):
@@ -126,12 +127,12 @@ def _run(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     """Prints a run's table as it was printed at its end, or as Markdown, CSV or JSON; a fine-tuning's as it was
     printed. Same exit codes as `run`."""
-    from perfbench.result import RunDirectory, is_finetune
-    from perfbench.table import render
+    from perfbench.report.table import render
+    from perfbench.run_folder.run_directory import RunDirectory, is_finetune
 
     if is_finetune(arguments.run):
         from perfbench.finetune import summary
-        from perfbench.finetune.run_folder import FinetuneFolder
+        from perfbench.finetune.finetune_folder import FinetuneFolder
 
         if arguments.format != "table":
             raise PerfbenchError(f"--format: expected table, all there is of a fine-tuning, got {arguments.format}")
@@ -152,18 +153,18 @@ def _verify(arguments: argparse.Namespace) -> int:
     check failed, 2 bad input."""
     from rich.console import Console
 
-    from perfbench import run_lock
-    from perfbench.device import device_kind
-    from perfbench.verify import command, report
+    from perfbench.files import run_lock
+    from perfbench.machine.device import device_kind
+    from perfbench.verify import verification, verify_report
 
-    sections = command.choose(arguments.section, tune=arguments.tune)
+    sections = verification.choose(arguments.section, tune=arguments.tune)
     notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    out = out_of(arguments, command.default_out(), "folder")
+    out = out_of(arguments, verification.default_out(), "folder")
     kind, name = device_kind("auto")
     name = name if kind == "cuda" else "the CPU"
     try:
         with run_lock.held(out, resume=arguments.resume):
-            found = command.verify(
+            found = verification.verify(
                 kind, name, out, full=arguments.full, minutes=arguments.minutes, resume=arguments.resume, notes=notes,
                 sections=sections,
             )  # fmt: skip
@@ -171,17 +172,17 @@ def _verify(arguments: argparse.Namespace) -> int:
         again = ["--full"] if arguments.full else []
         again += ["--section", *sections] if arguments.section else ["--tune"] if arguments.tune else []
         return interrupted(["verify", *again], arguments, out)
-    report.render(found)
-    notes.print(f"results: {out / report.JSON}, {out / report.MARKDOWN}")
-    return report.exit_code(found)
+    verify_report.render(found)
+    notes.print(f"results: {out / verify_report.JSON}, {out / verify_report.MARKDOWN}")
+    return verify_report.exit_code(found)
 
 
 def _validate(arguments: argparse.Namespace) -> int:
     """Checks scenario files for every kind of device, without torch or a network. Exit code 2 if one is bad."""
     import json
 
-    from perfbench.scenario_schema import SCHEMA
-    from perfbench.validation import validate
+    from perfbench.commands.validation import validate
+    from perfbench.spec.scenario_schema import SCHEMA
 
     if arguments.schema:
         print(json.dumps(SCHEMA, indent=2))
@@ -194,9 +195,9 @@ def _validate(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     """Prints the methods, backbones, runtimes, kernel sets, metrics, shipped scenarios, and the methods and tasks of
     fine-tuning."""
+    from perfbench.commands.listing import render
     from perfbench.finetune.tasks.registry import TASKS
     from perfbench.finetune.trained import TRAINED
-    from perfbench.listing import render
 
     render(
         tasks={name: task.summary for name, task in TASKS.items()},
@@ -207,7 +208,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _params(arguments: argparse.Namespace) -> int:
     """Prints parameters and bytes of one tenant's adapter for every method, beside the papers'; allocates nothing."""
-    from perfbench.params import render
+    from perfbench.commands.params import render
 
     render(arguments.backbone, arguments.dtype)
     return 0
@@ -215,11 +216,11 @@ def _params(arguments: argparse.Namespace) -> int:
 
 def _roof(arguments: argparse.Namespace) -> int:
     """Prints what each method could reach at most, from bytes and operations over a device's speeds; runs nothing."""
-    from perfbench.roof import find_device
-    from perfbench.roof_table import Question, render
+    from perfbench.commands.roof_table import Question, render
+    from perfbench.figures.roof import find_device
 
     if arguments.device == "here":
-        from perfbench.measured_roof import measure_here
+        from perfbench.measure.on_device.measured_roof import measure_here
 
         device = measure_here(arguments.dtype)
     else:
@@ -242,8 +243,8 @@ def _roof(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     """Says what this machine can and can't do, and how to mend it; needs no package. Exit code 0 where perfbench can
     run, else 1."""
-    from perfbench.doctor import command
+    from perfbench.doctor import examination
 
-    found = command.checks()
-    command.show(found)
-    return command.exit_code(found)
+    found = examination.checks()
+    examination.show(found)
+    return examination.exit_code(found)

@@ -47,14 +47,14 @@ def _finetune(arguments: argparse.Namespace) -> int:
     import os
     from contextlib import nullcontext
 
-    from perfbench import run_lock
-    from perfbench.finetune import config, recipe
-    from perfbench.finetune.run_folder import FinetuneFolder
+    from perfbench.files import run_lock
+    from perfbench.finetune import finetune_config, recipe
+    from perfbench.finetune.finetune_folder import FinetuneFolder
     from perfbench.finetune.summary import render
 
     if not arguments.out and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise PerfbenchError("--out: say where all processes write")
-    resolved = config.load(arguments.config, arguments.set)
+    resolved = finetune_config.load(arguments.config, arguments.set)
     out = out_of(arguments, stamped(f"finetune-{resolved.name}"), "run directory")
     is_main = int(os.environ.get("RANK", 0)) == 0  # of several processes that one writes
     try:
@@ -72,14 +72,14 @@ def _search(arguments: argparse.Namespace) -> int:
     """Trains LoRA on every linear of every layer, scores each module on the examples held out, and writes the setting
     that keeps the best of each layer: a file for `methods: fanlora: {setting: FILE}`. Exit code 0, or 2 for bad
     input."""
-    from perfbench import run_lock
-    from perfbench.finetune.search import command, config
+    from perfbench.files import run_lock
+    from perfbench.finetune.search import search_config, search_run
 
-    chosen = config.load(arguments.config, arguments.set)
+    chosen = search_config.load(arguments.config, arguments.set)
     out = out_of(arguments, stamped(f"{chosen.training.name}-search"), "search")
     try:
         with run_lock.held(out, resume=arguments.resume):
-            command.search(chosen, out, resume=arguments.resume)
+            search_run.search(chosen, out, resume=arguments.resume)
     except KeyboardInterrupt:
         return interrupted(["fanlora", "search", arguments.config], arguments, out)
     return 0
@@ -89,19 +89,19 @@ def _accuracy(arguments: argparse.Namespace) -> int:
     """Trains each method on each task, asks every test item as trained and as served, and judges each method against a
     reference, and what is served against what was trained. Exit codes: 0 pass, 1 a method is inferior or is not served
     as it was trained, 2 invalid input, 3 inconclusive."""
-    from perfbench import run_lock
-    from perfbench.finetune.accuracy import command, config, table
-    from perfbench.finetune.accuracy.run_folder import PAGE
+    from perfbench.files import run_lock
+    from perfbench.finetune.accuracy import accuracy_config, accuracy_run, verdict_table
+    from perfbench.finetune.accuracy.accuracy_folder import PAGE
 
-    resolved = config.load(arguments.config, arguments.set)
+    resolved = accuracy_config.load(arguments.config, arguments.set)
     out = out_of(arguments, stamped(f"accuracy-{resolved.name}"), "run directory")
     try:
         with run_lock.held(out, resume=arguments.resume):
-            folder, verdict = command.execute(resolved, out, resume=arguments.resume, run=arguments.run)
+            folder, verdict = accuracy_run.execute(resolved, out, resume=arguments.resume, run=arguments.run)
     except KeyboardInterrupt:
         run = ["--run", arguments.run] if arguments.run else []
         return interrupted(["accuracy", arguments.config, *run], arguments, out)
-    table.render(folder.manifest, verdict)
+    verdict_table.render(folder.manifest, verdict)
     print(f"results: {out}; the page: {out / PAGE}", file=sys.stderr)
     return verdict.exit_code
 
@@ -133,11 +133,11 @@ def _add_mtbench_options(parser: argparse.ArgumentParser) -> None:
 
 def _mtbench_answer(arguments: argparse.Namespace) -> int:
     """Answers MT-Bench's two-turn questions with beam search and writes them in FastChat's answer format."""
-    from perfbench import backbone
-    from perfbench.device import device_kind
-    from perfbench.finetune.tasks import mt_bench
+    from perfbench.finetune.mt_bench import questions
+    from perfbench.machine.device import device_kind
+    from perfbench.runtimes import backbone
 
-    mt_bench.questions(arguments.questions)  # a fault in them shows before the weights are loaded
+    questions.questions(arguments.questions)  # a fault in them shows before the weights are loaded
     loaded = backbone.load(arguments.backbone, arguments.dtype, device_kind(arguments.device)[0], seed=0)
     tokenizer = loaded.tokenizer()
     model = loaded.model
@@ -147,7 +147,7 @@ def _mtbench_answer(arguments: argparse.Namespace) -> int:
         model = trained.load(model, arguments.adapter)
     settings = {"beams": arguments.beams, "new_tokens": arguments.new_tokens, "batch": arguments.batch}
     name = arguments.model_id or arguments.out.stem
-    count = mt_bench.answer_with(model, tokenizer, arguments.questions, arguments.out, name, **settings)
+    count = questions.answer_with(model, tokenizer, arguments.questions, arguments.out, name, **settings)
     print(f"{arguments.out}: {count} answers of {name}")
     return 0
 
@@ -157,7 +157,7 @@ def _mtbench_judge(arguments: argparse.Namespace) -> int:
     but the questions, references and answers is sent, and to that address alone. Given again, it goes on."""
     import os
 
-    from perfbench.finetune import judge
+    from perfbench.finetune.mt_bench import judge
 
     endpoint = judge.Endpoint(arguments.url, arguments.model, os.environ.get(arguments.key_variable, ""))
     found = judge.judge(

@@ -12,9 +12,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from perfbench.backbone_config import NAMED_CONFIGS, parameter_count
 from perfbench.doctor.check import Check
-from perfbench.nvml import Nvml
+from perfbench.machine.nvml import Nvml
+from perfbench.spec.backbone_config import NAMED_CONFIGS, parameter_count
 
 GIB = 2**30
 LOW_DISK_BYTES = GIB  # a run directory is some MB; a backbone from the hub is GBs, into its own cache
@@ -81,9 +81,7 @@ def nvml() -> Check:
         if process.pid != os.getpid()
     )
     if others:
-        finding = (
-            f"{len(others)} other programs compute on the GPUs: {', '.join(others)}; timings will be noisy"
-        )
+        finding = f"{len(others)} other programs compute on the GPUs: {', '.join(others)}; timings will be noisy"
         return Check("nvml", "warn", finding, "stop them, or choose an idle GPU with CUDA_VISIBLE_DEVICES")
     return Check("nvml", "ok", "memory, clocks and energy can be read; nothing else computes on the GPUs")
 
@@ -105,7 +103,7 @@ def triton() -> Check:
 def tuned_kernels(settings: dict[str, str] | None = None) -> Check:
     """Whether the launch settings of the Triton kernels were tuned for the GPUs here."""
     if settings is None:
-        from perfbench import environment
+        from perfbench.machine import environment
 
         settings = environment.kernel_settings()
     untuned = [name for name, source in settings.items() if source != "tuned"]
@@ -122,9 +120,7 @@ def kernels_name(package: Path = Path(__file__).parents[1]) -> Check:
         finding = "perfbench/kernels is not a folder: the symbolic link to it was lost"
         return Check("name kernels", "missing", finding, "git config core.symlinks true, then git checkout .")
     if (package / "kernels" / "__init__.py").exists():
-        finding = (
-            "kernels/__init__.py makes it shadow Hugging Face's package kernels, which transformers imports"
-        )
+        finding = "kernels/__init__.py makes it shadow Hugging Face's package kernels, which transformers imports"
         return Check("name kernels", "missing", finding, "delete kernels/__init__.py")
     return Check("name kernels", "ok", "a namespace package: it shadows nothing")
 
@@ -133,7 +129,7 @@ def memory() -> Check:
     """The memory that is free, and which named backbones fit into it with fp32 weights."""
     import psutil
 
-    from perfbench import environment
+    from perfbench.machine import environment
 
     free = psutil.virtual_memory().available
     limit = environment.limits()["memory_bytes"]
@@ -156,9 +152,7 @@ def disk(folder: Path | None = None) -> Check:
         return Check("disk", "warn", "the current folder is not writable", "give another with --out")
     free = shutil.disk_usage(folder).free
     if free < LOW_DISK_BYTES:
-        return Check(
-            "disk", "warn", f"{free / GIB:.2f} GiB free in the current folder", "make room, or use --out"
-        )
+        return Check("disk", "warn", f"{free / GIB:.2f} GiB free in the current folder", "make room, or use --out")
     return Check("disk", "ok", f"{free / GIB:.0f} GiB free in the current folder")
 
 
@@ -168,15 +162,13 @@ def peak_memory(clear_refs: Path = Path("/proc/self/clear_refs")) -> Check:
         clear_refs.write_text("5")
     except OSError as error:
         finding = f"the peak resident set can't be reset ({error.strerror}): peaks include what ran before"
-        return Check(
-            "host memory peak", "warn", finding, "run on Linux, where /proc/self/clear_refs is writable"
-        )
+        return Check("host memory peak", "warn", finding, "run on Linux, where /proc/self/clear_refs is writable")
     return Check("host memory peak", "ok", "the peak resident set can be reset before each pass")
 
 
 def cpu_clock() -> Check:
     """Whether the CPU's clock is held still."""
-    from perfbench import environment
+    from perfbench.machine import environment
 
     found = environment.governor()
     if found is None:
@@ -192,14 +184,12 @@ def cpu_load() -> Check:
     """Whether other work runs on the cores, and whether a quota takes them away."""
     import psutil
 
-    from perfbench import environment
+    from perfbench.machine import environment
 
     cores = psutil.cpu_count() or 1
     quota = environment.limits()["cpus"]
     if quota is not None and quota < cores:
-        finding = (
-            f"a container limit of {quota:g} cores on {cores} visible ones: threads beyond it are stopped"
-        )
+        finding = f"a container limit of {quota:g} cores on {cores} visible ones: threads beyond it are stopped"
         return Check("cpu load", "warn", finding, f"use at most {max(1, int(quota))} threads")
     load = os.getloadavg()[0]
     if load > 0.5 * cores:

@@ -20,21 +20,21 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from perfbench import backbone
-from perfbench.backbone_config import shape_of
-from perfbench.device import device_kind
 from perfbench.errors import FinetuneError, TaskError
 from perfbench.finetune import small_backbone, trained
-from perfbench.finetune.config import FinetuneConfig
 from perfbench.finetune.encoding import Collator, Encoded, encode_split, fits
-from perfbench.finetune.metrics import METRICS
+from perfbench.finetune.finetune_config import FinetuneConfig
+from perfbench.finetune.finetune_folder import FinetuneFolder
 from perfbench.finetune.predict import predict
-from perfbench.finetune.run_folder import FinetuneFolder
 from perfbench.finetune.tasks.registry import find, load_splits
 from perfbench.finetune.tasks.task import Example, Split, Task
+from perfbench.finetune.tasks.task_metrics import METRICS
 from perfbench.finetune.trainer import AdapterTrainer, NotFinite, last_checkpoint, training_arguments
-from perfbench.memory import peak_resident_bytes, reset_peak_resident
+from perfbench.machine.device import device_kind
+from perfbench.measure.on_device.memory import peak_resident_bytes, reset_peak_resident
 from perfbench.progress import RunProgress
+from perfbench.runtimes import backbone
+from perfbench.spec.backbone_config import shape_of
 
 ADAPTER, CHECKPOINTS, PREDICTIONS = "adapter", "checkpoints", "predictions.jsonl"
 

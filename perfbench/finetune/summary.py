@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from perfbench.columns import format_bytes
-from perfbench.plain_text import printable_tree
-from perfbench.words import machine
+from perfbench.files.plain_text import format_bytes, printable_tree
+from perfbench.report.words import machine
 
 
 def render(manifest: Mapping[str, Any], console: Console | None = None) -> None:

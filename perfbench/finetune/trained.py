@@ -28,10 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from perfbench.errors import AdapterError, FinetuneError, nearest
 from perfbench.finetune.baselines import bitfit, full, houlsby, learned_adapter, peft_own, ssp
-from perfbench.finetune.peft_types.fanlora import fanlora_config
-from perfbench.finetune.peft_types.para import ParaConfig
-from perfbench.finetune.peft_types.projected_ia3 import ProjectedIa3Config
-from perfbench.methods import adapter_folder, parameters
+from perfbench.methods import parameters
+from perfbench.methods.checkpoints import adapter_folder
 from perfbench.methods.registry import (
     FanLoraOptions,
     Ia3Options,
@@ -40,6 +38,9 @@ from perfbench.methods.registry import (
     ParaOptions,
 )
 from perfbench.methods.shape import BackboneShape
+from perfbench.peft.fanlora import fanlora_config
+from perfbench.peft.para import ParaConfig
+from perfbench.peft.projected_ia3 import ProjectedIa3Config
 
 # (model, shape, options) -> the module to train
 Attach = Callable[[Any, BackboneShape, Any], Any]

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 from perfbench.errors import FinetuneError
 from perfbench.finetune import trained
-from perfbench.finetune.config import FinetuneConfig
+from perfbench.finetune.finetune_config import FinetuneConfig
 
 WEIGHTS = "trainable.safetensors"
 # Written last: a checkpoint without it was torn by a kill.

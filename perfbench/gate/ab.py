@@ -16,9 +16,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from perfbench import environment
 from perfbench.errors import ComparisonError
 from perfbench.gate.figures import COMPILED, TIMED
+from perfbench.gate.gate_report import Finding, Measured, Report, judge
 from perfbench.gate.judgement import judge_exact, judge_figure, judge_presence, timed_finding
 from perfbench.gate.pairs import (
     ARMS,
@@ -32,9 +32,9 @@ from perfbench.gate.pairs import (
 )
 from perfbench.gate.policy import Policy
 from perfbench.gate.rank_bounds import signed_rank_bound
-from perfbench.gate.report import Finding, Measured, Report, judge
 from perfbench.gate.revisions import Revision, is_dirty, repository_of, revisions
 from perfbench.gate.session import check_size, run_session
+from perfbench.machine import environment
 
 PAIRS, REPORT, WORKER_LOG = "pairs.jsonl", "report.json", "worker.log"
 

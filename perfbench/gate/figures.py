@@ -1,6 +1,6 @@
 """Which figures of a run are exact, which are timed, and which are shown and never gated. Free of torch.
 
-Definitions, units and which way is better are in `perfbench.metrics.METRICS`.
+Definitions, units and which way is better are in `perfbench.figures.metrics.METRICS`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from perfbench.errors import ComparisonError
-from perfbench.metrics import METRICS, energy_mj_per_token
+from perfbench.figures.metrics import METRICS, energy_mj_per_token
 
 # Figure -> the part of a case in run.json that holds it. Two runs of one commit give the same value.
 EXACT: dict[str, str] = {

@@ -12,11 +12,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 from perfbench.errors import PerfbenchError
-from perfbench.gate.report import Finding, Report
+from perfbench.figures.metrics import METRICS
+from perfbench.figures.stats import summary
+from perfbench.files.plain_text import one_line
+from perfbench.gate.gate_report import Finding, Report
 from perfbench.gate.text import change_words, markdown, unit_of
-from perfbench.metrics import METRICS
-from perfbench.plain_text import one_line
-from perfbench.stats import summary
 
 # What GitHub shows of one kind of annotation per step; the rest would be dropped in silence.
 MAX_ANNOTATIONS = 10
@@ -182,7 +182,7 @@ def _benchmark(case: str, seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def _statistics(seconds: Sequence[float]) -> dict[str, Any]:
-    """pytest-benchmark's fields, from `perfbench.stats.summary` and the outliers that it adds."""
+    """pytest-benchmark's fields, from `perfbench.figures.stats.summary` and the outliers that it adds."""
     found = dict(summary(seconds))
     q1, q3 = float(found["q1"] or 0), float(found["q3"] or 0)
     iqr, mean, deviation = q3 - q1, float(found["mean"] or 0), float(found["stddev"] or 0)

@@ -9,11 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from perfbench.figures.metrics import METRICS
 from perfbench.gate.figures import EXACT, case_figures, change
+from perfbench.gate.gate_report import Finding
 from perfbench.gate.policy import Policy, Primary
 from perfbench.gate.rank_bounds import Bound
-from perfbench.gate.report import Finding
-from perfbench.metrics import METRICS
 
 
 def judge_presence(
@@ -76,9 +76,7 @@ def judge_exact(
     ]
 
 
-def judge_figure(
-    policy: Policy, case_id: str, figure: str, before: float | None, after: float | None
-) -> Finding:
+def judge_figure(policy: Policy, case_id: str, figure: str, before: float | None, after: float | None) -> Finding:
     """One exact figure: worse than its tolerance fails, and so does any change of one with no better or worse."""
     relative = relative_change(before, after)
 

@@ -22,9 +22,9 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from perfbench.errors import ComparisonError
+from perfbench.files.scratch import Scratch
 from perfbench.gate.figures import medians, sample_figures, slowdown
 from perfbench.gate.revisions import Revision, prove_own_code
-from perfbench.scratch import Scratch
 
 # What perfbench/ab_worker.py of both revisions has to speak.
 PROTOCOL = 1

@@ -1,17 +1,17 @@
 """A gate's policy: which figures carry the verdict, and within which limits. Read strictly from YAML; free of torch.
 
-    exact:                                  # tolerance: the relative change that is let pass, 0 unless said
-      peak_allocated_bytes: {tolerance: 0.01}
-    timed:
-      least_effect: 0.03                    # a smaller slow-down does not matter
-      confidence: 0.95
-      implausible_gain: 0.3                 # taking over 30% less time is a fault until shown otherwise
-      min_processes: 6
-      primary:                              # at most two; a figure is the geometric mean over its cases
-        - {figure: decode_tokens_per_s}
-        - {figure: ttft_ms, cases: '*/lora-eager', least_effect: 0.05}
-    overrides:                              # the last that matches a case wins
-      - {cases: '*/peft-*', reason: not our code, skip: true}
+exact:                                  # tolerance: the relative change that is let pass, 0 unless said
+  peak_allocated_bytes: {tolerance: 0.01}
+timed:
+  least_effect: 0.03                    # a smaller slow-down does not matter
+  confidence: 0.95
+  implausible_gain: 0.3                 # taking over 30% less time is a fault until shown otherwise
+  min_processes: 6
+  primary:                              # at most two; a figure is the geometric mean over its cases
+    - {figure: decode_tokens_per_s}
+    - {figure: ttft_ms, cases: '*/lora-eager', least_effect: 0.05}
+overrides:                              # the last that matches a case wins
+  - {cases: '*/peft-*', reason: not our code, skip: true}
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perfbench import yaml_source
 from perfbench.errors import PolicyError, ScenarioError, nearest
+from perfbench.files import yaml_source
+from perfbench.files.plain_text import shown
+from perfbench.files.yaml_source import Place, Source, dotted
 from perfbench.gate.figures import COMPILED, EXACT, TIMED
-from perfbench.plain_text import shown
-from perfbench.yaml_source import Place, Source, dotted
 
 MAX_PRIMARY = 2
 # Fewer than 6 values have no two-sided bound at 95%, of pairs or of two groups.

@@ -31,9 +31,7 @@ def signed_rank_bound(differences: Sequence[float], confidence: float) -> Bound:
     """
     _check(confidence, differences)
     count = len(differences)
-    walsh = sorted(
-        (differences[i] + differences[j]) / 2 for i in range(count) for j in range(i, count)
-    )
+    walsh = sorted((differences[i] + differences[j]) / 2 for i in range(count) for j in range(i, count))
     return _bound(walsh, _signed_rank_counts(count), confidence, count)
 
 

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perfbench.errors import ComparisonError
-from perfbench.scratch import PREFIX, Scratch, is_stale
+from perfbench.files.scratch import PREFIX, Scratch, is_stale
+
+# Where the module that measures stands in a checkout: today, and until version 0.1 (to be dropped with version 0.3).
+WORKERS = {"perfbench/measure/on_device/worker.py", "perfbench/worker.py"}
 
 _PIP_TIMEOUT_S = 3600
 
@@ -154,8 +157,8 @@ def prove_own_code(revision: Revision, root: str, code: Mapping[str, str]) -> No
     entries = [line.partition("\t") for line in listing.split("\0") if line]
     blobs = {path: entry.split()[2] for entry, _, path in entries}
     wrong = sorted(path for path, blob in code.items() if blobs.get(path) != blob)
-    if wrong or "perfbench/worker.py" not in code:
-        what = f"{wrong[0]} is not that of the commit" if wrong else "perfbench/worker.py is not loaded"
+    if wrong or not code.keys() & WORKERS:
+        what = f"{wrong[0]} is not that of the commit" if wrong else f"{max(WORKERS, key=len)} is not loaded"
         raise ComparisonError(f"{revision.label}: this process does not run its commit's code: {what}")
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from perfbench.errors import ComparisonError
+from perfbench.gate.gate_report import Finding
 from perfbench.gate.judgement import judge_bound
 from perfbench.gate.policy import Policy, Primary
 from perfbench.gate.rank_bounds import Bound, signed_rank_bound
-from perfbench.gate.report import Finding
 
 # One pair: arm ("candidate", "control") -> its log slow-down against the baseline in each primary figure, in order.
 Slowdowns = Mapping[str, Sequence[float]]

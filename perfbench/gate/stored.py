@@ -13,11 +13,11 @@ from typing import Any
 
 from perfbench.errors import ComparisonError
 from perfbench.gate.figures import SHOWN, TIMED, case_figures, medians, sample_figures, slowdown
+from perfbench.gate.gate_report import Finding, Measured, Report, judge
 from perfbench.gate.judgement import judge_bound, judge_exact, judge_presence, relative_change, timed_finding
 from perfbench.gate.policy import Policy, Primary
 from perfbench.gate.rank_bounds import Bound, rank_sum_bound
-from perfbench.gate.report import Finding, Measured, Report, judge
-from perfbench.result import MANIFEST, RunDirectory
+from perfbench.run_folder.run_directory import MANIFEST, RunDirectory
 
 # Case -> one {figure: median over repetitions} for each process that measured it, in order.
 Processes = dict[str, list[dict[str, float]]]
@@ -195,9 +195,7 @@ def _primaries(policy: Policy, baseline: Side, candidate: Side, common: Sequence
     return [finding for primary in policy.primary for finding in _primary(policy, primary, baseline, candidate, common)]
 
 
-def _primary(
-    policy: Policy, primary: Primary, baseline: Side, candidate: Side, common: Sequence[str]
-) -> list[Finding]:
+def _primary(policy: Policy, primary: Primary, baseline: Side, candidate: Side, common: Sequence[str]) -> list[Finding]:
     cases = [case for case in common if fnmatchcase(case, primary.cases) and policy.skipped(case) is None]
     if not cases:
         note = f"no case in common matches {primary.cases!r}, so this figure can't be gated"

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from perfbench.gate.report import Finding, Report
-from perfbench.metrics import METRICS
-from perfbench.plain_text import one_line
+from perfbench.figures.metrics import METRICS
+from perfbench.files.plain_text import one_line
+from perfbench.gate.gate_report import Finding, Report
 
 WIDTH = 100
 _MAX_ROWS = 40

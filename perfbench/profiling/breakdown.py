@@ -70,8 +70,10 @@ def of_call(events: Sequence[Event], names: Iterable[str], method: str) -> Phase
         sweep.take(event)
     sweep.close()
     _device_work(events, sweep)
-    return {phase: {OWN_TIME.get(kind, kind): found for kind, found in kinds.items()}
-            for phase, kinds in sweep.phases.items()}
+    return {
+        phase: {OWN_TIME.get(kind, kind): found for kind, found in kinds.items()}
+        for phase, kinds in sweep.phases.items()
+    }
 
 
 @dataclass

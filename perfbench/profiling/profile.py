@@ -16,14 +16,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from perfbench import __version__, cases, environment
-from perfbench.cases import Comparison
+from perfbench import __version__
 from perfbench.errors import PerfbenchError, ScenarioError, TraceError, nearest
+from perfbench.files.scratch import Scratch
+from perfbench.machine import environment
+from perfbench.measure.run import WORKER_LOG, cause, threads
 from perfbench.profiling.memory_picture import render as render_memory
 from perfbench.profiling.profile_table import PROFILE, SCHEMA_VERSION
-from perfbench.run import WORKER_LOG, cause, threads
-from perfbench.scenario import Scenario
-from perfbench.scratch import Scratch
+from perfbench.spec import cases
+from perfbench.spec.cases import Comparison
+from perfbench.spec.scenario import Scenario
 
 # More would make a trace that no page shows; a case that decodes differently after so many steps is rare.
 MOST_STEPS = 64
@@ -95,9 +97,7 @@ def execute(
     return profile
 
 
-def _profile(
-    scenario: Scenario, comparison: Comparison, steps: int, arms: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def _profile(scenario: Scenario, comparison: Comparison, steps: int, arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What profile.json holds. The arms are in the order bare backbone, case."""
     return {
         "schema_version": SCHEMA_VERSION,
@@ -147,7 +147,7 @@ def _child(
     found: dict[str, dict[str, Any]] = {}
     with log.open("wb") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-m", "perfbench.profiling.profile_worker"],
+            [sys.executable, "-m", "perfbench.profiling.on_device.profile_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from perfbench.profiling.profile_table import PHASES
-from perfbench.run_schema import ENVIRONMENT, LARGEST, LEAST, Schema
+from perfbench.run_folder.run_schema import ENVIRONMENT, LARGEST, LEAST, Schema
 
 _TEXT: Schema = {"type": "string"}
 _NUMBER: Schema = {"type": "number", "minimum": 0, "maximum": LARGEST}
@@ -51,8 +51,8 @@ PROFILE: Schema = {
 
 def problem_of_profile(profile: Mapping[str, Any]) -> str | None:
     """`place: what is wrong` of the first thing that no perfbench wrote; None where all is well."""
-    from perfbench.scenario_schema import problems
-    from perfbench.yaml_source import dotted
+    from perfbench.files.yaml_source import dotted
+    from perfbench.spec.scenario_schema import problems
 
     for problem in problems(profile, PROFILE):
         return f"{dotted(problem.place)}: {problem.message}" if problem.place else problem.message

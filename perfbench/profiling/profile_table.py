@@ -38,14 +38,15 @@ def tables(profile: Mapping[str, Any]) -> list[Table]:
     labels = list(profile["arms"])
     breakdowns = [profile["arms"][label]["breakdown"] for label in labels]
     on_device = _on_device(profile)
-    return [_table(phase, labels, [one[phase] for one in breakdowns], on_device) for phase in PHASES
-            if all(phase in one for one in breakdowns)]
+    return [
+        _table(phase, labels, [one[phase] for one in breakdowns], on_device)
+        for phase in PHASES
+        if all(phase in one for one in breakdowns)
+    ]
 
 
 def _on_device(profile: Mapping[str, Any]) -> bool:
-    return any(
-        phase["total"]["device_ms"] for arm in profile["arms"].values() for phase in arm["breakdown"].values()
-    )
+    return any(phase["total"]["device_ms"] for arm in profile["arms"].values() for phase in arm["breakdown"].values())
 
 
 def _names(labels: list[str]) -> list[str]:
@@ -108,14 +109,15 @@ def answer(profile: Mapping[str, Any]) -> list[str]:
         else:
             said.append(f"A decode step takes {_ms(times[0])} ms.")
         said += [_waits(name, arm) for name, arm in zip(names, arms, strict=True)]
-    said.append("Peak memory of the call: " + ", ".join(
-        f"{arm['peak_bytes'] / 2**20:,.1f} MiB ({name})" for name, arm in zip(names, arms, strict=True)) + ".")
+    said.append(
+        "Peak memory of the call: "
+        + ", ".join(f"{arm['peak_bytes'] / 2**20:,.1f} MiB ({name})" for name, arm in zip(names, arms, strict=True))
+        + "."
+    )
     return said
 
 
-def _added(
-    names: list[str], steps: list[Mapping[str, Figures]], times: list[float], on_device: bool
-) -> list[str]:
+def _added(names: list[str], steps: list[Mapping[str, Figures]], times: list[float], on_device: bool) -> list[str]:
     """What the adapter adds: in time, measured without the profiler; in operations or launches; and where."""
     time, count = ("device_ms", "launches") if on_device else ("host_ms", "operations")
     bare, own = steps

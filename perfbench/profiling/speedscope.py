@@ -31,9 +31,7 @@ def convert(events: Sequence[Event], name: str) -> dict[str, Any]:
     frames: dict[str, int] = {}
     begin = min((event["ts"] for track in tracks.values() for event in track), default=0)
     ordered = sorted(tracks.items(), key=lambda item: (item[0][0], -_ranges(item[1]), -len(item[1])))
-    charts = [
-        _chart(f"{name}, {_title(key, track)}", track, begin, frames) for key, track in ordered if track
-    ]
+    charts = [_chart(f"{name}, {_title(key, track)}", track, begin, frames) for key, track in ordered if track]
     return {
         "$schema": "https://www.speedscope.app/file-format-schema.json",
         "exporter": "perfbench",

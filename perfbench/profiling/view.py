@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from perfbench import strict_json
 from perfbench.errors import TraceError
+from perfbench.files import strict_json
 from perfbench.profiling import profile_table, speedscope, trace
 from perfbench.profiling.profile_schema import problem_of_profile
 from perfbench.profiling.view_page import Timeline, render

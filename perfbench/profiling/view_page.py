@@ -76,14 +76,12 @@ def _tables(profile: Mapping[str, Any]) -> list[str]:
 
 
 def _timelines(timelines: Sequence[Timeline]) -> list[str]:
-    links = "".join(
-        f'<a href="{escape(one.address)}" target="timeline">{escape(one.name)}</a>' for one in timelines
-    )
+    links = "".join(f'<a href="{escape(one.address)}" target="timeline">{escape(one.name)}</a>' for one in timelines)
     files = ", ".join(
         f'<a href="{escape(one.download)}" download="{escape(one.file)}">{escape(one.file)}</a>' for one in timelines
     )
     return [
-        f'<section><h2>Timeline</h2><nav>{links}</nav>',
+        f"<section><h2>Timeline</h2><nav>{links}</nav>",
         f'<iframe name="timeline" src="{escape(timelines[0].address)}" title="timeline"></iframe>',
         f'<p class="legend">Scroll to zoom, drag to move, click for the figures of one kind; the line above the chart '
         f"chooses the thread or stream. The trace itself, for Perfetto: {files}.</p></section>",

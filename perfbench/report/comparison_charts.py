@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from perfbench.columns import arm_name
+from perfbench.figures.stats import median_bounds
 from perfbench.report.chart import Chart
+from perfbench.report.columns import arm_name
+from perfbench.report.rows import Row
 from perfbench.report.steadiness import drift, inter_token_times
-from perfbench.rows import Row
-from perfbench.stats import median_bounds
 
 MIB = 2**20
 Samples = list[dict[str, Any]]
@@ -39,9 +39,7 @@ class Arm:
         return [figure(one) - bare[_turn(one)] for one in self.samples if _turn(one) in bare]
 
 
-def arms_of(
-    group: Sequence[Row], cases: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Samples]
-) -> list[Arm]:
+def arms_of(group: Sequence[Row], cases: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Samples]) -> list[Arm]:
     """The arms of one comparison that were measured, in the order of the table."""
     measured = [row for row in group if row["rounds"] is not None]
     arms: list[Arm] = []

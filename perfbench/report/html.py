@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from perfbench import columns, rows, words
+from perfbench.report import columns, rows, words
 from perfbench.report.chart import Chart
 from perfbench.report.comparison_charts import arms_of, charts_of, comparison_notes
 from perfbench.report.page import page

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from perfbench.errors import RunDirectoryError
-from perfbench.plain_text import printable, printable_lines, printable_tree
-from perfbench.result import RunDirectory
+from perfbench.files.plain_text import printable, printable_lines, printable_tree
+from perfbench.run_folder.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from perfbench.report.chart import Chart
 from perfbench.report.comparison_charts import Arm, percent_kept
 from perfbench.report.read import Run
-from perfbench.words import title
+from perfbench.report.words import title
 
 # Field of the workload -> (what its axis says, the sets of fields that may go along with it, holding the same value).
 _AXES: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {

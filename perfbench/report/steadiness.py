@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import median, quantiles
 from typing import Any
 
-from perfbench.change_points import FEWEST, largest_change
+from perfbench.figures.change_points import FEWEST, largest_change
 from perfbench.report.chart import Chart
 
 BINS = 48

@@ -11,9 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from perfbench import columns, rows, table
 from perfbench.errors import PerfbenchError, nearest
-from perfbench.report import html
+from perfbench.report import columns, html, rows, table
 from perfbench.report.read import Run
 from perfbench.report.steadiness import drift
 

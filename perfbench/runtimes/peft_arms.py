@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from perfbench.backbone import Backbone
 from perfbench.errors import AdapterError
-from perfbench.methods import adapter_folder, peft_fields
+from perfbench.methods.checkpoints import adapter_folder, peft_fields
+from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Batch, Generation, generate
 
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
-from perfbench.backbone import Backbone
 from perfbench.errors import AdapterError
+from perfbench.runtimes.backbone import Backbone
 
 
 @contextmanager

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from perfbench.backbone import Backbone
 from perfbench.kernels import low_rank, row_scale, vector_generator
 from perfbench.kernels.row_scale import one_after_the_other
 from perfbench.methods.bank import Bank
 from perfbench.methods.plan import Generator, LayerPlan
 from perfbench.methods.shape import MODULE_PATHS
+from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Batch, Generation, generate
 
 

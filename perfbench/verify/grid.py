@@ -10,10 +10,11 @@ from time import monotonic
 from types import FrameType
 from typing import Any, Literal
 
-from perfbench import cases, run, scenario
-from perfbench.children import Children
-from perfbench.result import MANIFEST, RunDirectory
-from perfbench.verify.report import FAIL, PASS, SKIPPED, Finding
+from perfbench.measure import run
+from perfbench.measure.children import Children
+from perfbench.run_folder.run_directory import MANIFEST, RunDirectory
+from perfbench.spec import cases, scenario
+from perfbench.verify.verify_report import FAIL, PASS, SKIPPED, Finding
 
 SCENARIOS = Path(__file__).parents[1] / "scenarios"
 # In the order in which they are measured: should the time end, what matters most is there.
@@ -84,9 +85,7 @@ def _scenario(
         only = {one.id for one in chosen}
         try:
             with time_limit(seconds):
-                directory = run.execute(
-                    resolved, comparisons, folder, resume=begun, only=only, children=children
-                )
+                directory = run.execute(resolved, comparisons, folder, resume=begun, only=only, children=children)
         except OutOfTimeError:
             directory = RunDirectory.open(folder)
             directory.summarise()

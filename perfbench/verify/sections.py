@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 
-from perfbench.verify.report import FAIL, Finding
+from perfbench.verify.verify_report import FAIL, Finding
 from perfbench.verify.worker import DONE
 
 # Starts a child; the device kind follows.

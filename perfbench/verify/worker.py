@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib import import_module
 
-from perfbench.verify.report import Finding
+from perfbench.verify.verify_report import Finding
 
-# Section -> (module of perfbench.verify, its function: device kind -> findings).
+# Section -> (module of perfbench.verify.on_device, its function: device kind -> findings).
 SECTIONS = {
     "kernels": ("kernels", "findings"),
     "replay": ("runtimes", "replay"),
@@ -40,7 +40,7 @@ def main() -> int:
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the libraries print goes to standard error
     if device == "cuda":
-        import_module("perfbench.verify.runtimes")  # takes long, and may be done before the first section comes
+        import_module("perfbench.verify.on_device.runtimes")  # takes long; done before the first section comes
     for section in named or map(str.strip, sys.stdin):
         for finding in findings(section, device):
             events.write(json.dumps(asdict(finding), allow_nan=False) + "\n")
@@ -54,7 +54,7 @@ def main() -> int:
 def findings(section: str, device: str) -> Iterator[Finding]:
     """What a section finds on `cpu` or `cuda`, one by one."""
     module, function = SECTIONS[section]
-    run: Callable[[str], Iterator[Finding]] = getattr(import_module(f"perfbench.verify.{module}"), function)
+    run: Callable[[str], Iterator[Finding]] = getattr(import_module(f"perfbench.verify.on_device.{module}"), function)
     return run(device)
 
 

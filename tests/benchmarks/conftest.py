@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from perfbench import backbone
-from perfbench.measured_roof import device_roof
+from perfbench.figures.roof import Device
+from perfbench.measure.on_device.measured_roof import device_roof
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank
 from perfbench.methods.registry import METHODS
-from perfbench.roof import Device
+from perfbench.runtimes import backbone
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = "bf16" if DEVICE.type == "cuda" else "fp32"

@@ -21,15 +21,15 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from perfbench import backbone
-from perfbench.device import device_kind
+from perfbench.figures.stats import median_interval
 from perfbench.finetune import recipe
-from perfbench.finetune.config import FinetuneConfig, TaskSource
 from perfbench.finetune.encoding import Collator, encode_split
+from perfbench.finetune.finetune_config import FinetuneConfig, TaskSource
 from perfbench.finetune.small_backbone import make_tokenizer
 from perfbench.finetune.tasks import skills
 from perfbench.finetune.tasks.registry import find, load_splits
-from perfbench.stats import median_interval
+from perfbench.machine.device import device_kind
+from perfbench.runtimes import backbone
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

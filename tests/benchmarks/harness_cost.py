@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from perfbench import backbone
-from perfbench.arms import PLAN_ARMS
-from perfbench.measure import repetition
+from perfbench.figures.stats import median_interval
+from perfbench.measure.on_device.arms import PLAN_ARMS
+from perfbench.measure.on_device.repetition import repetition
+from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Batch
-from perfbench.stats import median_interval
 
 NEW = 32
 

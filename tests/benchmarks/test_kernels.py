@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from perfbench import backbone
 from perfbench.kernels import (
     decode_attention,
     low_rank,
@@ -18,6 +17,7 @@ from perfbench.kernels import (
     vector_generator,
 )
 from perfbench.kernels.row_scale import Scale
+from perfbench.runtimes import backbone
 from tests.benchmarks.conftest import DEVICE, KERNELS, REQUESTS, bytes_of
 
 RANK, PROMPT = 8, 256

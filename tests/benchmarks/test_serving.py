@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from perfbench import backbone, counts, scenario
+from perfbench.figures.roof import decode_step
+from perfbench.measure.on_device import counts
 from perfbench.methods import parameters
 from perfbench.methods.registry import METHODS
-from perfbench.roof import decode_step
+from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Batch
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.transformers_plan import PlanArm
+from perfbench.spec import scenario
 from tests.benchmarks.conftest import DEVICE, DTYPE, KERNELS, REQUESTS, SERVED, make_bank
 
 PROMPT, NEW = 64, 9

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from perfbench import backbone
 from perfbench.finetune import trained
+from perfbench.runtimes import backbone
 from tests.benchmarks.conftest import DEVICE
 
 ROWS, PROMPT, ANSWER = 4, 48, 16

@@ -27,7 +27,7 @@ CAPABILITIES = (86, 90, 100)
 CASES = """
 import sys
 from perfbench.kernels.ahead_of_time import distinct, fault
-from perfbench.verify import call_sites
+from perfbench.verify.on_device import call_sites
 launches = distinct(one for _, found in call_sites.of_cases() for one in found if one.name.startswith(sys.argv[1]))
 spill_bytes, processes, this, *capabilities = map(int, sys.argv[2:])
 mine = launches[this::processes]
@@ -81,7 +81,8 @@ def test_a_branch_that_no_gpu_can_compile_is_seen(compiling: Callable[..., str],
 def test_a_tile_that_spills_is_seen(compiling: Callable[..., str]) -> None:
     """Launched as it is, and with tiles that no register file holds."""
     program = """
-from perfbench.kernels import resources, settings, tune
+from perfbench.kernels import settings, tune
+from perfbench.verify.on_device import resources
 from perfbench.kernels.ahead_of_time import fault
 wide = tune.Sizes(bottleneck=64)
 print(fault(*resources.launched("vector_generator"), 86))
@@ -133,7 +134,7 @@ LAUNCHES_AROUND = {1: 8, 3: 11}
 
 STEPS = """
 import json, torch
-from perfbench.verify import call_sites
+from perfbench.verify.on_device import call_sites
 for layers in (1, 2):
     base = call_sites.unfilled("llama-tiny", layers, torch.bfloat16)
     for method in call_sites.SERVED:

@@ -31,7 +31,7 @@ def test_every_kernel_has_candidates_and_its_default_is_one() -> None:
 def test_candidates_do_not_spill(compiling: Callable[..., str]) -> None:
     """All of them, launched as they are timed and compiled for the smallest of the GPUs."""
     program = (
-        "from perfbench.kernels import resources, settings, tune\n"
+        "from perfbench.kernels import settings, tune\nfrom perfbench.verify.on_device import resources\n"
         "from perfbench.kernels.ahead_of_time import fault\n"
         "for kernel, tried in tune.CANDIDATES.items():\n"
         "    for candidate in tried:\n"

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from perfbench import backbone
-from perfbench.arms import PLAN_ARMS
 from perfbench.errors import AdapterError
+from perfbench.measure.on_device.arms import PLAN_ARMS
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.plan import AdapterPlan, plan_bytes
 from perfbench.methods.registry import METHODS, FanLoraOptions, LoraOptions, ParaOptions
+from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Batch
 
 SERVED = tuple(name for name, method in METHODS.items() if method.served_by == "plan" and name != "none")

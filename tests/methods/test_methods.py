@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from perfbench import backbone
-from perfbench.backbone_config import find_config
 from perfbench.methods import fanlora, parameters
 from perfbench.methods.bank import Bank
 from perfbench.methods.registry import METHODS, FanLoraOptions
 from perfbench.methods.shape import BackboneShape
+from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Batch
 from perfbench.runtimes.transformers_plan import PlanArm
+from perfbench.spec.backbone_config import find_config
 
 SERVED = tuple(name for name, method in METHODS.items() if method.served_by == "plan" and name != "none")
 LLAMA2_7B = BackboneShape.of_config(find_config("llama2-7b"))

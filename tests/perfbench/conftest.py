@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from perfbench import cases, scenario
 from perfbench.profiling import profile, profile_table
+from perfbench.spec import cases, scenario
 from tests.browser import Browser
 
 ROOT = Path(__file__).resolve().parents[2]

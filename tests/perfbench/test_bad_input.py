@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from perfbench.backbone_config import shape_of
 from perfbench.cli import main
-from perfbench.methods.adapter_folder import WEIGHTS
+from perfbench.methods.checkpoints.adapter_folder import WEIGHTS
 from perfbench.methods.registry import METHODS
+from perfbench.spec.backbone_config import shape_of
 
 SCENARIO = """\
 backbone: llama-tiny
@@ -137,9 +137,7 @@ def test_a_backbone_folder_without_a_config(refused: Refusal, scenario: Path, tm
     assert "config.json" in refused(scenario, "--set", f"backbone={tmp_path / 'model'}")
 
 
-def test_a_backbone_folder_without_weights_or_with_a_pickle(
-    refused: Refusal, scenario: Path, tmp_path: Path
-) -> None:
+def test_a_backbone_folder_without_weights_or_with_a_pickle(refused: Refusal, scenario: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(dict(llama_config())))
@@ -153,12 +151,12 @@ def test_backbone_weights_cut_short(refused: Refusal, scenario: Path, tmp_path: 
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(dict(llama_config())))
-    (folder / "model.safetensors").write_bytes(b"\x40\x00\x00\x00\x00\x00\x00\x00{\"cut\"")
+    (folder / "model.safetensors").write_bytes(b'\x40\x00\x00\x00\x00\x00\x00\x00{"cut"')
     assert str(folder) in refused(scenario, "--set", f"backbone={folder}")
 
 
 def llama_config() -> dict[str, Any]:
-    from perfbench.backbone_config import find_config
+    from perfbench.spec.backbone_config import find_config
 
     return find_config("llama-tiny")
 
@@ -234,9 +232,7 @@ def test_prompts_for_a_shape_without_a_tokenizer(refused: Refusal, scenario: Pat
     assert "tokenizer" in refused(scenario, "--set", f"workload.prompts={prompts}")
 
 
-def test_an_output_folder_under_a_file(
-    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_output_folder_under_a_file(scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert main(["run", str(scenario), "--out", str(tmp_path / "file" / "out")]) == 2
     assert "can't be written" in capsys.readouterr().err.splitlines()[-1]
@@ -244,10 +240,10 @@ def test_an_output_folder_under_a_file(
 
 def test_a_full_disk(scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A run directory in which nothing is measured yet, and whose samples go to a device that is always full.
-    from perfbench import cases
-    from perfbench.result import MANIFEST, SAMPLES, RunDirectory
-    from perfbench.run import manifest_of
-    from perfbench.scenario import load, resolve
+    from perfbench.measure.run import manifest_of
+    from perfbench.run_folder.run_directory import MANIFEST, SAMPLES, RunDirectory
+    from perfbench.spec import cases
+    from perfbench.spec.scenario import load, resolve
 
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
@@ -263,9 +259,7 @@ def test_a_full_disk(scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(case["check"]["passed"] for case in json.loads((out / MANIFEST).read_text())["cases"].values())
 
 
-def test_a_run_of_another_schema_version(
-    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_of_another_schema_version(scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "run.json").write_text(json.dumps({"schema_version": 999, "perfbench_version": "9.9"}))

@@ -17,15 +17,15 @@ import psutil
 import pytest
 
 from perfbench import interruption
-from perfbench.children import FRESH, Child
-from perfbench.run_lock import LOCK
-from perfbench.scratch import PREFIX, Scratch, is_stale, sweep
+from perfbench.files.run_lock import LOCK
+from perfbench.files.scratch import PREFIX, Scratch, is_stale, sweep
+from perfbench.measure.children import FRESH, Child
 
 SCENARIO = "backbone: llama-tiny\ndtype: fp32\ndevice: cpu\nmethods: [lora]\nwarmup: 1\nrepetitions: 100000\n"
 SCENARIO += "workload: {prompt_tokens: 4, new_tokens: 8, requests: 2, tenants: 2}\n"
 HOLD = """
 import sys
-from perfbench.scratch import Scratch
+from perfbench.files.scratch import Scratch
 scratch = Scratch()
 (scratch.path / "large").write_bytes(b"x" * 4096)
 print(scratch.path, flush=True)

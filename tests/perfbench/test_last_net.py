@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from perfbench import params
 from perfbench.cli import main
+from perfbench.commands import params
 from perfbench.errors import PerfbenchError
-from perfbench.paths import expanded
+from perfbench.files.paths import expanded
 
 SCENARIO = """\
 question: {question}
@@ -125,7 +125,7 @@ def test_mistakes_in_a_scenario_are_one_line(
 def test_mistakes_in_a_backbones_config_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: Any, words: str
 ) -> None:
-    from perfbench.backbone_config import NAMED_CONFIGS
+    from perfbench.spec.backbone_config import NAMED_CONFIGS
 
     config = json.dumps(NAMED_CONFIGS["llama-tiny"] | text) if isinstance(text, dict) else text
     (tmp_path / "config.json").write_text(config)

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 
-from perfbench import backbone as backbones
-from perfbench.backbone import Backbone
 from perfbench.finetune import trained
+from perfbench.finetune.accuracy.accuracy_folder import AccuracyFolder, Item
 from perfbench.finetune.accuracy.identity import NONE, judge, probe
 from perfbench.finetune.accuracy.paths import ServingPath, as_trained, is_served
-from perfbench.finetune.accuracy.run_folder import AccuracyFolder, Item
 from perfbench.finetune.accuracy.serve import (
     Asked,
     AsTrained,
@@ -29,10 +27,12 @@ from perfbench.finetune.accuracy.serve import (
     serve,
     with_plan,
 )
-from perfbench.finetune.metrics import METRICS
 from perfbench.finetune.predict import predict
 from perfbench.finetune.tasks.task import Example, Split, Task
+from perfbench.finetune.tasks.task_metrics import METRICS
 from perfbench.progress import RunProgress
+from perfbench.runtimes import backbone as backbones
+from perfbench.runtimes.backbone import Backbone
 
 SEED = 0  # of the order in which items and tenants are mixed
 

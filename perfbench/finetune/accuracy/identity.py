@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from perfbench.backbone import Backbone
 from perfbench.finetune.accuracy.serve import Asked, Question, forced_logits
+from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Arm
 
 NONE = "none"

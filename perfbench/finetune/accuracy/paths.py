@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from perfbench.finetune.accuracy.config import Serving
+from perfbench.finetune.accuracy.accuracy_config import Serving
 from perfbench.methods.registry import METHODS
-from perfbench.runtime_support import kernels_problem, unsupported
+from perfbench.spec.runtime_support import kernels_problem, unsupported
 
 AS_TRAINED = "as-trained"
 

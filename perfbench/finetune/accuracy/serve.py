@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from perfbench.arms import PLAN_ARMS
-from perfbench.backbone import Backbone
 from perfbench.errors import AdapterError
 from perfbench.finetune.accuracy.paths import ServingPath
 from perfbench.finetune.choices import check_length, choose, decode, encode_answer, encode_choices
 from perfbench.finetune.tasks.task import Example, Task
+from perfbench.measure.on_device.arms import PLAN_ARMS
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.plan import AdapterPlan
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
+from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import PAD, Arm, Batch, Generation, generate
 
 # Prompts are padded to a multiple of this, so that few sizes of batch come up: each has a cache of its own.

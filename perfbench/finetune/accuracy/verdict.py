@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
-from perfbench.finetune.accuracy.statistics import Paired, compare, non_inferior
+from perfbench.finetune.accuracy.paired_statistics import Paired, compare, non_inferior
 
 # What a verdict can be, the worst first, and what each does to the exit code.
 EXIT_CODES = {"inferior": 1, "differs": 1, "inconclusive": 3, "pass": 0}

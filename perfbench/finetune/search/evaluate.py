@@ -160,9 +160,7 @@ def additions(model: GatedModel, batch: Batch, order: list[tuple[int, str]]) -> 
 def gate_gradients(model: GatedModel, batch: Batch) -> torch.Tensor:
     """fp64 [layers, 7, rows]: the gradient of each example's mean answer loss with respect to each gate, at all-on."""
     rows, layers = batch.rows, model.shape.layers
-    gates = torch.ones(
-        layers, len(MODULES), rows, 1, 1, dtype=model.dtype, device=model.device, requires_grad=True
-    )
+    gates = torch.ones(layers, len(MODULES), rows, 1, 1, dtype=model.dtype, device=model.device, requires_grad=True)
     for layer in range(layers):
         model.set_layer(layer, dict(zip(MODULES, gates[layer], strict=True)))
     try:
@@ -192,4 +190,3 @@ def _check(losses: torch.Tensor) -> torch.Tensor:
             "adapter that was trained with a lower learning rate"
         )
     return losses
-

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from perfbench.backbone import Backbone
 from perfbench.errors import FinetuneError
 from perfbench.methods import lora
 from perfbench.methods.plan import AdapterPlan
 from perfbench.methods.registry import LoraOptions
 from perfbench.methods.shape import MODULE_PATHS, MODULES, BackboneShape
+from perfbench.runtimes.backbone import Backbone
 
 FLIPPED = -1
 # Module -> (blocks of its input, how many of the first of them are multiplied, what each block of its output is: the

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from perfbench.backbone_config import shape_of
 from perfbench.errors import FinetuneError
-from perfbench.finetune.config import FinetuneConfig
 from perfbench.finetune.encoding import Collator, Encoded, encode_split
+from perfbench.finetune.finetune_config import FinetuneConfig
 from perfbench.finetune.search.evaluate import Batch
 from perfbench.finetune.tasks.registry import find, load_splits
 from perfbench.finetune.tasks.task import Split
+from perfbench.spec.backbone_config import shape_of
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from perfbench.errors import FinetuneError
 from perfbench.finetune.search import pictures, setting
-from perfbench.finetune.search.config import SearchConfig
 from perfbench.finetune.search.scores import SCORES, Scores, mean, spearman
+from perfbench.finetune.search.search_config import SearchConfig
 from perfbench.methods.registry import Setting
 from perfbench.methods.shape import MODULES
 

@@ -17,9 +17,8 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from perfbench.backbone import DTYPES, Backbone
-from perfbench.backbone_config import find_config
 from perfbench.errors import PerfbenchError
+from perfbench.figures.stats import median_interval
 from perfbench.finetune.encoding import IGNORED
 from perfbench.finetune.search.compare import AGREEMENT, bound_of, difference
 from perfbench.finetune.search.evaluate import Ablations, Batch, ablations, naive_ablations
@@ -28,7 +27,8 @@ from perfbench.finetune.search.scores import SCORES, ab_line, spearman
 from perfbench.methods import lora
 from perfbench.methods.registry import LoraOptions
 from perfbench.methods.shape import BackboneShape
-from perfbench.stats import median_interval
+from perfbench.runtimes.backbone import DTYPES, Backbone
+from perfbench.spec.backbone_config import find_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,10 +6,10 @@ Folder: train.jsonl and test.jsonl, as published. Hub: openai/gsm8k. Dev is 600 
 from __future__ import annotations
 
 from perfbench.errors import TaskError
-from perfbench.finetune.metrics import final_number
 from perfbench.finetune.tasks.records import Record, find_file, is_local, read_hub, read_jsonl
 from perfbench.finetune.tasks.splits import hold_out
 from perfbench.finetune.tasks.task import Example, Split, Task
+from perfbench.finetune.tasks.task_metrics import final_number
 
 DEV_EXAMPLES = 600
 

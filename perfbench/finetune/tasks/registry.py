@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from perfbench.errors import TaskError, nearest
-from perfbench.finetune.metrics import METRICS
 from perfbench.finetune.tasks import boolq, copa, gsm8k, instructions, mmlu, own, skills, squad, text2sql
 from perfbench.finetune.tasks.splits import refuse_leak, take
 from perfbench.finetune.tasks.task import SPLITS, Example, Split, Task
+from perfbench.finetune.tasks.task_metrics import METRICS
 
 TASKS: dict[str, Task] = {
     "squad": squad.TASK,

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from perfbench.backbone import Backbone
 from perfbench.methods.bank import Bank
+from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Batch, Generation, StepClock
 from perfbench.runtimes.static.adapters import Adapters, rooms, stacked_slots
 from perfbench.runtimes.static.cache import CacheSize

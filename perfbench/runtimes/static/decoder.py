@@ -280,9 +280,7 @@ class Decoder:
                 place.to.copy_(vectors[:, place.columns])
             if place.stored is not None:
                 stored = place.stored if own is None else each_request_s(place.stored, own)
-                place.to.copy_(
-                    stored if place.columns is None else row_scale.one_after_the_other(stored, place.to)
-                )
+                place.to.copy_(stored if place.columns is None else row_scale.one_after_the_other(stored, place.to))
 
     def _rotation(self, attention_mask: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin [Q x C, D] of the tokens after `past`; padding takes the place of the first token."""

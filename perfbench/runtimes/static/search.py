@@ -38,9 +38,7 @@ def greedy(
     return Generation(end(chosen, eos) if eos else chosen, torch.stack(kept, dim=1) if with_logits else None)
 
 
-def beam(
-    decoder: Decoder, clock: StepClock | None, forced: torch.Tensor | None, with_logits: bool
-) -> Generation:
+def beam(decoder: Decoder, clock: StepClock | None, forced: torch.Tensor | None, with_logits: bool) -> Generation:
     """The continuation with the largest sum of log-probabilities among those that `beams` rows a request keep alive.
 
     forced: int64 [Q, N], which the first beam of each request takes instead; logits are the first beam's.

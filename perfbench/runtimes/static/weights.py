@@ -13,11 +13,11 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from perfbench.backbone import Backbone
 from perfbench.errors import BackboneError
 from perfbench.methods.shape import MODULE_PATHS, SHARED_INPUT, BackboneShape
-from perfbench.runtime_support import unsupported
+from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.static.cache import CacheSize, KVCache
+from perfbench.spec.runtime_support import unsupported
 
 # Fused projection -> rows of its tail.
 Rooms = dict[str, int]

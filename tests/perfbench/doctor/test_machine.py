@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from perfbench import environment
 from perfbench.doctor import machine
+from perfbench.machine import environment
 
 
 def test_cuda_agrees_with_torch():
@@ -77,8 +77,8 @@ def test_a_torch_that_cannot_be_imported(monkeypatch):
 def test_without_a_package_only_what_needs_it_is_skipped(monkeypatch, absent, skipped):
     monkeypatch.setitem(sys.modules, absent, None)
     if absent == "psutil":  # which this imports
-        monkeypatch.delitem(sys.modules, "perfbench.environment")
-        monkeypatch.delattr("perfbench.environment")
+        monkeypatch.delitem(sys.modules, "perfbench.machine.environment")
+        monkeypatch.delattr("perfbench.machine.environment")
     found = [check for check in machine.all_of_them() if check.finding.startswith("skipped: ")]
     assert {check.name for check in found} == skipped
     assert {check.finding for check in found} == {f"skipped: it needs {absent}, which is not installed"}
@@ -162,9 +162,7 @@ def test_the_memory_peak(tmp_path):
         assert machine.peak_memory().status == "ok"
 
 
-@pytest.mark.parametrize(
-    ("governor", "status"), [(None, "warn"), ("powersave", "warn"), ("performance", "ok")]
-)
+@pytest.mark.parametrize(("governor", "status"), [(None, "warn"), ("powersave", "warn"), ("performance", "ok")])
 def test_the_clock(monkeypatch, governor, status):
     monkeypatch.setattr(environment, "governor", lambda: governor)
     assert machine.cpu_clock().status == status

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from perfbench.finetune import predict
-from perfbench.finetune.metrics import METRICS
 from perfbench.finetune.tasks.records import read_csv
 from perfbench.finetune.tasks.registry import find
 from perfbench.finetune.tasks.task import Example
+from perfbench.finetune.tasks.task_metrics import METRICS
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install -e '.[test,lm-eval]'", exc_type=ImportError)
 

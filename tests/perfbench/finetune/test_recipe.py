@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from perfbench import backbone
 from perfbench.cli import main
 from perfbench.errors import PerfbenchError, RunDirectoryError, TaskError
 from perfbench.finetune import recipe, trained
-from perfbench.finetune.config import FinetuneConfig, TaskSource
 from perfbench.finetune.encoding import Collator
-from perfbench.finetune.run_folder import FinetuneFolder
+from perfbench.finetune.finetune_config import FinetuneConfig, TaskSource
+from perfbench.finetune.finetune_folder import FinetuneFolder
+from perfbench.runtimes import backbone
 from tests.perfbench.finetune.made_up import write_own
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -153,7 +153,7 @@ def test_a_seed_decides_everything(
 KILLED_AT = """
 import os, signal, sys
 import torch
-from perfbench.finetune import config, recipe
+from perfbench.finetune import finetune_config, recipe
 from perfbench.finetune.trainer import AdapterTrainer
 
 torch.set_num_threads(1)
@@ -164,7 +164,7 @@ def killed(self, *args, **kwargs):
     return step(self, *args, **kwargs)
 AdapterTrainer.training_step = killed
 {more}
-recipe.finetune(config.load(sys.argv[1]), __import__("pathlib").Path(sys.argv[2]))
+recipe.finetune(finetune_config.load(sys.argv[1]), __import__("pathlib").Path(sys.argv[2]))
 """
 # Dies while the checkpoint of step 8 is being written: weights are there, the rest is not.
 TORN = """

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from perfbench.backbone_config import find_config
 from perfbench.finetune import recipe
-from perfbench.finetune.config import load
+from perfbench.finetune.finetune_config import load
 from perfbench.finetune.small_backbone import SMALL_BACKBONES
 from perfbench.finetune.tasks.registry import TASKS
 from perfbench.finetune.trained import TRAINED, parameter_count
+from perfbench.spec.backbone_config import find_config
 from tests.perfbench.finetune.made_up import WRITERS
 
 ROOT = Path(__file__).resolve().parents[3]

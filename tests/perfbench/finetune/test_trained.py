@@ -11,12 +11,12 @@ import peft
 import pytest
 import torch
 
-from perfbench.backbone_config import find_config
 from perfbench.errors import AdapterError, FinetuneError
 from perfbench.finetune import trained
 from perfbench.finetune.trained import TRAINED
-from perfbench.methods.adapter_folder import CONFIG, WEIGHTS
+from perfbench.methods.checkpoints.adapter_folder import CONFIG, WEIGHTS
 from perfbench.methods.registry import METHODS, FanLoraOptions, LoraOptions, ParaOptions
+from perfbench.spec.backbone_config import find_config
 from tests.perfbench.finetune.models import examples, other_llama, run, train
 
 METHOD_NAMES = tuple(TRAINED)

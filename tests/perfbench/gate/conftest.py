@@ -1,15 +1,12 @@
-"""Makes `runs.py` importable beside these tests, and the runs that many of them compare."""
+"""The runs that many of these tests compare."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import runs
+from tests.perfbench.gate import runs
 
 
 @pytest.fixture(scope="session")

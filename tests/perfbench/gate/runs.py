@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from perfbench.result import MANIFEST, SAMPLES, RunDirectory
+from perfbench.run_folder.run_directory import MANIFEST, SAMPLES, RunDirectory
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMITTED = ROOT / "results" / "cpu-multitenant-1"

@@ -18,17 +18,18 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import ROOT
 
 from perfbench.cli import main
 from perfbench.errors import ComparisonError, PerfbenchError
 from perfbench.gate import pairs as pairs_module
 from perfbench.gate import revisions as revisions_module
 from perfbench.gate.pairs import ARMS, balanced_orders, measure_pair, pair_slowdown
-from perfbench.gate.revisions import Revision, prove_own_code, repository_of, revisions
+from perfbench.gate.revisions import WORKERS, Revision, prove_own_code, repository_of, revisions
+from tests.perfbench.gate.runs import ROOT
 
-# Speaks the protocol of perfbench/ab_worker.py, and is as slow as its own revision's perfbench/speed.py says.
-WORKER = '''
+# Speaks the protocol of perfbench/ab_worker.py, and is as slow as its own revision's perfbench/speed.py says. Its
+# checkout is laid out as perfbench was until version 0.1, with worker.py at the top.
+WORKER = """
 import hashlib, json, os, sys
 from pathlib import Path
 import perfbench.worker
@@ -63,7 +64,7 @@ for number, line in enumerate(sys.stdin):
     sample = {"total_ms": 2 * ms, "ttft_ms": ms, "itl_ms": [ms], "decode_tokens_per_s": 2e3 / ms,
               "tokens_per_s": 2e3 / ms, "energy_mj": None, "void": None}
     emit("block", case=turn["case"], samples=[sample] * turn["repetitions"])
-'''
+"""
 SPEED = "MS, OPERATIONS, STATUS, CRASH, CASES, ELSEWHERE = {}\n"
 SAME = '100.0, 7, "ok", False, ["c/none", "c/lora"], ""'
 PYPROJECT = '[project]\nname = "perfbench"\nversion = "0"\ndependencies = []\n'
@@ -106,9 +107,12 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }.items():
         commit(folder, tag, speed=SPEED.format(new))
     commit(folder, "not-starting", ab_worker="import no_such_module\n", speed=SPEED.format(SAME))
-    commit(folder, "rewriting", ab_worker="import perfbench.speed\n" + WORKER.replace(
-        'content = Path(module.__file__).read_bytes()', 'content = b"another file"'
-    ))
+    commit(
+        folder,
+        "rewriting",
+        ab_worker="import perfbench.speed\n"
+        + WORKER.replace("content = Path(module.__file__).read_bytes()", 'content = b"another file"'),
+    )
     commit(folder, "again", ab_worker=WORKER)
     (folder / "pyproject.toml").write_text("[project\n")
     commit(folder, "broken-toml")
@@ -345,11 +349,24 @@ def test_the_proof_finds_a_changed_file(repository: Path) -> None:
     here = Revision("again", git(repository, "rev-parse", "again"), repository.resolve(), Path(sys.executable))
     blob = git(repository, "rev-parse", "again:perfbench/worker.py")
     prove_own_code(here, str(repository.resolve()), {"perfbench/worker.py": blob})
-    for code in ({}, {"perfbench/worker.py": "0" * 40}, {"perfbench/worker.py": blob, "perfbench/new.py": blob}):
+    worker = "perfbench/worker.py"
+    for code in ({}, {worker: "0" * 40}, {worker: blob, "perfbench/new.py": blob}):
         with pytest.raises(ComparisonError, match="does not run its commit's code"):
             prove_own_code(here, str(repository.resolve()), code)
     with pytest.raises(ComparisonError, match="got code of"):
         prove_own_code(here, "/elsewhere", {"perfbench/worker.py": blob})
+
+
+def test_a_process_proves_itself_with_the_worker_of_either_layout(tmp_path: Path) -> None:
+    for where in sorted(WORKERS):
+        folder = tmp_path / where.replace("/", "-")
+        (folder / where).parent.mkdir(parents=True)
+        (folder / where).write_text("")
+        git(tmp_path, "init", "--quiet", str(folder))
+        git(folder, "add", ".")
+        git(folder, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "one")
+        here = Revision("one", git(folder, "rev-parse", "HEAD"), folder.resolve(), Path(sys.executable))
+        prove_own_code(here, str(folder.resolve()), {where: git(folder, "rev-parse", f"HEAD:{where}")})
 
 
 def test_every_arm_stands_at_every_place_equally_often() -> None:

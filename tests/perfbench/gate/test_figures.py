@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-import runs
 
+from perfbench.figures.metrics import METRICS
 from perfbench.gate.figures import COMPILED, EXACT, SHOWN, TIMED, change, slowdown
-from perfbench.metrics import METRICS
+from tests.perfbench.gate import runs
 
 
 def test_every_figure_of_a_run_has_its_kind() -> None:

@@ -14,14 +14,14 @@ from xml.etree import ElementTree
 
 import jsonschema
 import pytest
-import runs
 
 from perfbench.errors import PerfbenchError
+from perfbench.figures.metrics import METRICS
 from perfbench.gate import policy, stored
 from perfbench.gate.formats import FORMATS, MAX_ANNOTATIONS
-from perfbench.gate.report import Finding, Measured, Report, judge
+from perfbench.gate.gate_report import Finding, Measured, Report, judge
 from perfbench.gate.text import one_line, print_report, shared_prefix
-from perfbench.metrics import METRICS
+from tests.perfbench.gate import runs
 
 HOSTILE = (
     "a]]>\"'&<script>alert(1)</script>|`x`|@team [l](javascript:0) https://e.example www.e.example #1\n"
@@ -42,9 +42,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, baseline: Path) -> Report:
 
 @pytest.fixture(scope="module")
 def hostile() -> Report:
-    findings = [
-        Finding("case", f"{HOSTILE}/{number}", "", "fail", note=f"crashed ({HOSTILE})") for number in range(20)
-    ]
+    findings = [Finding("case", f"{HOSTILE}/{number}", "", "fail", note=f"crashed ({HOSTILE})") for number in range(20)]
     findings.append(Finding("exact", HOSTILE, "bytes_per_tenant", "fail", 1, 2, 1.0, note=HOSTILE))
     measured = Measured({"checkout": None, "cpu": {"model": HOSTILE}}, "2026-01-01", {HOSTILE: [1.0, 2.0]})
     return judge(HOSTILE, HOSTILE, findings, [HOSTILE], measured)
@@ -165,9 +163,7 @@ def test_github_action_benchmark_reads_its_two_formats(report: Report) -> None:
         "required": ["name", "unit", "value"],
         "additionalProperties": False,
     }
-    bigger, smaller = (
-        json.loads(FORMATS[f"github-benchmark-{which}"](report)) for which in ("bigger", "smaller")
-    )
+    bigger, smaller = (json.loads(FORMATS[f"github-benchmark-{which}"](report)) for which in ("bigger", "smaller"))
     for entries, better in ((bigger, ("higher",)), (smaller, ("lower", None))):
         jsonschema.validate(entries, {"type": "array", "items": entry, "minItems": 1})
         assert {METRICS[one["name"].rsplit(" ", 1)[1]].better for one in entries} <= set(better)

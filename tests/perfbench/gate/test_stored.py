@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 
 from perfbench.errors import ComparisonError, PerfbenchError, RunDirectoryError
 from perfbench.gate import policy, stored
 from perfbench.gate.formats import FORMATS
-from perfbench.gate.report import Report
-from perfbench.result import MANIFEST, SAMPLES
+from perfbench.gate.gate_report import Report
+from perfbench.run_folder.run_directory import MANIFEST, SAMPLES
+from tests.perfbench.gate import runs
 
 
 def compared(baseline: Path, candidate: Path, *, rules: str = "{}", tmp_path: Path | None = None, **how: Any) -> Report:
@@ -313,9 +313,7 @@ def test_without_samples_the_summary_says_whether_a_case_was_measured(tmp_path: 
 
 @pytest.mark.parametrize("check", [None, {"passed": False}])
 def test_a_status_without_a_passed_check_is_no_measurement(tmp_path: Path, check: Any) -> None:
-    run = runs.copy_of(
-        tmp_path / "run", manifest=lambda manifest: manifest["cases"][runs.LORA].update(check=check)
-    )
+    run = runs.copy_of(tmp_path / "run", manifest=lambda manifest: manifest["cases"][runs.LORA].update(check=check))
     for exact_only in (True, False):
         report = compared(runs.COMMITTED, run, exact_only=exact_only)
         assert report.exit_code == 1

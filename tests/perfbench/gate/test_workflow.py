@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from runs import ROOT
 
 from perfbench.cli import parser
 from perfbench.gate import policy
-from perfbench.gate.command import writes_of
+from perfbench.gate.outcome import writes_of
+from tests.perfbench.gate.runs import ROOT
 
 WORKFLOW = ROOT / ".github" / "workflows" / "perfbench.yml"
 POLICY = ROOT / ".github" / "perfbench-policy.yaml"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from perfbench import cases, scenario
-from perfbench.cases import Comparison
 from perfbench.cli import main
 from perfbench.errors import PerfbenchError, ScenarioError
 from perfbench.profiling import profile
+from perfbench.spec import cases, scenario
+from perfbench.spec.cases import Comparison
 
 ROOT = Path(__file__).resolve().parents[3]
 SMOKE = ROOT / "scenarios" / "smoke.yaml"
@@ -87,9 +87,7 @@ def test_the_answer_is_printed(profiled: tuple[Path, str]) -> None:
         assert expected in said
 
 
-def test_a_folder_that_is_there_is_left_alone(
-    profiled: tuple[Path, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_is_there_is_left_alone(profiled: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = profiled
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     arguments = ["profile", str(SMOKE), "--set", "device=cpu", "--case", "*b1*/lora-eager", "--out", str(out)]
@@ -121,10 +119,10 @@ def test_a_case_that_fails_its_check_is_profiled_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two tenants with one and the same adapter: shifted slots change nothing, so that the check is void."""
-    from perfbench.backbone_config import find_config
     from perfbench.methods import lora, parameters
     from perfbench.methods.registry import LoraOptions
     from perfbench.methods.shape import BackboneShape
+    from perfbench.spec.backbone_config import find_config
 
     shape = BackboneShape.of_config(find_config("llama-tiny"))
     for tenant in ("a", "b"):

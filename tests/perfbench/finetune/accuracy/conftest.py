@@ -11,7 +11,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from perfbench.finetune.accuracy import command, config
+from perfbench.finetune.accuracy import accuracy_config, accuracy_run
 from perfbench.finetune.accuracy.verdict import Verdict
 
 QUIET = Console(quiet=True)
@@ -51,5 +51,5 @@ def finished(write_config: Callable[..., Path], tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("accuracy")
     path = write_config(folder)
     torch.set_num_threads(1)
-    _, verdict = command.execute(config.load(path), folder / "run", resume=False, console=QUIET)
+    _, verdict = accuracy_run.execute(accuracy_config.load(path), folder / "run", resume=False, console=QUIET)
     return path, folder / "run", verdict

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from perfbench import backbone
 from perfbench.errors import AdapterError, TaskError
 from perfbench.finetune import trained
-from perfbench.finetune.accuracy.config import Serving
+from perfbench.finetune.accuracy.accuracy_config import Serving
 from perfbench.finetune.accuracy.identity import NONE, judge, probe
 from perfbench.finetune.accuracy.paths import LeftOut, ServingPath, as_trained, is_served, served
 from perfbench.finetune.accuracy.serve import (
@@ -33,6 +32,7 @@ from perfbench.finetune.tasks.registry import TASKS
 from perfbench.finetune.tasks.task import Example, Task
 from perfbench.methods import parameters
 from perfbench.methods.registry import METHODS, ParaOptions
+from perfbench.runtimes import backbone
 from tests.perfbench.finetune.made_up import write_copa
 
 CHOOSE, GENERATE = TASKS["copa"], Task("t", "", "generate", "accuracy", lambda source, split: [], new_tokens=3)

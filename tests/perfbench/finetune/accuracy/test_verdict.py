@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from perfbench.finetune.accuracy import words
+from perfbench.finetune.accuracy import verdict_words
 from perfbench.finetune.accuracy.verdict import Verdict, judge
 
 TRAINED, FP32, BF16 = "as-trained-fp32", "static-eager-fp32", "static-eager-bf16"
@@ -73,7 +73,7 @@ def test_a_method_that_is_clearly_worse_is_inferior() -> None:
 def test_labels_keep_their_capitals_in_the_headline() -> None:
     verdict = verdict_on(lambda method, seed, path, item: method == "lora")
     rows = tuple(replace(row, method=row.method.upper()) for row in verdict.methods)
-    assert "PARA (t, " in words.headline(replace(verdict, methods=rows))
+    assert "PARA (t, " in verdict_words.headline(replace(verdict, methods=rows))
 
 
 def test_few_items_leave_it_open() -> None:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from perfbench import backbone
-from perfbench.backbone import Backbone
-from perfbench.backbone_config import shape_of
 from perfbench.finetune.encoding import IGNORED
 from perfbench.finetune.search.evaluate import Batch
 from perfbench.methods import lora
 from perfbench.methods.registry import LoraOptions
+from perfbench.runtimes import backbone
+from perfbench.runtimes.backbone import Backbone
+from perfbench.spec.backbone_config import shape_of
 
 TINY = {
     "vocab_size": 61,

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from perfbench.backbone_config import NAMED_CONFIGS
 from perfbench.finetune.search import flops, gates
 from perfbench.finetune.search.evaluate import Batch, ablations, naive_ablations
 from perfbench.methods.shape import BackboneShape
+from perfbench.spec.backbone_config import NAMED_CONFIGS
 from tests.perfbench.finetune.search.conftest import TINY, load_bare
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -1,0 +1,1 @@
+"""How each method's adapters are read from, and written as, a PEFT checkpoint folder."""

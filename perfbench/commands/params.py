@@ -1,0 +1,44 @@
+"""`perfbench params`: what one tenant's adapter is, in parameters and in bytes served, for every method."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from perfbench.figures.papers import PARAMETERS
+from perfbench.methods.registry import METHODS
+from perfbench.spec.backbone_config import find_config, shape_of
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def render(backbone: str, dtype: str, console: Console | None = None) -> None:
+    """Prints the table; nothing is allocated. BackboneError where there is no such backbone."""
+    find_config(backbone)
+    rows = [row for method in METHODS if (row := _row(method, backbone, dtype)) is not None]
+    title = Text(f"One tenant's adapter on {backbone}, served in {dtype}", "table.title")
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("method", no_wrap=True)
+    for heading in ("trained parameters", "served MiB", "papers, on llama2-7b"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    (console or Console()).print(table)
+
+
+def _row(method: str, backbone: str, dtype: str) -> tuple[str, str, str, str] | None:
+    """One line, or None for the arms that serve another method's adapters."""
+    from perfbench.methods import parameters
+
+    entry = METHODS[method]
+    if entry.module is None or entry.served_by != "plan":
+        return None
+    shape, options = shape_of(backbone), entry.options()
+    count = parameters.parameter_count(method, shape, options)
+    plan = parameters.meta_plan(method, shape, options)
+    served = sum(tensor.numel() for layer in plan for tensor in layer.tensors()) * BYTES[dtype]
+    paper = PARAMETERS[method]
+    exact = f"{paper.exact:,}" + (f", {paper.note}" if paper.note else "")
+    return method, f"{count:,}", f"{served / 2**20:,.2f}", f"{paper.printed} ({exact})"

@@ -1,0 +1,183 @@
+"""An accuracy run on disk.
+
+OUT/accuracy.json         configuration, environment, adapters, which paths are done, the verdict
+OUT/items.jsonl           every answer: task, method, seed, split, path, id, prediction, score
+OUT/<task>/<method>/      a fine-tuning run (perfbench.finetune.finetune_folder)
+OUT/index.html            the page
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from perfbench import __version__
+from perfbench.errors import RunDirectoryError
+from perfbench.files import strict_json
+from perfbench.files.run_lock import has_files
+from perfbench.finetune.accuracy.accuracy_config import AccuracyConfig
+from perfbench.machine import environment
+from perfbench.report.write import write
+
+KIND, SCHEMA_VERSION = "accuracy", 1
+MANIFEST, ITEMS, PAGE = "accuracy.json", "items.jsonl", "index.html"
+
+Item = dict[str, Any]
+
+
+class AccuracyFolder:
+    """One run. Change `manifest`, then `write()`; `add` the items of a path when all of them are there."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def create(cls, path: Path, config: AccuracyConfig, device_kind: str, threads: int) -> AccuracyFolder:
+        """A new run in `path`, a new or empty folder. RunDirectoryError where it is neither."""
+        if path.exists() and (not path.is_dir() or has_files(path)):
+            what = "has files in it" if path.is_dir() else "is a file"
+            raise RunDirectoryError(
+                f"{path}: expected a new or empty folder, this one {what}; --resume continues the run in it, "
+                "another --out starts a new one"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunDirectoryError(f"{path}: can't be made ({error.strerror}); give another --out") from None
+        manifest = {
+            "kind": KIND,
+            "schema_version": SCHEMA_VERSION,
+            "perfbench_version": __version__,
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished_at": None,
+            "name": config.name,
+            "question": config.question,
+            "config": resolved(config),
+            "environment": environment.collect(device_kind, threads),
+            "adapters": {},
+            "left_out": [],
+            "paths": {},
+            "verdict": None,
+        }
+        folder = cls(path, manifest)
+        folder.write()
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> AccuracyFolder:
+        """The run in `path`. RunDirectoryError where there is none that can be read."""
+        file = path / MANIFEST
+        try:
+            manifest = strict_json.parse(file.read_bytes())
+        except FileNotFoundError:
+            what = f"not an accuracy run, it has no {MANIFEST}" if path.is_dir() else "no such folder"
+            raise RunDirectoryError(f"{path}: {what}; give the folder that `perfbench accuracy` wrote") from None
+        except OSError as error:
+            raise RunDirectoryError(f"{file}: can't be read ({error.strerror}); check its permissions") from None
+        except ValueError as error:
+            raise RunDirectoryError(f"{file}: not valid JSON ({error}); run again with another --out") from None
+        version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+        if version != SCHEMA_VERSION or manifest.get("kind") != KIND:
+            raise RunDirectoryError(f"{file}: expected an accuracy run of schema {SCHEMA_VERSION}; give another --out")
+        return cls(path, manifest)
+
+    def check_same(self, config: AccuracyConfig) -> None:
+        """RunDirectoryError, naming the first field, where this is a run of another configuration."""
+        old, new = self.manifest["config"], resolved(config)
+        for field in sorted({*old, *new}):
+            if old.get(field) != new.get(field):
+                raise RunDirectoryError(
+                    f"{self.path}: holds a run with {field} {_short(old.get(field))}, not {_short(new.get(field))}; "
+                    "give it the same configuration, or another --out"
+                )
+
+    def write(self) -> None:
+        """Puts `manifest` in the place of accuracy.json, as a whole or not at all."""
+        text = json.dumps(self.manifest, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        write(self.path / MANIFEST, text.encode())
+
+    def is_done(self, task: str, path: str, method: str) -> bool:
+        """Whether every answer of this method, with every seed, on this path is there."""
+        return method in self.manifest["paths"].get(task, {}).get(path, {})
+
+    def add(self, items: Sequence[Item], identities: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Appends all items of some methods on one path of one task, then notes that they are done; `identities`:
+        method -> whose logits were served."""
+        lines = [json.dumps(item, allow_nan=False, ensure_ascii=False).encode() + b"\n" for item in items]
+        try:
+            with (self.path / ITEMS).open("ab") as file:
+                file.write(b"".join(lines))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            reason = f"can't be written ({error.strerror}); free some space and go on with --resume"
+            raise RunDirectoryError(f"{self.path / ITEMS}: {reason}") from None
+        for (task, path, method), count in Counter(map(_place, items)).items():
+            paths = self.manifest["paths"].setdefault(task, {})
+            paths.setdefault(path, {})[method] = {"items": count, "identity": (identities or {}).get(method)}
+        self.write()
+
+    def items(self) -> list[Item]:
+        """The items of every path that is done. RunDirectoryError, with its line, where one is not readable or
+        where a path has another number of them than was noted."""
+        file = self.path / ITEMS
+        found: list[Item] = []
+        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                item = json.loads(line)
+                if self.is_done(*_place(item)):
+                    found.append(item)
+            except (ValueError, KeyError, TypeError):
+                if number == len(lines):
+                    break  # torn by a kill: its path was not noted as done
+                raise RunDirectoryError(f"{file}:{number}: not an item; run again with another --out") from None
+        counted = Counter(map(_place, found))
+        for task, paths in self.manifest["paths"].items():
+            for path, methods in paths.items():
+                for method, facts in methods.items():
+                    if counted[task, path, method] != facts["items"]:
+                        got = f"got {counted[task, path, method]}; run again with another --out"
+                        raise RunDirectoryError(
+                            f"{file}: expected {facts['items']} items of {task} {path} {method}, {got}"
+                        )
+        return found
+
+    def drop_unfinished(self) -> None:
+        """Rewrites items.jsonl with the paths that are done: a kill leaves some of one that is not."""
+        kept = [json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in self.items()]
+        if (self.path / ITEMS).exists():
+            write(self.path / ITEMS, b"".join(kept))
+
+
+def _place(item: Item) -> tuple[str, str, str]:
+    return item["task"], item["path"], item["method"]
+
+
+def resolved(config: AccuracyConfig) -> dict[str, Any]:
+    """What decides the outcome, as plain JSON data."""
+    data: dict[str, Any] = json.loads(
+        json.dumps(
+            {
+                "reference": config.reference,
+                "margin": config.margin,
+                "serve": vars(config.serving),
+                "entries": [
+                    {"method": entry.method, "task": entry.task, "finetune": entry.config.to_json()}
+                    for entry in config.entries
+                ],
+            }
+        )
+    )
+    return data
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,187 @@
+"""`perfbench accuracy`: trains what is not trained yet, asks every test item on every path, judges, writes the page."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from perfbench.errors import AdapterError, FinetuneError, RunDirectoryError
+from perfbench.finetune import small_backbone
+from perfbench.finetune.accuracy import verdict_page
+from perfbench.finetune.accuracy.accuracy_config import AccuracyConfig, Entry
+from perfbench.finetune.accuracy.accuracy_folder import PAGE, AccuracyFolder
+from perfbench.finetune.accuracy.evaluate import Setting, TaskData, evaluate_served, evaluate_trained, steps
+from perfbench.finetune.accuracy.paths import LeftOut, ServingPath, as_trained, is_served, served
+from perfbench.finetune.accuracy.serve import Tenant, questions, with_plan
+from perfbench.finetune.accuracy.verdict import Verdict, judge
+from perfbench.finetune.recipe import check_against_backbone, finetune
+from perfbench.finetune.tasks.registry import find, load_splits
+from perfbench.finetune.tasks.task import Example, Split, Task
+from perfbench.machine.device import device_kind
+from perfbench.methods.checkpoints.adapter_folder import WEIGHTS
+from perfbench.methods.plan import plan_bytes
+from perfbench.methods.shape import BackboneShape
+from perfbench.progress import RunProgress
+from perfbench.report.write import write
+from perfbench.runtimes import backbone as backbones
+from perfbench.spec.backbone_config import find_config
+
+
+def execute(
+    config: AccuracyConfig, out: Path, *, resume: bool, run: Path | None = None, console: Console | None = None
+) -> tuple[AccuracyFolder, Verdict]:
+    """All that is not done yet in the run folder `out`; `run`: a `perfbench run` directory whose arms have these
+    methods, for the page.
+
+    TaskError, BackboneError, FinetuneError, AdapterError, RunDirectoryError, before anything is trained where that is
+    possible; what was done stays.
+    """
+    console = console or Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    measured = verdict_page.read_run(run, config) if run else None
+    common = config.common
+    kind, _ = device_kind(common.device)
+    name = small_backbone.resolve(common.backbone, console)
+    for entry in config.entries:  # found out now, and not when its turn comes after hours of the others' training
+        check_against_backbone(entry.config, name)
+    backbone_config = find_config(name)
+    tokenizer = backbones.tokenizer_of(name)
+    examples = _read_examples(config, tokenizer, BackboneShape.of_config(backbone_config).context)
+    if resume:
+        folder = AccuracyFolder.open(out)
+        folder.check_same(config)
+        folder.drop_unfinished()
+    else:
+        folder = AccuracyFolder.create(out, config, kind, torch.get_num_threads())
+    asked = list(served(config.serving, backbone_config, kind))
+    paths = [path for path in asked if isinstance(path, ServingPath)]
+    folder.manifest["left_out"] = [asdict(path) for path in asked if isinstance(path, LeftOut)]
+    for path in folder.manifest["left_out"]:
+        console.print(f"left out: {path['id']}: {path['reason']}")
+    data = [_train(task, config, examples[task], folder, console) for task in config.tasks]
+    _describe(data, folder, BackboneShape.of_config(backbone_config))
+    setting = Setting(name, kind, common.dtype, tokenizer, config.serving.requests, common.beams)
+    with RunProgress(steps(data, paths, setting), console) as progress:
+        logits = evaluate_trained(data, setting, folder, progress)
+        gc.collect()
+        evaluate_served(data, paths, logits, setting, folder, progress)
+    verdict = judge_folder(folder, config)
+    folder.manifest["verdict"] = verdict.to_json()
+    folder.manifest["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+    folder.write()
+    write(out / PAGE, verdict_page.render(folder.manifest, verdict, measured).encode())
+    return folder, verdict
+
+
+def judge_folder(folder: AccuracyFolder, config: AccuracyConfig) -> Verdict:
+    """The verdict on what a run folder holds."""
+    trained_path = as_trained(config.common.dtype)
+    anchors: dict[str, str] = {}
+    identities = {}
+    for task, paths in folder.manifest["paths"].items():
+        # In fp32 all must agree: with the trained model where that is fp32, else with the first that is served so.
+        fp32 = [path for path in (trained_path.id, *paths) if path.endswith("-fp32")]
+        anchors |= {path: fp32[0] for path in fp32[1:] if path != fp32[0]}
+        for path, methods in paths.items():
+            for method, facts in methods.items():
+                identities[task, path, method] = facts["identity"] or {}
+    return judge(
+        folder.items(),
+        tasks=config.tasks,
+        methods=config.methods,
+        reference=config.reference,
+        margin=config.margin,
+        trained_path=trained_path.id,
+        anchors=anchors,
+        identities=identities,
+    )
+
+
+def _read_examples(
+    config: AccuracyConfig, tokenizer: Any, context: int
+) -> dict[str, tuple[Task, dict[Split, list[Example]]]]:
+    """Task label -> the task, its dev and test examples. TaskError for what can't be asked, before anything is
+    trained."""
+    found = {}
+    for entry in _first_of_each_task(config):
+        source = entry.config.task
+        task = find(source.name, source.metric)
+        counts: dict[Split, int | None] = {"dev": source.dev_examples, "test": source.test_examples}
+        if source.test_examples == 0:
+            raise FinetuneError(f"tasks: {entry.task}: expected test examples to judge by, got test_examples 0")
+        limits = {split: count for split, count in counts.items() if count is not None}
+        splits = load_splits(task, source.source, limits=limits)
+        for split in counts:
+            questions(task, splits[split], tokenizer, context)
+        found[entry.task] = (task, splits)
+    return found
+
+
+def _first_of_each_task(config: AccuracyConfig) -> Sequence[Entry]:
+    return [next(entry for entry in config.entries if entry.task == task) for task in config.tasks]
+
+
+def _train(
+    label: str,
+    config: AccuracyConfig,
+    examples: tuple[Task, dict[Split, list[Example]]],
+    folder: AccuracyFolder,
+    console: Console,
+) -> TaskData:
+    """Every method of a task with every seed, those that are trained already as they are."""
+    tenants = []
+    for entry in (entry for entry in config.entries if entry.task == label):
+        out = folder.path / label / entry.method
+        started = (out / "run.json").exists()
+        console.print(f"{label}: {'going on with' if started else 'training'} {entry.method}")
+        # The test set is asked below, on every path.
+        untested = replace(entry.config, task=replace(entry.config.task, test_examples=0))
+        for result in finetune(untested, out, resume=started, console=console):
+            seed_facts = {key: value for key, value in vars(result).items() if key not in ("seed", "adapter")}
+            facts = {"sha256": _fingerprint(result.adapter), **seed_facts}
+            _note(folder, label, entry.method, result.seed, facts)
+            tenants.append(Tenant(entry.method, entry.config.method, result.seed, result.adapter))
+    folder.write()
+    return TaskData(label, examples[0], examples[1], tuple(tenants))
+
+
+def _note(folder: AccuracyFolder, task: str, method: str, seed: int, facts: dict[str, Any]) -> None:
+    """What is known of an adapter. RunDirectoryError where it is not the one that gave the answers which are there."""
+    seeds = folder.manifest["adapters"].setdefault(task, {}).setdefault(method, {})
+    before = seeds.get(str(seed), facts)
+    if before["sha256"] != facts["sha256"] and any(
+        method in methods for methods in folder.manifest["paths"].get(task, {}).values()
+    ):
+        raise RunDirectoryError(
+            f"{folder.path / task / method}: the adapter of seed {seed} is not the one that was judged here; "
+            "run with another --out"
+        )
+    seeds[str(seed)] = before | facts
+
+
+def _fingerprint(adapter: Path) -> str:
+    """Of the weights. AdapterError where there are none."""
+    file = adapter / WEIGHTS
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        reason = f"can't read the trained adapter ({error.strerror})"
+        raise AdapterError(f"{file}: {reason}; remove {adapter.parent.parent} to train it again") from None
+
+
+def _describe(data: Sequence[TaskData], folder: AccuracyFolder, shape: BackboneShape) -> None:
+    """Bytes of one adapter as it is stored in a bank in 16 bits, for those that are served. AdapterError where a
+    folder can't be served: before the long part."""
+    for one in data:
+        for tenant in one.tenants:
+            facts = folder.manifest["adapters"][one.label][tenant.label][str(tenant.seed)]
+            plan = with_plan(tenant, shape).plan if is_served(tenant.method) else None
+            facts["method"] = tenant.method
+            facts["bytes_per_tenant_16_bit"] = None if plan is None else plan_bytes(plan, torch.bfloat16)

@@ -1,0 +1,164 @@
+"""What `perfbench history` shows: a table in the terminal, CSV, or a page with a plot of each series. Free of torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from perfbench.figures.change_points import FEWEST, Change
+from perfbench.figures.metrics import METRICS
+from perfbench.history.store import EXACT, LEAST_CHANGE, Point, Series
+from perfbench.report.chart import Chart
+from perfbench.report.page import page
+
+# Series whose runs are listed one by one; of more, one line each.
+DETAILED = 3
+
+
+def to_csv(series: Sequence[Series]) -> str:
+    """A row for each run of each series; `change` is the ratio of the level after to that before, where it changes."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    head = ("figure", "machine", "case", "options", "started_at", "commit", "dirty", "value", "low", "high", "change")
+    writer.writerow(head)
+    for one in series:
+        marks = {change.index: change for change in one.changes()}
+        for at, point in enumerate(one.points):
+            ratio = _ratio(marks[at]) if at in marks else None
+            identity = (one.figure, one.machine, one.case_id, one.options)
+            writer.writerow((*identity, *vars(point).values(), ratio))
+    return text.getvalue()
+
+
+def render(series: Sequence[Series], console: Any = None) -> None:
+    """Prints one line for each series, and the runs of the first few one by one where there are no more."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = console or Console(width=None)
+    metric = METRICS[series[0].figure]
+    better = f", {metric.better} is better" if metric.better else ""
+    console.print(Text(f"{series[0].figure} ({metric.unit}{better}): {metric.definition}"), soft_wrap=True)
+    for machine in dict.fromkeys(one.machine for one in series):
+        own = [one for one in series if one.machine == machine]
+        console.print()
+        console.print(Text(f"On {machine}", "bold"), soft_wrap=True)
+        if len(series) <= DETAILED:
+            for one in own:
+                console.print(Text(_name(one, series)), soft_wrap=True)
+                console.print(_detail(one))
+        else:
+            for one in own:
+                console.print(Text(f"{_name(one, series)}: {_line(one)}"), soft_wrap=True)
+    console.print()
+    console.print(Text(_how(series[0].figure), "dim"), soft_wrap=True)
+
+
+def _detail(one: Series) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False)
+    for head in ("measured", "commit", one.figure, "change"):
+        grid.add_column(Text(head), justify="right" if head == one.figure else "left")
+    marks = {change.index: change for change in one.changes()}
+    for at, point in enumerate(one.points):
+        mark = _words(marks[at], one.figure) if at in marks else ""
+        cells = (point.started_at[:19].replace("T", " "), _commit(point), _value(point), mark)
+        grid.add_row(*map(Text, cells))
+    return grid
+
+
+def _line(one: Series) -> str:
+    """A series in a line: how many runs, from what to what, and where it changed."""
+    first, last = one.points[0], one.points[-1]
+    text = f"{len(one.points)} run(s), {_number(first.value)}"
+    text += f" to {_number(last.value)}" if len(one.points) > 1 else ""
+    found = [f"{_words(change, one.figure)} at {_commit(one.points[change.index])}" for change in one.changes()]
+    return "; ".join([text, *found])
+
+
+def to_html(series: Sequence[Series]) -> str:
+    """A page with a plot for each series, change points marked; the machines under their own headings."""
+    charts: list[list[Chart]] = []
+    sections = []
+    for machine in dict.fromkeys(one.machine for one in series):
+        sections.append({"title": f"On {machine}", "charts": len(charts)})
+        charts.append([_chart(one, series) for one in series if one.machine == machine])
+    figure = series[0].figure
+    changed = [f"{_name(one, series)}: {_line(one)}" for one in series if one.changes()]
+    return page(
+        title=f"{figure} over {max(len(one.points) for one in series)} runs",
+        lead=[METRICS[figure].definition, _how(figure)],
+        verdicts=[
+            {"title": f"{len(series)} series", "sentences": changed or ["No level changed."]},
+        ],
+        sections=sections,
+        charts=charts,
+        colors={},
+    )
+
+
+def _chart(one: Series, series: Sequence[Series]) -> Chart:
+    metric = METRICS[one.figure]
+    marks = {change.index: change for change in one.changes()}
+    better = f", {metric.better} is better" if metric.better else ""
+    return Chart(
+        "history",
+        _name(one, series),
+        f"{one.figure}, {metric.unit}{better}",
+        ("run", "commit", one.figure, "low", "high", "change", "measured"),
+        [
+            (
+                at + 1, _commit(point), point.value, point.low, point.high,
+                _words(marks[at], one.figure) if at in marks else None, point.started_at,
+            )
+            for at, point in enumerate(one.points)
+        ],
+    )  # fmt: skip
+
+
+def _how(figure: str) -> str:
+    order = "Runs stand in the order in which they were measured; * marks a checkout with changes of its own."
+    if figure in EXACT:
+        return f"This figure is exact: every difference is a change. {order}"
+    return (
+        "A change: a permutation test on Pettitt's statistic gives p <= 0.01 and the level moves by "
+        f"{LEAST_CHANGE:.0%} or more; that takes {FEWEST} runs, and several after the change. {order}"
+    )
+
+
+def _name(one: Series, series: Sequence[Series]) -> str:
+    """The case, and its options where the same case was run with several."""
+    several = any(other.case_id == one.case_id and other.options != one.options for other in series)
+    return f"{one.case_id} {one.options}" if several else one.case_id
+
+
+def _ratio(change: Change) -> float | None:
+    return change.ratio if change.before else None
+
+
+def _words(change: Change, figure: str) -> str:
+    """Such as `-12.3% (worse)`, or the two values where a ratio says nothing."""
+    ratio, better = _ratio(change), METRICS[figure].better
+    size = f"{ratio - 1:+.1%}" if ratio is not None else f"{_number(change.before)} to {_number(change.after)}"
+    if better is None:
+        return size
+    return f"{size} ({'better' if (change.after > change.before) == (better == 'higher') else 'worse'})"
+
+
+def _commit(point: Point) -> str:
+    return (point.commit or "unknown")[:9] + ("*" if point.dirty else "")
+
+
+def _value(point: Point) -> str:
+    text = _number(point.value)
+    return text if point.low is None or point.high is None else f"{text} [{_number(point.low)}, {_number(point.high)}]"
+
+
+def _number(value: float) -> str:
+    """Whole numbers as they are, others to four digits that count."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"

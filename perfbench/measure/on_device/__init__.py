@@ -1,0 +1,1 @@
+"""The child process that measures: its arms, its prompts, timed repetitions, memory and counts."""

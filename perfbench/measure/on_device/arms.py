@@ -1,0 +1,208 @@
+"""From a case to an arm on the device: the adapters of its tenants, the bank or PEFT model that holds them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from perfbench.errors import AdapterError
+from perfbench.files.paths import expanded
+from perfbench.methods import parameters
+from perfbench.methods.bank import Bank, union_layout
+from perfbench.methods.checkpoints.adapter_folder import CONFIG
+from perfbench.methods.plan import AdapterPlan, plan_bytes
+from perfbench.methods.registry import METHODS
+from perfbench.methods.shape import BackboneShape
+from perfbench.runtimes.backbone import Backbone
+from perfbench.runtimes.generation import Arm, Batch
+from perfbench.runtimes.peft_arms import PeftMixedArm, PeftSingleArm, expect_mixable
+from perfbench.runtimes.peft_arms import admit as admit_peft
+from perfbench.runtimes.shared_weights import unchanged
+from perfbench.runtimes.static.arm import StaticArm
+from perfbench.runtimes.transformers_plan import PlanArm
+from perfbench.spec.cases import Case
+
+ADMISSIONS = 5
+
+# Runtime -> what serves a bank of layer plans, or none, on it.
+PLAN_ARMS: dict[str, type[PlanArm] | type[StaticArm]] = {"transformers": PlanArm, "static": StaticArm}
+
+
+@dataclass(frozen=True)
+class BuiltArm:
+    """An arm, its batch, and what its adapters are.
+
+    plan: one tenant's, sizes only (None for the bare backbone); plan_of: slot -> the adapter that lies there, made
+    again from its seed or read again from its folder (None likewise); adapters: `parameters_per_tenant`,
+    `bytes_per_tenant`, `admit_ms`.
+    """
+
+    arm: Arm
+    batch: Batch
+    plan: AdapterPlan | None
+    plan_of: Callable[[int], AdapterPlan] | None
+    adapters: dict[str, Any]
+
+
+def build(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path) -> BuiltArm:
+    """The arm of `case` with `resident` tenants admitted. AdapterError on a folder that can't be served.
+
+    `scratch`: an empty folder for the checkpoints that PEFT, or the measured admission, reads.
+    """
+    served_by = METHODS[case.method].served_by
+    if case.method == "none":
+        bare = _plan_arm(case, backbone, None, batch)
+        return BuiltArm(bare, batch, None, None, dict.fromkeys(ADAPTER_FIGURES))
+    if served_by == "plan":
+        return _build_plan(case, backbone, batch, resident, seed, scratch)
+    return _build_peft(case, backbone, batch, resident, seed, scratch)
+
+
+ADAPTER_FIGURES = ("parameters_per_tenant", "bytes_per_tenant", "admit_ms")
+
+
+def adapter_folders(path: str, resident: int) -> list[Path]:
+    """The checkpoint folders under `path`, one for each resident tenant, in the order of their names. AdapterError."""
+    root = expanded(path)
+    found = [root] if (root / CONFIG).is_file() else sorted(p.parent for p in root.glob(f"*/{CONFIG}"))
+    if len(found) < resident:
+        raise AdapterError(f"{path}: {resident} resident tenants need as many adapter folders, found {len(found)}")
+    return found[:resident]
+
+
+def read_adapter(case: Case, shape: BackboneShape, resident: int, tenant: int) -> AdapterPlan:
+    """The adapter in the folder of the resident `tenant`. AdapterError."""
+    return _load(case, shape, adapter_folders(case.options.adapters, resident)[tenant])
+
+
+def _load(case: Case, shape: BackboneShape, folder: Path) -> AdapterPlan:
+    plan: AdapterPlan = parameters.implementation(case.method).load(folder, shape, case.options)
+    if METHODS[case.method].served_by == "peft":
+        expect_mixable(folder)
+    return plan
+
+
+def plan_of_tenant(case: Case, backbone: Backbone, resident: int, seed: int, tenant: int) -> AdapterPlan:
+    """The adapter of the resident `tenant`: read from a folder where the case's options have them, else random, made
+    on the backbone's device."""
+    if case.options.adapters is not None:
+        return read_adapter(case, backbone.shape, resident, tenant)
+    return _plan(case, backbone, _random(case, backbone, seed, tenant))
+
+
+def _plan(case: Case, backbone: Backbone, values: parameters.Parameters) -> AdapterPlan:
+    plan: AdapterPlan = parameters.implementation(case.method).plan(values, backbone.shape, case.options)
+    return plan
+
+
+def _random(case: Case, backbone: Backbone, seed: int, tenant: int) -> parameters.Parameters:
+    return parameters.make(
+        case.method,
+        backbone.shape,
+        case.options,
+        seed=seed * 1_000_003 + tenant,
+        input_rms=backbone.input_rms,
+        device=backbone.device,
+    )
+
+
+def _build_plan(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path) -> BuiltArm:
+    method = parameters.implementation(case.method)
+    plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
+    if case.options.adapters is not None:
+        read = [plan_of(tenant) for tenant in range(resident)]
+        plans: Iterable[AdapterPlan] = read
+        layout, cold = union_layout(read), adapter_folders(case.options.adapters, 1)[0]
+        trained = sum(t.numel() for layer in read[0] for t in layer.tensors())
+    else:
+        layout, cold = parameters.meta_plan(case.method, backbone.shape, case.options), scratch / "cold"
+        first = _random(case, backbone, seed, 0)
+        method.save(first, backbone.shape, case.options, cold, backbone.name)
+        # Made one by one as they are admitted: not all of them at once, in fp32, beside the bank.
+        plans = chain([_plan(case, backbone, first)], map(plan_of, range(1, resident)))
+        trained = parameters.parameter_count(case.method, backbone.shape, case.options)
+    bank = Bank(layout, resident, backbone.dtype, backbone.device)
+    for plan in plans:
+        bank.admit(plan)
+
+    def admit() -> None:
+        bank.admit(method.load(cold, backbone.shape, case.options))
+
+    # The first resident leaves and comes back: the last slot freed is the first to be taken.
+    admit_ms = _timed(admit, before=lambda: bank.evict(0), device=backbone.device)
+    figures = {
+        "parameters_per_tenant": trained,
+        "bytes_per_tenant": bank.bytes_per_slot,
+        "admit_ms": admit_ms,
+    }
+    return BuiltArm(_plan_arm(case, backbone, bank, batch), batch, layout, plan_of, figures)
+
+
+def _plan_arm(case: Case, backbone: Backbone, bank: Bank | None, batch: Batch) -> Arm:
+    arm = PLAN_ARMS[case.runtime](backbone, bank, case.kernels)
+    if isinstance(arm, StaticArm):
+        arm.reserve(batch)
+    return arm
+
+
+def _build_peft(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path) -> BuiltArm:
+    method = parameters.implementation(case.method)
+    if case.options.adapters is not None:
+        folders = adapter_folders(case.options.adapters, resident)
+        layout = union_layout([_load(case, backbone.shape, folder) for folder in folders])
+    else:
+        folders = [scratch / f"tenant{tenant}" for tenant in range(resident)]
+        for tenant, folder in enumerate(folders):
+            values = _random(case, backbone, seed, tenant)
+            method.save(values, backbone.shape, case.options, folder, backbone.name)
+        layout = parameters.meta_plan(case.method, backbone.shape, case.options)
+    single = METHODS[case.method].served_by == "peft-single"
+    arm: PeftMixedArm | PeftSingleArm
+    with unchanged(backbone, f"{folders[0]} to {folders[-1]}" if len(folders) > 1 else str(folders[0])):
+        arm = PeftSingleArm(backbone, folders) if single else PeftMixedArm(backbone, folders)
+        figures = {
+            "parameters_per_tenant": sum(t.numel() for layer in layout for t in layer.tensors()),
+            "bytes_per_tenant": plan_bytes(layout, backbone.dtype),
+            "admit_ms": _timed(
+                lambda: admit_peft(arm.model, folders[0], "cold", backbone.dtype, backbone.device),
+                after=lambda: arm.model.delete_adapter("cold"),
+                device=backbone.device,
+            ),
+        }
+    if single:
+        slot = next((slot for slot in batch.slots if slot != -1), -1)
+        batch = replace(batch, slots=(slot,) * len(batch.slots))
+    plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
+    return BuiltArm(arm, batch, layout, plan_of, figures)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _timed(
+    action: Callable[[], None],
+    *,
+    before: Callable[[], None] = _nothing,
+    after: Callable[[], None] = _nothing,
+    device: torch.device,
+) -> float:
+    """Median milliseconds of `action` over ADMISSIONS turns; `before` and `after` each turn are not timed."""
+    times = []
+    for _ in range(ADMISSIONS):
+        before()
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+        after()
+    return median(times)

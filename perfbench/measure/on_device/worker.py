@@ -1,0 +1,300 @@
+"""The child process that touches the device: the comparisons of one backbone and workload, their arms in turn.
+
+It reads a job (JSON) on standard input and writes events, one line of JSON each, to what was its standard output;
+whatever the libraries print goes to standard error. The parent alone writes the run directory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+Emit = Callable[..., None]
+
+# A coarser clock can't tell a token from the next.
+COARSEST_CLOCK_S = 1e-4
+# Rounds of each case whose tokens are made again after the timing.
+PROVED_ROUNDS = 2
+
+# The statuses that a case can end with here; a crash is seen by the parent.
+OUT_OF_MEMORY = "out_of_memory"
+
+
+def main() -> int:
+    """Runs the job on standard input; exit code 0 when it came to its end, 1 after an `error` event."""
+    return serve(lambda emit: _run(json.load(sys.stdin), emit))
+
+
+def serve(work: Callable[[Emit], None]) -> int:
+    """Does `work` as a child process: its events, and how it ended, go to what was standard output, and whatever the
+    libraries print to standard error. 0 after a `done` event, 1 after an `error` event."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan keeps a GPU busy
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own chatter, before torch is imported
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    state: dict[str, Any] = {"case": None}
+
+    def emit(event: str, **fields: Any) -> None:
+        if event == "phase":
+            state["case"] = fields["case"]
+        _write(events, {"event": event, **fields})
+
+    from perfbench.errors import PerfbenchError
+
+    try:
+        work(emit)
+    except PerfbenchError as error:
+        emit("error", kind="bad_input", case=state["case"], message=str(error))
+    except Exception as error:
+        kind = OUT_OF_MEMORY if _is_out_of_memory(error) else "crashed"
+        emit("error", kind=kind, case=state["case"], message=f"{type(error).__name__}: {_first_line(error)}")
+        raise
+    else:
+        emit("done")
+        return 0
+    return 1
+
+
+def _write(events: TextIO, event: dict[str, Any]) -> None:
+    events.write(json.dumps(event, allow_nan=False) + "\n")
+    events.flush()
+
+
+def _run(job: dict[str, Any], emit: Emit) -> None:
+    from perfbench.measure.on_device import measured_roof
+    from perfbench.spec import cases
+
+    comparisons = [cases.from_json(comparison) for comparison in job["comparisons"]]
+    session = open_session(job, comparisons[0], emit)
+    backbone = session.backbone
+    roof = measured_roof.device_roof(backbone.device, session.dtype)
+    emit("backbone", parameters=backbone.parameters, bytes=backbone.bytes, roof=vars(roof))
+    passed = [case for comparison in comparisons for case in comparison.cases if session.prepare(case)]
+    built = session.time(passed)
+    session.prove_timed(passed, built)
+    # Counting needs caches of other sizes: beside all the arms that were timed there may be no room for them.
+    for case_id in list(built):
+        built.pop(case_id).arm.close()
+    session.count(passed)
+
+
+def open_session(job: dict[str, Any], first: Any, emit: Emit) -> Session:
+    """The backbone and the batch of a comparison, loaded, with the job's `threads` and `seed`."""
+    import torch
+    import transformers
+
+    from perfbench.errors import PerfbenchError
+    from perfbench.measure.on_device import repetition, workload
+    from perfbench.runtimes import backbone as backbones
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(job["threads"])
+    if (resolution_s := repetition.clock_resolution_s()) > COARSEST_CLOCK_S:
+        raise PerfbenchError(
+            f"the clock: expected steps of at most {COARSEST_CLOCK_S * 1e6:.0f} us, got {resolution_s * 1e3:.1f} ms; "
+            f"times of this machine would be made of steps"
+        )
+    emit("phase", case=None, text=f"loading {first.backbone}")
+    backbone = backbones.load(first.backbone, first.dtype, first.device, job["seed"])
+    batch = workload.make(first.workload, backbone, job["seed"])
+    return Session(job, first, backbone, batch, emit)
+
+
+class Session:
+    """One job: arms over one backbone and one batch; `first` is any of its comparisons."""
+
+    def __init__(self, job: dict[str, Any], first: Any, backbone: Any, batch: Any, emit: Emit):
+        self.job = job
+        self.dtype = first.dtype
+        self.resident = first.workload.resident
+        self.backbone = backbone
+        self.batch = batch
+        self.emit = emit
+        self.nvml = _nvml(backbone.device)
+        self.timed: dict[str, dict[int, Any]] = {}  # case id -> round -> the tokens that it made
+
+    def prepare(self, case: Any) -> bool:
+        """Check and memory of one case, with only its arm resident. True where it may be timed.
+
+        What an earlier child of this run has found is not measured again.
+        """
+        from perfbench.measure.on_device import memory
+        from perfbench.proof import check
+
+        if (status := self.job["prepared"].get(case.id)) is not None:
+            return bool(status == "ok")
+        self.emit("phase", case=case.id, text="admitting tenants")
+        built = self._build(case)
+        arm, batch, device = built.arm, built.batch, self.backbone.device
+        self.emit("phase", case=case.id, text="checking")
+        found = check.check(arm, batch, self.resident, self.backbone, self.job["seed"], built.plan_of)
+        self.emit("phase", case=case.id, text="measuring memory")
+        held = memory.resident_bytes(arm)
+        peaks = memory.peaks(arm, batch, held, device, self.nvml)
+        free = memory.free_bytes(device, peaks["peak_allocated_bytes"] - held)
+        parts = memory.parts(arm, batch, self.backbone.bytes)
+        per_tenant = built.adapters["bytes_per_tenant"]
+        self.emit(
+            "case",
+            case=case.id,
+            status=found.status,
+            reason=found.reason,
+            check=found.to_json(),
+            memory=peaks | parts | {"tenants_that_fit": free // per_tenant if per_tenant else None},
+            adapters=built.adapters,
+        )
+        arm.close()
+        return found.status == "ok"
+
+    def count(self, cases: list[Any]) -> None:
+        """The exact figures of each case that has none yet, with only its arm resident. After the timing, since the
+        profiler that counts launches stays in the process once it has run, and may slow what follows."""
+        from perfbench.measure.on_device import counts
+
+        for case in cases:
+            if case.id in self.job["counted"]:
+                continue
+            self.emit("phase", case=case.id, text="counting operations")
+            own = self._build(case)
+            exact = counts.decode_step(own.arm, own.batch, self.backbone.device) | self._least(own)
+            # The counter does not know every operation, none of Triton's kernels for one; the least was surely done.
+            exact["flops_per_decode_step"] = max(exact["flops_per_decode_step"], exact["least_flops_per_decode_step"])
+            self.emit("counted", case=case.id, exact=exact)
+            own.arm.close()
+
+    def _least(self, built: Any) -> dict[str, Any]:
+        """What the last decode step must at least read and compute."""
+        from perfbench.figures.roof import decode_step
+
+        batch, dtype = built.batch, self.dtype
+        own, bare = (
+            decode_step(
+                self.backbone.model.config.to_dict(),
+                dtype,
+                prompt_tokens=batch.attention_mask.sum(dim=1).tolist(),
+                generated_tokens=batch.new_tokens - 2,
+                beams=batch.beams,
+                plan=plan,
+                served=[slot for slot in batch.slots if slot != -1],
+            )
+            for plan in (built.plan, None)
+        )
+        return {
+            "bytes_per_decode_step": own.bytes,
+            "least_flops_per_decode_step": own.flops,
+            "kept_bound": bare.bytes / own.bytes,
+        }
+
+    def time(self, cases: list[Any]) -> dict[str, Any]:
+        """Warm-up, then the rounds that are still missing; in each, every arm once, in an order drawn for it.
+        {case id: its arm, still resident} of those that were timed."""
+        missing = {case.id: set(self.job["rounds"]) - set(self.job["done"][case.id]) for case in cases}
+        cases = [case for case in cases if missing[case.id]]
+        built = self.warm_up(cases)
+        for number in self.job["rounds"]:
+            turn = [case for case in cases if number in missing[case.id]]
+            random.Random(f"{self.job['seed']}/{number}").shuffle(turn)
+            for case in turn:
+                self.emit("phase", case=case.id, text=f"round {number + 1} of {self.job['last_round'] + 1}")
+                done = self.repetition(built[case.id], number)
+                self.timed.setdefault(case.id, {})[number] = done.tokens
+                self.emit("sample", case=case.id, round=number, **done.sample)
+        return built
+
+    def prove_timed(self, cases: list[Any], built: dict[str, Any]) -> None:
+        """That what was timed was the real thing, for each case of which this is not known yet. Of a few rounds, drawn
+        by lot, the tokens that were made in the window are made again without a clock, by the arm as it is resident
+        beside the others, and must be the same; and of one request the oracle must agree with that arm."""
+        from perfbench.proof import check
+
+        for case in cases:
+            rounds = self.timed.get(case.id, {})
+            if not rounds and case.id in self.job["proved"]:
+                continue
+            self.emit("phase", case=case.id, text="proving what was timed")
+            own = built[case.id] if case.id in built else self._build(case)
+            if not rounds:  # an earlier child took the samples and died before it came to this
+                rounds = {0: self.repetition(own, 0).tokens}
+            lot = random.Random(f"{self.job['seed']}/{case.id}")
+            drawn = sorted(lot.sample(sorted(rounds), min(PROVED_ROUNDS, len(rounds))))
+            fault = None
+            for number in drawn:
+                batch, request = self._batch_of(own, number), lot.randrange(len(own.batch.slots))
+                found = check.as_timed(own.arm, batch, rounds[number], request, self.backbone, own.plan_of)
+                if found is not None:
+                    fault = f"round {number + 1}: {found}"
+                    break
+            self.emit("proved", case=case.id, rounds=drawn, reason=fault)
+            if case.id not in built:
+                own.arm.close()
+
+    def warm_up(self, cases: list[Any]) -> dict[str, Any]:
+        """{case id: its arm, built, warm and resident}."""
+        # All are built before any warms up: an arm that makes room for its adapters moves the weights of all.
+        built = {}
+        for case in cases:
+            self.emit("phase", case=case.id, text="admitting tenants")
+            built[case.id] = self._build(case)
+        for case in cases:
+            self.emit("phase", case=case.id, text="warming up")
+            for turn in range(self.job["warmup"]):
+                self.repetition(built[case.id], -1 - turn)
+        # What is here now stays: without it, the collection before each repetition takes longer than a short one.
+        gc.collect()
+        gc.freeze()
+        return built
+
+    def repetition(self, built: Any, turn: int) -> Any:
+        """One timed repetition of a built arm, on the prompts of this turn: `measure.repetition`'s."""
+        from perfbench.measure.on_device import repetition
+
+        return repetition.repetition(built.arm, self._batch_of(built, turn), self.backbone.device, self.nvml)
+
+    def _batch_of(self, built: Any, turn: int) -> Any:
+        """The arm's batch with the prompts of a turn, which all arms have in common."""
+        from perfbench.measure.on_device import workload
+
+        return workload.fresh(built.batch, self.job["seed"], turn)
+
+    def _build(self, case: Any) -> Any:
+        from perfbench.measure.on_device import arms
+
+        with tempfile.TemporaryDirectory(prefix="perfbench-") as scratch:
+            return arms.build(case, self.backbone, self.batch, self.resident, self.job["seed"], Path(scratch))
+
+
+def _nvml(device: Any) -> Any:
+    import torch
+
+    from perfbench.machine.nvml import Nvml
+
+    if device.type != "cuda":
+        return None
+    return Nvml.open(str(torch.cuda.get_device_properties(device).uuid))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch's CPU allocator raises a plain RuntimeError, which only its text tells apart."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,383 @@
+"""What a scenario may say: its JSON Schema (draft 2020-12), and its errors in one line each. Free of torch.
+
+`SCHEMA` is the only place that lists keys, types and ranges; `perfbench validate --schema` prints it.
+What depends on several fields at once is checked in `perfbench.spec.scenario`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jsonschema import Draft202012Validator, ValidationError, validators
+
+from perfbench.errors import nearest
+from perfbench.files.plain_text import shown
+from perfbench.files.yaml_source import Place, Source
+from perfbench.methods.registry import METHODS
+from perfbench.methods.shape import MODULES
+
+DTYPES = ("fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+
+# Name -> what it is. A runtime generates tokens, a kernel set does the adapters' arithmetic.
+RUNTIMES = {
+    "transformers": "the Hugging Face model and its generate()",
+    "static": "our own decode loop over fused weights and a fixed cache, for the Llama family",
+}
+KERNELS = {"eager": "plain torch", "triton": "fused Triton kernels, on a CUDA device"}
+
+ISOLATION = {
+    "shared": "all arms of a comparison take turns in one child process",
+    "per-arm": "each arm in a child process of its own, together with `none`",
+}
+PAPERS = {"para_table4": "PARA, Table 4", "fanlora_table3": "FanLoRA, Table 3"}
+TENANT_MIXES = {
+    "distinct": "the tenants take turns: request i belongs to tenant i mod tenants",
+    "identical": "all requests belong to one tenant",
+    "uniform": "each request's tenant is drawn uniformly",
+    "zipf": "each request's tenant is drawn with probability ~ 1 / rank^zipf_exponent",
+}
+
+Schema = dict[str, Any]
+
+_MODULE: Schema = {"type": "string", "enum": list(MODULES), "title": "module"}
+_NAME: Schema = {
+    "type": "string",
+    "pattern": r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$",
+    "title": "a name of at most 40 letters, digits, '.', '_' and '-' that starts with a letter or digit",
+}
+_RANK: Schema = {"type": "integer", "minimum": 1, "maximum": 1024, "description": "rank R of the adapter"}
+_ALPHA: Schema = {
+    "type": ["number", "null"],
+    "exclusiveMinimum": 0,
+    "description": "the adapter is scaled by alpha / rank; null or absent: alpha = rank",
+}
+_ADAPTERS: Schema = {
+    "type": ["string", "null"],
+    "minLength": 1,
+    "description": "folder of trained adapters, a sub-folder for each tenant; null or absent: random ones",
+}
+LAYERS: Schema = {
+    "type": "array",
+    "minItems": 1,
+    "items": {"type": "array", "items": _MODULE, "uniqueItems": True},
+    "description": "for each layer of the backbone the modules that are kept; may be empty for some layers",
+}
+_LORA: Schema = {
+    "rank": _RANK,
+    "alpha": _ALPHA,
+    "modules": {
+        "type": "array",
+        "items": _MODULE,
+        "minItems": 1,
+        "uniqueItems": True,
+        "description": "the linear modules of every layer that are adapted; default: all seven",
+    },
+    "adapters": _ADAPTERS,
+}
+
+# Method -> its options, field by field those of its dataclass in `perfbench.methods.registry`.
+METHOD_OPTIONS: dict[str, Schema] = {
+    "none": {},
+    "lora": _LORA,
+    "fanlora": {
+        "rank": _RANK,
+        "alpha": _ALPHA,
+        "setting": {
+            "anyOf": [LAYERS, {"type": "string", "minLength": 1}, {"type": "null"}],
+            "description": "the modules kept in each layer, or a JSON file with the key `layers`; "
+            "null or absent: FanLoRA's default",
+        },
+        "adapters": _ADAPTERS,
+    },
+    "ia3": {
+        "dim": {**_RANK, "description": "dimension of z in l = 1 + z P"},
+        "adapters": _ADAPTERS,
+    },
+    "ia3-original": {"adapters": _ADAPTERS},
+    "para": {
+        "rank": _RANK,
+        "pool": {
+            "type": "string",
+            "enum": ["residual", "normalised"],
+            "title": "pool",
+            "description": "what the generator reads: the residual stream (paper), or its norm",
+        },
+        "adapters": _ADAPTERS,
+    },
+    "peft": _LORA,
+    "peft-single": _LORA,
+}
+
+
+def _options(method: str) -> Schema:
+    """The options of `method`, and the label that every arm but `none` may have."""
+    named = {"label": {**_NAME, "description": "name of this arm; default: the method's"}}
+    return {
+        "type": "object",
+        "properties": {**METHOD_OPTIONS[method], **({} if method == "none" else named)},
+        "additionalProperties": False,
+        "description": METHODS[method].summary,
+    }
+
+
+def _axis(value: Schema, description: str, **more: Any) -> Schema:
+    """One `value`, or a list of them, which makes an axis of the cases."""
+    several = {"type": "array", "items": value, "minItems": 1, "uniqueItems": True}
+    return {"anyOf": [value, several], "description": f"{description} (a list makes an axis)", **more}
+
+
+def _integer(minimum: int) -> Schema:
+    return {"type": "integer", "minimum": minimum}
+
+
+def _one_of(title: str, names: Any) -> Schema:
+    return {"type": "string", "enum": list(names), "title": title}
+
+
+_WORKLOAD_FIELDS: Schema = {
+    "prompt_tokens": _axis(
+        _integer(1), "exact length of seeded random prompts; together with `prompts`, the maximum length"
+    ),
+    "prompts": {
+        "type": "string",
+        "pattern": r"\.(txt|jsonl)$",
+        "title": "the path of a .txt or .jsonl file",
+        "description": "file of real prompts, relative to the current folder or else to this file",
+    },
+    "new_tokens": _axis(_integer(2), "tokens generated for each request; exact, end-of-sequence is off"),
+    "follow_up_tokens": _axis(
+        _integer(0),
+        "random tokens that each request says in a second turn, to which it gets new_tokens again; 0: there is none. "
+        "Needs runtime static and beams 1",
+        default=0,
+    ),
+    "beams": _axis(_integer(1), "beam size; 1 is greedy search", default=1),
+    "requests": _axis(_integer(1), "prompts in the batch; rows = requests x beams"),
+    "tenants": _axis(_integer(1), "how many tenants the requests are drawn from"),
+    "resident": _axis(_integer(1), "adapters held in the bank, >= tenants; default: tenants"),
+    "tenant_mix": _axis(
+        _one_of("tenant_mix", TENANT_MIXES),
+        "; ".join(f"{name}: {what}" for name, what in TENANT_MIXES.items()),
+        default="distinct",
+    ),
+    "zipf_exponent": _axis(
+        {"type": "number", "exclusiveMinimum": 0}, "exponent of tenant_mix zipf, only with it; default 1.1"
+    ),
+    "without_adapter": _axis(
+        {"type": "number", "minimum": 0, "maximum": 1},
+        "share of the requests that the bare backbone serves",
+        default=0,
+    ),
+}
+
+_POINTS: Schema = {"type": "object", "properties": _WORKLOAD_FIELDS, "additionalProperties": False}
+
+
+def _workload(required: list[str]) -> Schema:
+    """A workload, or a list of them; an override need not repeat what is required of the file."""
+    points = {**_POINTS, "required": WORKLOAD_REQUIRED}
+    several = {"type": "array", "items": points, "minItems": 1}
+    return {
+        "anyOf": [{**_POINTS, "required": required}, several],
+        "description": "what one batch holds (a list of mappings makes an axis)",
+    }
+
+
+WORKLOAD_REQUIRED = ["new_tokens", "requests", "tenants"]
+
+_FIELDS: Schema = {
+    "name": {**_NAME, "description": "of the run; default: the file's name without .yaml"},
+    "question": {"type": "string", "description": "one sentence: what this scenario answers"},
+    "backbone": _axis({"type": "string", "minLength": 1}, "a named shape, a folder, or a hub id owner/model"),
+    "dtype": _axis(_one_of("dtype", DTYPES), "type of the weights and of the arithmetic"),
+    "runtime": _axis(_one_of("runtime", RUNTIMES), "how tokens are generated", default="transformers"),
+    "kernels": _axis(_one_of("kernels", KERNELS), "how adapters are computed", default="eager"),
+    "methods": {
+        "type": "array",
+        "minItems": 1,
+        "items": {
+            "anyOf": [
+                _one_of("method", METHODS),
+                {
+                    "type": "object",
+                    "properties": {method: _options(method) for method in METHODS},
+                    "additionalProperties": False,
+                    "minProperties": 1,
+                    "maxProperties": 1,
+                    "title": "method",
+                },
+            ]
+        },
+        "description": "the arms of each comparison: names, or {name: {options}}; `none` is always added",
+    },
+    "workload": _workload(WORKLOAD_REQUIRED),
+    "warmup": {**_integer(1), "description": "untimed repetitions of each arm first", "default": 3},
+    "repetitions": {**_integer(1), "description": "timed repetitions of each arm", "default": 100},
+    "processes": {
+        **_integer(1),
+        "description": "fresh processes, one after the other, each with all repetitions",
+        "default": 1,
+    },
+    "seed": {
+        "type": "integer",
+        "minimum": 0,
+        "maximum": 2**32 - 1,
+        "description": "of prompts, tenants, random weights and the order of the arms",
+        "default": 0,
+    },
+    "isolation": {
+        **_one_of("isolation", ISOLATION),
+        "description": "; ".join(f"{name}: {what}" for name, what in ISOLATION.items()),
+        "default": "shared",
+    },
+    "paper": {
+        **_one_of("paper", PAPERS),
+        "description": "whose published numbers to show beside the measured",
+    },
+}
+
+_OVERRIDE: Schema = {
+    "type": "object",
+    "properties": {**_FIELDS, "workload": _workload([])},
+    "additionalProperties": False,
+    "description": "what this kind of device changes: mappings merge, lists and scalars replace",
+}
+
+SCHEMA: Schema = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "description": "a perfbench scenario",
+    "type": "object",
+    "properties": {
+        **_FIELDS,
+        "device": {**_one_of("device", DEVICES), "description": "auto: cuda where it is", "default": "auto"},
+        "overrides": {
+            "type": "object",
+            "properties": {"cpu": _OVERRIDE, "cuda": _OVERRIDE},
+            "additionalProperties": False,
+            "description": "partial scenarios, each laid over the file on that kind of device",
+        },
+    },
+    "required": ["backbone", "dtype", "methods", "workload"],
+    "additionalProperties": False,
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong at one place: `message` says what was expected and what came."""
+
+    place: Place
+    message: str
+
+
+# JSON has one kind of number: without this, 2.0 and (under some rules) true would pass as integers.
+_TYPES = Draft202012Validator.TYPE_CHECKER.redefine_many(
+    {
+        "integer": lambda _, value: type(value) is int,
+        "number": lambda _, value: type(value) in (int, float),
+    }
+)
+
+
+def _pattern(_: Any, pattern: str, value: Any, __: Schema) -> Iterator[ValidationError]:
+    """As JSON Schema has it: `$` is the end, where Python's also stands before a line break at the end."""
+    if isinstance(value, str) and not re.search(re.sub(r"\$$", r"\\Z", pattern), value):
+        yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+_Validator = validators.extend(Draft202012Validator, {"pattern": _pattern}, type_checker=_TYPES)
+_MOST_UNKNOWN = 20
+
+
+def problems(value: Any, schema: Schema = SCHEMA) -> list[Problem]:
+    """All that is wrong with `value`, in no particular order; empty if nothing is."""
+    return [problem for error in _Validator(schema).iter_errors(value) for problem in _explain(error)]
+
+
+def first_written(source: Source, found: Sequence[Problem]) -> Problem:
+    """The first of these problems in the order of writing; what is missing comes last: a misspelt key may be why."""
+    rank = {place: number for number, place in enumerate(source.origins)}
+    return min(found, key=lambda problem: rank.get(problem.place, len(rank)))
+
+
+def _explain(error: ValidationError) -> Iterator[Problem]:
+    """The problems behind one error of `jsonschema`."""
+    place: Place = tuple(error.absolute_path)
+    value: Any = error.instance
+    limit: Any = error.validator_value
+    schema: Any = error.schema
+    got = f"got {shown(value)}"
+    match error.validator:
+        case "anyOf":
+            yield from _explain_branches(value, schema, place)
+        case "additionalProperties":
+            known = schema["properties"]
+            noun = schema.get("title", "key")
+            unknown = [key for key in value if key not in known]
+            for key in unknown[:_MOST_UNKNOWN]:  # of many the first is told, and to find a near name takes time
+                hint = nearest(key, known) if known else "none is allowed here"
+                yield Problem((*place, key), f"unknown {noun} {key!r}; {hint}")
+        case "required":
+            for key in limit:
+                if key not in value:
+                    expected = described(schema["properties"][key])
+                    yield Problem((*place, key), f"is missing; expected {expected}")
+        case "enum":
+            if isinstance(value, str):  # else the type is wrong, which is an error of its own
+                yield Problem(place, f"unknown {schema['title']} {shown(value)}; {nearest(value, limit)}")
+        case "minItems" | "minLength":
+            least = "at least one value" if isinstance(value, list) else "at least one character"
+            yield Problem(place, f"expected {least}, {got}")
+        case "uniqueItems":
+            yield Problem(place, f"expected each value once, {got}")
+        case "minProperties" | "maxProperties":
+            yield Problem(place, f"expected exactly one {schema['title']}, {got}; give each its own item")
+        case _:
+            yield Problem(place, f"expected {described(schema)}, {got}")
+
+
+def _explain_branches(value: Any, schema: Schema, place: Place) -> Iterator[Problem]:
+    """Of several alternatives only the one that the value's type points to is explained."""
+    for branch in schema["anyOf"]:
+        if _Validator({"type": branch["type"]}).is_valid(value):
+            for problem in problems(value, branch):
+                yield Problem((*place, *problem.place), problem.message)
+            return
+    yield Problem(place, f"expected {described(schema)}, got {shown(value)}")
+
+
+def described(schema: Schema) -> str:
+    """What `schema` expects, in words: "an integer >= 1, or a list of them"."""
+    if "anyOf" in schema:
+        first, *others = schema["anyOf"]
+        rest = ["a list of them" if other["type"] == "array" else described(other) for other in others]
+        return ", or ".join([described(first), *rest])
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    if "type" not in schema:
+        return "a value"
+    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    words = " or ".join(_WORDS[name] for name in types)
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if "pattern" in schema:
+        return str(schema["title"])
+    if high is not None:
+        return f"{words} from {low} to {high}"
+    if "exclusiveMinimum" in schema:
+        return words.replace("a number", f"a number > {schema['exclusiveMinimum']}")
+    return words if low is None else f"{words} >= {low}"
+
+
+_WORDS = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a string",
+    "array": "a list",
+    "object": "a mapping",
+    "null": "null",
+    "boolean": "a boolean",
+}

@@ -1,0 +1,262 @@
+"""Checkpoints that PEFT itself makes: each is served as PEFT serves it on weights of its own, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from perfbench.errors import AdapterError
+from perfbench.methods import parameters
+from perfbench.methods.bank import Bank, union_layout
+from perfbench.methods.checkpoints import module_patterns
+from perfbench.methods.checkpoints.adapter_folder import CONFIG, WEIGHTS
+from perfbench.methods.plan import AdapterPlan
+from perfbench.methods.registry import METHODS
+from perfbench.methods.shape import BackboneShape
+from perfbench.runtimes import backbone
+from perfbench.runtimes.generation import Batch
+from perfbench.runtimes.transformers_plan import PlanArm
+from perfbench.spec.backbone_config import find_config
+
+TINY = BackboneShape.of_config(find_config("llama-tiny"))
+
+
+def load(method: str, folder: Path) -> AdapterPlan:
+    plan: AdapterPlan = parameters.implementation(method).load(folder, TINY, METHODS[method].options())
+    return plan
+
+
+def fresh() -> backbone.Backbone:
+    return backbone.load("llama-tiny", "fp32", "cpu", seed=0)
+
+
+def make(folder: Path, config: Any) -> Path:
+    """A checkpoint as after some training, by PEFT."""
+    torch.manual_seed(1)
+    model = peft.get_peft_model(fresh().model, config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += (0.5 if "ia3" in name else 0.1) * torch.randn_like(parameter)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def assert_served_as_by_peft(folder: Path, plan: AdapterPlan) -> None:
+    ids = torch.arange(3, 12).unsqueeze(0)
+    with torch.inference_mode():
+        expected = peft.PeftModel.from_pretrained(fresh().model, str(folder)).eval()(ids).logits[:, 5:]
+        bare = fresh().model(ids).logits[:, 5:]
+    base = fresh()
+    bank = Bank(union_layout([plan]), 1, base.dtype, base.device)
+    bank.admit(plan)
+    batch = Batch(ids[:, :6], torch.ones_like(ids[:, :6]), (0,), beams=1, new_tokens=4)
+    forced = torch.cat([ids[:, 6:], ids[:, :1]], dim=1)
+    found = PlanArm(base, bank, "eager").generate(batch, forced=forced, with_logits=True).logits
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    assert float((bare - expected).norm() / expected.norm()) > 1e-3
+
+
+def edit_config(folder: Path, drop: str = "", **values: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | values
+    config.pop(drop, None)
+    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    tensors = edit(load_file(folder / WEIGHTS))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+
+
+def lora(**values: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]} | values)
+
+
+SERVED: dict[str, Callable[[], Any]] = {
+    "regex": lambda: lora(target_modules=r".*layers\.[01]\.self_attn\.(q|v)_proj"),
+    "patterns": lambda: lora(
+        rank_pattern={r"layers\.[01]\.self_attn\.q_proj": 8, "down_proj": 2, "^model.layers.2.self_attn.v_proj": 6},
+        alpha_pattern={"q_proj": 32, r"model\.layers\.2\.mlp\.down_proj": 3.5},
+    ),
+    "rslora": lambda: lora(use_rslora=True, rank_pattern={"down_proj": 8}),
+    "layers": lambda: lora(layers_to_transform=[0, 2]),
+    "one layer": lambda: lora(layers_to_transform=1, layers_pattern="layers"),
+    "layers by pattern": lambda: lora(layers_to_transform=[1], layers_pattern=["blocks", "lay.rs"]),
+    "excluded": lambda: lora(target_modules="all-linear", exclude_modules=r".*layers\.0\..*", lora_alpha=7.5),
+    "excluded by name": lambda: lora(exclude_modules=["layers.1.mlp.down_proj", "v_proj"]),
+    "weights": lambda: lora(
+        target_modules=["q_proj"], target_parameters=["up_proj.weight"], alpha_pattern={"up_proj.weight": 3}
+    ),
+    "gaussian": lambda: lora(init_lora_weights="gaussian"),
+    "orthogonal": lambda: lora(init_lora_weights="orthogonal"),
+    "default modules": lambda: lora(target_modules=None),
+}
+
+
+# PEFT knows a parameter by its name when it takes alpha, and does not when it warns.
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")
+@pytest.mark.parametrize("kind", SERVED)
+def test_it_is_served_as_by_peft(kind: str, tmp_path: Path) -> None:
+    folder = make(tmp_path, SERVED[kind]())
+    assert_served_as_by_peft(folder, load("lora", folder))
+
+
+IA3: dict[str, tuple[str, list[str], list[str]]] = {
+    "original": ("ia3-original", ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
+    "papers'": ("ia3", ["q_proj", "k_proj", "up_proj"], []),
+}
+
+
+@pytest.mark.parametrize("kind", IA3)
+def test_ia3_is_served_as_by_peft(kind: str, tmp_path: Path) -> None:
+    method, modules, feedforward = IA3[kind]
+    folder = make(tmp_path, peft.IA3Config(target_modules=modules, feedforward_modules=feedforward))
+    assert_served_as_by_peft(folder, load(method, folder))
+
+
+@pytest.mark.parametrize(
+    ("method", "modules", "feedforward", "expected"),
+    [
+        ("ia3", ["q_proj", "up_proj"], ["up_proj"], "not to name model.layers.0.mlp.up_proj"),
+        ("ia3-original", ["v_proj", "down_proj"], [], "to name model.layers.0.mlp.down_proj"),
+    ],
+)
+def test_ia3_on_the_other_side_is_refused_for_that(
+    method: str, modules: list[str], feedforward: list[str], expected: str, tmp_path: Path
+) -> None:
+    make(tmp_path, peft.IA3Config(target_modules=modules, feedforward_modules=feedforward))
+    with pytest.raises(AdapterError, match=f"feedforward_modules: expected it {expected}") as raised:
+        load(method, tmp_path)
+    assert "another backbone" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
+def test_an_initialisation_that_changed_the_backbone_is_refused(kind: str, tmp_path: Path) -> None:
+    make(tmp_path, lora(init_lora_weights=kind))
+    with pytest.raises(AdapterError, match=rf"init_lora_weights: expected true, .*, got '{kind}'") as raised:
+        load("lora", tmp_path)
+    assert str(tmp_path / CONFIG) in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["loftq", "corda", "lora_ga", "PISSA", "Magic", 3, ["pissa"]])
+def test_so_is_one_that_is_not_known_to_leave_it(kind: Any, tmp_path: Path) -> None:
+    make(tmp_path, lora())
+    edit_config(tmp_path, init_lora_weights=kind)
+    with pytest.raises(AdapterError, match="init_lora_weights: expected true"):
+        load("lora", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
+def test_a_pissa_that_peft_made_plain_is_served(tmp_path: Path) -> None:
+    model = peft.get_peft_model(fresh().model, lora(init_lora_weights="pissa"))
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(str(tmp_path / "start"))
+    model.peft_config["default"].init_lora_weights = "pissa"
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(str(tmp_path), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    assert_served_as_by_peft(tmp_path, load("lora", tmp_path))
+
+
+def test_without_alpha_it_is_peft_s_default(tmp_path: Path) -> None:
+    make(tmp_path, lora())
+    edit_config(tmp_path, drop="lora_alpha")
+    assert_served_as_by_peft(tmp_path, load("lora", tmp_path))
+
+
+def without_layer(number: int) -> Callable[[Path], None]:
+    return lambda f: edit_tensors(f, lambda t: {k: v for k, v in t.items() if f".layers.{number}." not in k})
+
+
+def with_all(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    return lambda f: edit_tensors(f, lambda t: {name: change(tensor) for name, tensor in t.items()})
+
+
+def with_one(change: Callable[[torch.Tensor], torch.Tensor], name: str = "lora_A") -> Callable[[Path], None]:
+    def edit(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        one = min(n for n in tensors if name in n)
+        return tensors | {one: change(tensors[one])}
+
+    return lambda folder: edit_tensors(folder, edit)
+
+
+def with_config(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_config(folder, **values)
+
+
+NOT_WHOLE, DAMAGED, OTHER = "the file is not whole", "so the file is damaged", "made for another backbone"
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "alpha null": (with_config(lora_alpha=None), "lora_alpha: expected a finite number, got None"),
+    "alpha text": (with_config(lora_alpha="16"), "lora_alpha: expected a finite number, got '16'"),
+    "alpha nan": (with_config(lora_alpha=float("nan")), "lora_alpha: expected a finite number, got nan"),
+    "alpha huge": (with_config(lora_alpha=10**400), "lora_alpha: expected a finite number, got 1000"),
+    "alpha beyond fp32": (with_config(lora_alpha=1e300), "lora_alpha: expected a finite adapter"),
+    "rank lies": (with_config(r=8), "r: expected 4, the rank of model.layers.0.mlp.down_proj in adapter_model"),
+    "rank text": (with_config(r="4"), "r: expected an integer >= 1, got '4'"),
+    "rslora text": (with_config(use_rslora="false"), "use_rslora: expected true or false, got 'false'"),
+    "rank pattern lies": (with_config(rank_pattern={"q_proj": 2}), r"rank_pattern\['q_proj'\]: expected 4"),
+    "rank pattern text": (with_config(rank_pattern={"q_proj": "4"}), r"rank_pattern\['q_proj'\]: expected an integer"),
+    "alpha pattern null": (with_config(alpha_pattern=None), "alpha_pattern: expected an object"),
+    "alpha pattern text": (with_config(alpha_pattern={"q_proj": "x"}), r"alpha_pattern\['q_proj'\]: expected a finite"),
+    "no pattern": (with_config(alpha_pattern={"layers.(0.q_proj": 4}), "alpha_pattern: expected a regular expression"),
+    "no target pattern": (with_config(target_modules="*"), "target_modules: expected a regular expression, got '*'"),
+    "targets number": (with_config(target_modules=7), "target_modules: expected a list of names, got 7"),
+    "targets less": (with_config(target_modules=["q_proj"]), "target_modules: expected it to name model.layers.0.mlp"),
+    "targets more": (with_config(target_modules=["q_proj", "v_proj", "down_proj", "o_proj"]), NOT_WHOLE),
+    "targets the head": (with_config(target_modules=["lm_head", "q_proj", "v_proj"]), "also means lm_head"),
+    "targets all": (with_config(target_modules=".*"), "target_modules: expected only modules like"),
+    "layers, pattern": (with_config(target_modules=".*q_proj", layers_to_transform=[0]), "expected null beside"),
+    "layers text": (with_config(layers_to_transform=["0"]), "layers_to_transform: expected null or numbers"),
+    "layers pattern alone": (with_config(layers_pattern="layers"), "layers_to_transform: expected numbers of layers"),
+    "another parameter": (with_config(target_parameters=["norm.weight"]), "target_parameters: expected only"),
+    "empty": (lambda f: edit_tensors(f, lambda t: {}), NOT_WHOLE),
+    "a layer less": (without_layer(1), NOT_WHOLE),
+    "the last layer less": (without_layer(2), f"the first 2 layers only: it is not whole, or was {OTHER}"),
+    "complex": (with_all(lambda t: t.to(torch.complex64)), "expected one of fp64, fp32, fp16, bf16, got complex64"),
+    "float8": (with_all(lambda t: t.to(torch.float8_e4m3fn)), "got float8_e4m3fn"),
+    "integers": (with_all(lambda t: t.to(torch.int8)), "got int8"),
+    "beyond fp32": (with_one(lambda t: t.double() * 1e300), "expected finite values"),
+    "rank 0": (with_all(lambda t: t[:0] if t.shape[0] == 4 else t[:, :0]), "expected a rank of at least 1"),
+    "one dimension": (with_one(lambda t: t[0]), r"expected two dimensions, got size \[172\]"),
+    "one damaged": (with_one(lambda t: t[:, :-1]), DAMAGED),
+    "one transposed": (with_one(lambda t: t.t()), "it is transposed"),
+    "halves apart": (with_one(lambda t: t[:3]), "lora_B.weight: expected size .64, 3., .* got .64, 4.; the"),
+    "all narrower": (with_all(lambda t: t[:, :-1] if t.shape[0] == 4 else t[:-1]), OTHER),
+    "deeply nested": (lambda f: (f / CONFIG).write_text("[" * 100_000) and None, "not readable as JSON"),
+    "a number without end": (lambda f: (f / CONFIG).write_text("9" * 5000) and None, "not readable as JSON"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("good"), lora())
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_refused_for_what_it_is(fault: str, good: Path, tmp_path: Path) -> None:
+    plant, message = FAULTS[fault]
+    for name in (CONFIG, WEIGHTS):
+        (tmp_path / name).write_bytes((good / name).read_bytes())
+    plant(tmp_path)
+    with pytest.raises(AdapterError, match=message) as raised:
+        load("lora", tmp_path)
+    assert str(tmp_path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 600
+    assert (OTHER in str(raised.value)) == (OTHER in message)
+
+
+def test_a_pattern_without_end_is_refused(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_patterns, "LIMIT_S", 1.5)
+    for name in (CONFIG, WEIGHTS):
+        (tmp_path / name).write_bytes((good / name).read_bytes())
+    edit_config(tmp_path, rank_pattern={r"(\w*[\w.]*)*(\w*[\w.]*)*-": 3})
+    with pytest.raises(AdapterError, match=r"rank_pattern: expected a pattern that is matched within 1\.5 s"):
+        load("lora", tmp_path)

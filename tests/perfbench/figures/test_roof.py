@@ -1,0 +1,157 @@
+"""The roof: bytes and operations counted by hand, the table of devices, and the command."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from perfbench.commands.roof_table import Question, bounds, render
+from perfbench.errors import PerfbenchError
+from perfbench.figures.roof import DEVICES, Device, Work, decode_step, find_device, impossible, known_device
+from perfbench.methods import parameters
+from perfbench.methods.registry import METHODS
+from perfbench.runtimes import backbone
+from perfbench.spec.backbone_config import NAMED_CONFIGS, shape_of
+
+QUESTION = Question("llama2-7b", "bf16", (1, 64), None, 274, 32, 1)
+
+
+def test_the_papers_roof_on_an_a40_is_52_tokens_per_s() -> None:
+    """DIGEST: 696 GB/s over the bf16 weights that one step reads."""
+    work = bounds(QUESTION, 1)["none"]
+    assert 1 / work.least_s(DEVICES["a40"], "bf16") == pytest.approx(52, abs=1)
+    assert work.bound_by(DEVICES["a40"], "bf16") == "memory"
+
+
+def test_what_is_kept_at_64_requests_is_what_the_bytes_allow() -> None:
+    work = bounds(QUESTION, 64)
+    least_s = {name: step.least_s(DEVICES["a40"], "bf16") for name, step in work.items()}
+    kept = {name: least_s["none"] / seconds for name, seconds in least_s.items()}
+    assert kept["none"] == 1.0
+    assert kept["lora"] == pytest.approx(0.947, abs=0.01)
+    assert kept["fanlora"] == pytest.approx(0.953, abs=0.01)
+    assert kept["para"] == pytest.approx(0.993, abs=0.006)
+    assert kept["ia3"] == pytest.approx(0.993, abs=0.006)
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "llama-256x8"])
+def test_weights_are_those_of_the_model_that_is_loaded(name: str) -> None:
+    model = backbone.load(name, "fp32", "cpu", seed=0).model
+    read = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    work = decode_step(
+        NAMED_CONFIGS[name], "fp32", prompt_tokens=[5], generated_tokens=3, beams=1, plan=None, served=[]
+    )
+    assert work.weight_bytes == read * 4
+    shape = shape_of(name)
+    assert work.cache_bytes == 2 * shape.layers * shape.kv_heads * shape.head_dim * 8 * 4
+
+
+def test_a_prompt_is_read_once_for_its_beams_and_an_adapter_once_for_its_tenant() -> None:
+    config, shape = NAMED_CONFIGS["llama-tiny"], shape_of("llama-tiny")
+    plans = {name: parameters.meta_plan(name, shape, METHODS[name].options()) for name in ("lora", "para")}
+
+    def work(method: str, served: list[int], beams: int = 1) -> Work:
+        return decode_step(
+            config, "bf16", prompt_tokens=[7] * 4, generated_tokens=2, beams=beams, plan=plans[method], served=served
+        )
+
+    token = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2
+    assert work("lora", [0], beams=3).cache_bytes - work("lora", [0]).cache_bytes == 4 * 2 * 2 * token
+    one = work("lora", [5]).adapter_bytes
+    assert one == sum(t.numel() for layer in plans["lora"] for t in layer.tensors()) * 2
+    assert work("lora", [5, 5, 5]).adapter_bytes == one
+    assert work("lora", [5, 6, 5]).adapter_bytes == 2 * one
+    vectors = sum(layer.generator.bias_minus_one.numel() for layer in plans["para"]) * 2
+    assert work("para", [5, 5, 5]).adapter_bytes == 3 * vectors
+    assert work("lora", []).adapter_bytes == 0
+
+
+def test_flops_are_two_for_each_weight_and_row() -> None:
+    config, shape = NAMED_CONFIGS["llama-tiny"], shape_of("llama-tiny")
+    work = decode_step(config, "fp32", prompt_tokens=[7, 3], generated_tokens=2, beams=1, plan=None, served=[])
+    model = backbone.load("llama-tiny", "fp32", "cpu", seed=0).model
+    linears = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
+    head = shape.vocab * shape.hidden
+    seen = 7 + 3 + 2 * 3  # each row sees its prompt, two generated tokens and itself
+    assert work.flops == 2 * (2 * (linears + head) + 2 * shape.layers * shape.heads * shape.head_dim * seen)
+
+
+def test_the_slower_of_bytes_and_operations_counts() -> None:
+    device = Device("d", 100.0, {"fp32": 10.0}, None, "made up")
+    assert Work(100, 50, 50, 30).least_s(device, "fp32") == 3.0
+    assert Work(100, 50, 50, 30).bound_by(device, "fp32") == "arithmetic"
+    assert Work(100, 50, 250, 30).least_s(device, "fp32") == 4.0
+
+
+def test_devices_are_known_by_the_driver_s_name_and_by_no_other() -> None:
+    assert known_device("NVIDIA A40") is DEVICES["a40"]
+    assert known_device("NVIDIA H200") is DEVICES["h200"]
+    assert known_device("NVIDIA A100-PCIE-40GB") is None
+    assert known_device("NVIDIA A4000") is None
+    with pytest.raises(PerfbenchError, match=r"unknown device 'h20'.*h200"):
+        find_device("h20")
+
+
+def test_this_machine_is_measured() -> None:
+    from perfbench.measure.on_device.measured_roof import device_roof
+
+    found = device_roof(torch.device("cpu"), "fp32")
+    assert 1e8 < found.bytes_per_s < 1e13
+    assert 1e8 < found.flops_per_s["fp32"] < 1e15
+    assert found.source.startswith("measured")
+
+
+def test_the_table_names_the_device_and_every_method() -> None:
+    out = io.StringIO()
+    render(QUESTION, DEVICES["a40"], Console(file=out, width=80))
+    text = out.getvalue()
+    assert "…" not in text, "a terminal of 80 columns shows every figure"
+    for word in ("NVIDIA A40", "datasheet", "requests 64", "fanlora", "kept %"):
+        assert word in text
+
+
+def test_what_can_t_be_asked_is_refused() -> None:
+    with pytest.raises(PerfbenchError, match="--tenants: expected at most the 1 requests, got 5"):
+        bounds(Question("llama2-7b", "bf16", (1,), 5, 274, 32, 1), 1)
+    with pytest.raises(PerfbenchError, match="--prompt-tokens: expected at most 4096 tokens"):
+        bounds(Question("llama2-7b", "bf16", (1,), None, 4090, 32, 1), 1)
+
+
+def measured(itl_ms: float, memory_bytes: int | None, **load: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A comparison and a case of it whose last step reads 1 GB on a device of 1 TB/s: 1 ms at least."""
+    roof: dict[str, Any] = {"name": "d", "bytes_per_s": 1e12, "flops_per_s": {"bf16": 1e15}, "source": "made up"}
+    roof["memory_bytes"] = memory_bytes
+    workload = {"prompt_tokens": 96, "new_tokens": 32, "beams": 1} | load
+    exact = {"bytes_per_decode_step": 10**9, "least_flops_per_decode_step": 1}
+    case = {"exact": exact, "summary": {"itl_ms": {"median": itl_ms}}}
+    return {"roof": roof, "dtype": "bf16", "workload": workload}, case
+
+
+@pytest.mark.parametrize(
+    ("itl_ms", "memory_bytes", "load", "fails"),
+    [
+        (0.8, 2**30, {}, False),  # the first step may have needed 96 / 128 of the last one's
+        (0.7, 2**30, {}, True),
+        (0.7, 2**30, {"beams": 3}, False),  # each beam adds its own
+        (0.4, 2**30, {"beams": 3}, True),
+        (0.7, 2**30, {"prompts": "f.txt"}, False),  # of unknown length
+        (0.3, None, {}, False),  # a measured roof may be a bad moment's
+        (0.2, None, {}, True),
+    ],
+)
+def test_a_step_faster_than_what_it_reads_is_impossible(
+    itl_ms: float, memory_bytes: int | None, load: dict[str, Any], fails: bool
+) -> None:
+    found = impossible(*measured(itl_ms, memory_bytes, **load))
+    assert (found is not None) is fails
+    assert found is None or found.startswith(f"a step took {itl_ms:.3g} ms, and what it must read takes")
+
+
+def test_what_was_not_measured_is_not_impossible() -> None:
+    comparison, case = measured(0.1, 2**30)
+    assert impossible(comparison, case | {"summary": None}) is None
+    assert impossible(comparison | {"roof": None}, case) is None

@@ -1,0 +1,74 @@
+"""How an arm is built: its random adapters are made once each, where the backbone is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perfbench.measure.on_device import arms
+from perfbench.methods import parameters
+from perfbench.methods.bank import Bank
+from perfbench.methods.registry import METHODS
+from perfbench.runtimes import backbone
+from perfbench.runtimes.generation import Batch
+from perfbench.runtimes.static.arm import StaticArm
+from perfbench.spec.cases import Case
+
+RESIDENT, SEED = 3, 5
+
+
+@pytest.fixture(scope="module")
+def base() -> backbone.Backbone:
+    return backbone.load("llama-tiny", "fp32", "cpu", seed=0)
+
+
+def build(base: backbone.Backbone, method: str, scratch: Path) -> arms.BuiltArm:
+    ids = torch.arange(3, 11, device=base.device).view(2, 4)
+    case = Case("c", method, method, METHODS[method].options(), "static", "eager")
+    return arms.build(case, base, Batch(ids, torch.ones_like(ids), (0, 1), 1, 3), RESIDENT, SEED, scratch)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "para"])
+def test_each_tenant_is_made_once_on_the_backbone_s_device(
+    base: backbone.Backbone, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, Any]] = []
+    own = parameters.make
+
+    def noted(*args: Any, seed: int, device: Any, **others: Any) -> parameters.Parameters:
+        made.append((seed, device))
+        return own(*args, seed=seed, device=device, **others)
+
+    monkeypatch.setattr(parameters, "make", noted)
+    build(base, method, tmp_path)
+    assert made == [(SEED * 1_000_003 + tenant, base.device) for tenant in range(RESIDENT)]
+
+
+@pytest.mark.parametrize("method", ["lora", "para"])
+def test_every_slot_holds_its_tenant_after_the_timed_admissions(
+    base: backbone.Backbone, method: str, tmp_path: Path
+) -> None:
+    """Slot 0 is evicted and admitted again from the folder: it must be the same adapter."""
+    built = build(base, method, tmp_path)
+    assert isinstance(built.arm, StaticArm)
+    assert built.plan_of is not None
+    bank = built.arm.bank
+    assert bank is not None
+    assert built.plan is not None
+    alone = Bank(built.plan, RESIDENT, base.dtype, base.device)
+    for tenant in range(RESIDENT):
+        assert alone.admit(built.plan_of(tenant)) == tenant
+    assert torch.equal(bank.shrinks, alone.shrinks)
+    assert torch.equal(bank.rest, alone.rest)
+    assert not torch.equal(bank.rest[0], bank.rest[1])
+
+
+@pytest.mark.gpu
+def test_a_gpu_s_backbone_gets_adapters_made_there(tmp_path: Path) -> None:
+    on_gpu = backbone.load("llama-tiny", "bf16", "cuda", seed=0)
+    built = build(on_gpu, "lora", tmp_path)
+    assert built.plan_of is not None
+    assert {t.device.type for layer in built.plan_of(0) for t in layer.tensors()} == {"cuda"}

@@ -1,0 +1,80 @@
+"""What the peak consists of: the KV cache and the adapters, byte for byte, on both runtimes and with PEFT."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from perfbench.measure.on_device import arms, memory
+from perfbench.methods.registry import METHODS
+from perfbench.runtimes import backbone
+from perfbench.runtimes.generation import Batch
+from perfbench.runtimes.static.arm import StaticArm
+from perfbench.runtimes.transformers_plan import PlanArm
+from perfbench.spec.cases import Case
+
+TENANTS, PROMPT, NEW = 2, 5, 4
+
+
+@pytest.fixture(scope="module")
+def tiny() -> backbone.Backbone:
+    return backbone.load("llama-tiny", "fp32", "cpu", seed=0)
+
+
+def parts(tiny, scratch, runtime: str, method: str, beams: int) -> tuple[dict[str, int], arms.BuiltArm]:
+    ids = torch.arange(3, 3 + TENANTS * PROMPT).view(TENANTS, PROMPT)
+    slots = (-1, -1) if method == "none" else (0, 1)
+    batch = Batch(ids, torch.ones_like(ids), slots, beams, NEW)
+    case = Case("c", method, method, METHODS[method].options(), runtime, "eager")
+    built = arms.build(case, tiny, batch, TENANTS, 0, scratch)
+    return memory.parts(built.arm, batch, tiny.bytes), built
+
+
+def token_bytes(tiny: backbone.Backbone) -> int:
+    """Keys and values of one token in fp32."""
+    shape = tiny.shape
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * 4
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("method", ["none", "lora", "peft"])
+def test_huggingface_caches_every_row_but_the_last_token(tiny, tmp_path, method, beams):
+    found, _ = parts(tiny, tmp_path, "transformers", method, beams)
+    assert found["kv_cache_bytes"] == TENANTS * beams * (PROMPT + NEW - 1) * token_bytes(tiny)
+
+
+def test_static_keeps_a_prompt_once_for_all_its_beams(tiny, tmp_path):
+    ancestors = {beams: TENANTS * beams * (NEW - 1) * 8 for beams in (1, 3)}
+    one, _ = parts(tiny, tmp_path, "static", "none", 1)
+    assert one["kv_cache_bytes"] == TENANTS * (PROMPT + NEW - 1) * token_bytes(tiny) + ancestors[1]
+    three, _ = parts(tiny, tmp_path, "static", "none", 3)
+    assert three["kv_cache_bytes"] == TENANTS * (PROMPT + 3 * (NEW - 1)) * token_bytes(tiny) + ancestors[3]
+
+
+@pytest.mark.parametrize(("runtime", "method"), [("transformers", "lora"), ("static", "ia3"), ("transformers", "peft")])
+def test_adapters_are_those_of_all_residents(tiny, tmp_path, runtime, method):
+    found, built = parts(tiny, tmp_path, runtime, method, 1)
+    spare = 0 if method == "peft" else 1  # the bank keeps one more slot, for requests without an adapter
+    assert found["adapter_bytes"] == (TENANTS + spare) * built.adapters["bytes_per_tenant"] > 0
+
+
+@pytest.mark.parametrize("runtime", ["transformers", "static"])
+def test_the_bare_backbone_has_no_adapters(tiny, tmp_path, runtime):
+    assert parts(tiny, tmp_path, runtime, "none", 1)[0]["adapter_bytes"] == 0
+
+
+def test_beams_that_share_the_prompt_take_little_more_memory() -> None:
+    """Beam 3 against greedy above the weights, with the papers' lengths; 3 times on runtime transformers, which copies
+    the prompt for every beam: the same figure sees it."""
+    base = backbone.load("llama-256x8", "fp32", "cpu", seed=0)
+    ids = torch.randint(3, base.shape.vocab, (1, 274), generator=torch.Generator().manual_seed(7))
+
+    def peak(arm: PlanArm | StaticArm, beams: int) -> int:
+        return memory._peak_allocated_on_cpu(arm, Batch(ids, torch.ones_like(ids), (-1,), beams, 32))
+
+    ratios = []
+    for kind in (StaticArm, PlanArm):
+        one, three = (peak(kind(base, None, "eager"), beams) for beams in (1, 3))
+        ratios.append(three / one)
+    assert ratios[0] <= 1.35
+    assert ratios[1] > 2

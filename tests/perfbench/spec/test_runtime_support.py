@@ -1,0 +1,86 @@
+"""What a runtime can't do is refused before anything is loaded, with the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perfbench.errors import ScenarioError
+from perfbench.spec import backbone_config, cases, scenario
+from perfbench.spec.runtime_support import unsupported
+
+TINY = backbone_config.NAMED_CONFIGS["llama-tiny"]
+REFUSED = {
+    "rope": (TINY | {"rope_parameters": {"rope_type": "dynamic"}}, "rope_type dynamic"),
+    "old-rope": ({**TINY, "rope_parameters": None, "rope_scaling": {"rope_type": "longrope"}}, "rope_type longrope"),
+    "activation": (TINY | {"hidden_act": "relu"}, "hidden_act relu"),
+    "window": (TINY | {"model_type": "mistral", "sliding_window": 128}, "sliding_window 128"),
+    "window-by-default": (TINY | {"model_type": "mistral", "max_position_embeddings": 8192}, "sliding_window 4096"),
+    "qwen2-window": (
+        TINY | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64},
+        "sliding_window 64",
+    ),
+}
+SCENARIO = """
+backbone: {backbone}
+dtype: fp32
+runtime: {runtime}
+methods: [lora, peft]
+workload: {{prompt_tokens: 4, new_tokens: 4, requests: 2, tenants: 2}}
+"""
+
+
+def resolved(folder: Path, runtime: str, backbone: str = "llama-tiny") -> scenario.Scenario:
+    path = folder / "x.yaml"
+    path.write_text(SCENARIO.format(backbone=backbone, runtime=runtime))
+    return scenario.resolve(scenario.load(path), "cpu")
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_static_refuses_what_it_does_not_have(case: str) -> None:
+    config, problem = REFUSED[case]
+    found = unsupported("static", config)
+    assert found is not None
+    assert found.startswith(problem)
+    assert "runtime transformers" in found
+    assert unsupported("transformers", config) is None
+
+
+@pytest.mark.parametrize("name", backbone_config.NAMED_CONFIGS)
+def test_static_runs_every_named_shape(name: str) -> None:
+    assert unsupported("static", backbone_config.NAMED_CONFIGS[name]) is None
+
+
+def test_a_window_wider_than_the_context_never_slides() -> None:
+    assert unsupported("static", TINY | {"model_type": "mistral", "sliding_window": 4096}) is None
+
+
+def test_the_scenario_names_file_and_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config: dict[str, Any] = TINY | {"hidden_act": "relu"}
+    monkeypatch.setitem(backbone_config.NAMED_CONFIGS, "odd", config)
+    with pytest.raises(ScenarioError, match=r"x\.yaml:4: runtime: odd: hidden_act relu: .*choose runtime transformers"):
+        scenario.check_against_backbone(resolved(tmp_path, "[transformers, static]", "odd"))
+    scenario.check_against_backbone(resolved(tmp_path, "transformers", "odd"))
+
+
+def test_triton_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(SCENARIO.format(backbone="llama-tiny", runtime="transformers") + "kernels: [eager, triton]\n")
+    document = scenario.load(path)
+    with pytest.raises(ScenarioError, match=r"x\.yaml:7: kernels: triton: .*CUDA.*choose kernels eager"):
+        scenario.resolve(document, "cpu")
+    assert scenario.resolve(document, "cuda").kernels == ("eager", "triton")
+
+
+def test_an_arm_that_no_runtime_serves_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ScenarioError, match=r"x\.yaml:5: methods: peft is served by PEFT, on runtime transf"):
+        resolved(tmp_path, "static")
+
+
+def test_an_arm_is_left_out_aloud_where_another_runtime_serves_it(tmp_path: Path) -> None:
+    found = resolved(tmp_path, "[transformers, static]")
+    assert "runtime static: without peft, which PEFT serves on transformers only" in found.notes
+    arms = {c.runtime: [case.arm for case in c.cases] for c in cases.expand(found)}
+    assert arms == {"transformers": ["none", "lora", "peft"], "static": ["none", "lora"]}
