@@ -41,6 +41,14 @@ def add_out(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
 
 
+def add_format(parser: argparse.ArgumentParser, default: str) -> None:
+    """`--format NAME`, of `report.formats.FORMATS`, which refuses another by naming the nearest."""
+    from perfbench.report.formats import FORMATS
+
+    about = f"{', '.join(FORMATS)} (default: {default})"
+    parser.add_argument("--format", default=default, metavar="NAME", help=about)
+
+
 def stamped(name: str) -> Path:
     """runs/<name>-<time>."""
     return Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from perfbench.commands.arguments import EXIT_BAD_INPUT, add_set, port, positive
+from perfbench.commands.arguments import EXIT_BAD_INPUT, add_format, add_set, port, positive
 from perfbench.errors import PerfbenchError
 from perfbench.files.plain_text import printable
 
@@ -16,9 +16,9 @@ def add(commands: Any) -> None:
     """Adds them to the command line."""
     report = commands.add_parser("report", help="one page of one or several runs", description=_report.__doc__)
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
-    report.add_argument("--format", choices=("html", "markdown", "csv", "parquet"), default="html")
-    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html; markdown and csv are printed")
-    report.add_argument("--samples", action="store_true", help="csv and parquet: a row for each repetition")
+    add_format(report, "html")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html; other texts are printed")
+    report.add_argument("--samples", action="store_true", help="csv, json, parquet: a row for each repetition")
     report.set_defaults(command=_report)
 
     history = commands.add_parser("history", help="how a figure moved over runs", description=_history.__doc__)
@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     history.add_argument("--figure", default="decode_tokens_per_s", metavar="NAME", help="`perfbench list` has them")
     history.add_argument("--case", default="*", metavar="GLOB", help="only the cases whose id matches")
     history.add_argument("--machine", default="", metavar="TEXT", help="only machines whose name contains it")
-    history.add_argument("--format", choices=("table", "csv"), default="table")
+    add_format(history, "table")
     history.add_argument("--html", type=Path, metavar="FILE", help="write a page with a plot of each series")
     history.set_defaults(command=_history)
 
@@ -49,18 +49,16 @@ def add(commands: Any) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     """Writes an HTML page that opens offline: verdicts, charts with intervals, environment. Or Markdown for a pull
-    request, CSV, Parquet. Exit code 2 where a run can't be read or the file can't be written."""
+    request, CSV, JSON, Parquet. Exit code 2 where a run can't be read or the file can't be written."""
+    from perfbench.report.formats import put, rendered
     from perfbench.report.read import read_runs
-    from perfbench.report.write import render, write
+    from perfbench.report.write import RunsReport, SampleRows
 
-    content = render(read_runs(arguments.runs), arguments.format, samples=arguments.samples)
-    printed = arguments.format in ("markdown", "csv")
-    out = arguments.out or (None if printed else Path(f"report.{arguments.format}"))
-    if out is None:
-        sys.stdout.write(content.decode())
-        return 0
-    write(out, content)
-    print(f"{out}: {len(content) / 1e6:.2f} MB", file=sys.stderr)
+    runs = read_runs(arguments.runs)
+    content = rendered((SampleRows if arguments.samples else RunsReport)(runs), arguments.format)
+    # What nobody reads as it is goes to a file.
+    filed = isinstance(content, bytes) or arguments.format == "html"
+    put(content, arguments.out or (Path(f"report.{arguments.format}") if filed else None))
     return 0
 
 
@@ -70,7 +68,8 @@ def _history(arguments: argparse.Namespace) -> int:
     from collections import Counter
 
     from perfbench.history import store as history_store
-    from perfbench.history import view as history_view
+    from perfbench.history.view import Movement
+    from perfbench.report.formats import put, rendered
     from perfbench.report.write import write
 
     found, outcomes = history_store.find_runs(arguments.runs), Counter[str]()
@@ -89,12 +88,10 @@ def _history(arguments: argparse.Namespace) -> int:
             print(f"{len(found)} runs: {counted}", file=sys.stderr)
         series = store.series(arguments.figure, arguments.case, arguments.machine)
     if arguments.html:
-        write(arguments.html, history_view.to_html(series).encode())
+        write(arguments.html, Movement(series).page().encode())
         print(f"{arguments.html}: {len(series)} plots", file=sys.stderr)
-    elif arguments.format == "csv":
-        sys.stdout.write(history_view.to_csv(series))
     else:
-        history_view.render(series)
+        put(rendered(Movement(series), arguments.format))
     return EXIT_BAD_INPUT if outcomes["refused"] else 0
 
 

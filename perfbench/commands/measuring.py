@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from perfbench.commands.arguments import add_out, add_set, interrupted, out_of, positive
+from perfbench.commands.arguments import add_format, add_out, add_set, interrupted, out_of, positive
 from perfbench.errors import PerfbenchError
 from perfbench.files.plain_text import printable
 
@@ -25,7 +25,9 @@ def add(commands: Any) -> None:
 
     show = commands.add_parser("show", help="print a run's table again", description=_show.__doc__)
     show.add_argument("run", type=Path, help="a run directory")
-    show.add_argument("--format", choices=("table", "markdown", "csv", "json"), default="table")
+    add_format(show, "table")
+    about = "`tails`, or metrics of `perfbench list`, separated by commas (default: main)"
+    show.add_argument("--columns", default="main", metavar="NAMES", help=about)
     show.set_defaults(command=_show)
 
     verify = commands.add_parser("verify", help="prove that what is fast is right", description=_verify.__doc__)
@@ -125,9 +127,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    """Prints a run's table as it was printed at its end, or as Markdown, CSV or JSON; a fine-tuning's as it was
-    printed. Same exit codes as `run`."""
-    from perfbench.report.table import render
+    """Prints a run's table as it was printed at its end, or with other columns, or in another format; a fine-tuning's
+    as it was printed. Same exit codes as `run`."""
+    from perfbench.files.plain_text import printable_tree
+    from perfbench.report.formats import put, rendered
+    from perfbench.report.table import RunTable
     from perfbench.run_folder.run_directory import RunDirectory, is_finetune
 
     if is_finetune(arguments.run):
@@ -139,11 +143,11 @@ def _show(arguments: argparse.Namespace) -> int:
         summary.render(FinetuneFolder.open(arguments.run).manifest)
         return 0
     directory = RunDirectory.open(arguments.run)
-    if directory.samples_path.exists():
-        directory.samples()  # a table of a run whose samples are damaged would look as good as any
-    text = render(directory.manifest, arguments.format)
-    if text is not None:
-        print(text)
+    # A table of a run whose samples are damaged would look as good as any.
+    samples = directory.samples() if directory.samples_path.exists() else []
+    directory.add_tails(samples)
+    valid = directory.valid(samples)
+    put(rendered(RunTable(printable_tree(directory.manifest), arguments.columns, valid), arguments.format))
     return directory.exit_code()
 
 

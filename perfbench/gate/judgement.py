@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from perfbench.figures.metrics import METRICS
-from perfbench.gate.figures import EXACT, case_figures, change
+from perfbench.gate.figures import case_figures, change, exact
 from perfbench.gate.gate_report import Finding
 from perfbench.gate.policy import Policy, Primary
 from perfbench.gate.rank_bounds import Bound
@@ -65,15 +65,19 @@ def _because(case: Mapping[str, Any]) -> str:
 
 
 def judge_exact(
-    policy: Policy, case_id: str, baseline: Mapping[str, Any], candidate: Mapping[str, Any]
+    policy: Policy, case_id: str, baseline: Mapping[str, Any], candidate: Mapping[str, Any], differs: str = ""
 ) -> list[Finding]:
-    """Every exact figure that either side has, of one case that both have measured."""
-    before, after = case_figures(baseline, EXACT), case_figures(candidate, EXACT)
-    return [
+    """Every exact figure that either side has, of one case that both have measured. `differs`: what of the machines
+    differs on which some of these depend, in words: those are then shown and not judged."""
+    figures = exact()
+    before, after = case_figures(baseline, figures), case_figures(candidate, figures)
+    findings = [
         judge_figure(policy, case_id, figure, before[figure], after[figure])
-        for figure in EXACT
+        for figure in figures
         if not (before[figure] is None and after[figure] is None)
     ]
+    why = f"not gated: it depends on the machine ({differs})"
+    return [_with(one, "shown", why) if differs and METRICS[one.figure].one_machine else one for one in findings]
 
 
 def judge_figure(policy: Policy, case_id: str, figure: str, before: float | None, after: float | None) -> Finding:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from perfbench.errors import ComparisonError
-from perfbench.gate.figures import SHOWN, TIMED, case_figures, medians, sample_figures, slowdown
+from perfbench.figures.metrics import METRICS
+from perfbench.gate.figures import case_figures, medians, sample_figures, shown, slowdown, tail_figures, timed
 from perfbench.gate.gate_report import Finding, Measured, Report, judge
 from perfbench.gate.judgement import judge_bound, judge_exact, judge_presence, relative_change, timed_finding
 from perfbench.gate.policy import Policy, Primary
 from perfbench.gate.rank_bounds import Bound, rank_sum_bound
 from perfbench.run_folder.run_directory import MANIFEST, RunDirectory
+from perfbench.run_folder.run_schema import Manifest
 
-# Case -> one {figure: median over repetitions} for each process that measured it, in order.
+# Case -> one {figure: median, or tail, over repetitions} for each process that measured it, in order.
 Processes = dict[str, list[dict[str, float]]]
 
 
@@ -32,7 +34,7 @@ class Side:
     """
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     processes: Processes
     total_ms: Mapping[str, Sequence[float]]
     sm_clock_mhz: float | None
@@ -87,19 +89,23 @@ def _summarised(run: RunDirectory) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Sample:
-    """One valid repetition, its TIMED figures worked out."""
+    """One valid repetition as it was written, and its sampled figures worked out."""
 
     process: int
     figures: dict[str, float]
     sm_clock_mhz: float | None
+    written: Mapping[str, Any]
 
 
 def _by_process(own: Sequence[_Sample]) -> list[dict[str, float]]:
-    """The medians of each process, of one case's samples."""
-    groups: dict[int, list[dict[str, float]]] = defaultdict(list)
+    """The medians and the tails of each process, of one case's samples."""
+    groups: dict[int, list[_Sample]] = defaultdict(list)
     for one in own:
-        groups[one.process].append(one.figures)
-    return [medians(groups[process]) for process in sorted(groups)]
+        groups[one.process].append(one)
+    return [
+        medians(one.figures for one in group) | tail_figures([one.written for one in group])
+        for _, group in sorted(groups.items())
+    ]
 
 
 def _valid_samples(run: RunDirectory) -> dict[str, list[_Sample]]:
@@ -115,7 +121,7 @@ def _valid_samples(run: RunDirectory) -> dict[str, list[_Sample]]:
             if sample["void"] is None and sample["case"] in requests:
                 clock = None if sample["sm_clock_mhz"] is None else float(sample["sm_clock_mhz"])
                 figures = sample_figures(sample, requests[sample["case"]])
-                found[sample["case"]].append(_Sample(int(sample["process"]), figures, clock))
+                found[sample["case"]].append(_Sample(int(sample["process"]), figures, clock, sample))
         except (TypeError, ValueError, OverflowError) as error:  # StatisticsError is a ValueError
             raise ComparisonError(f"{run.samples_path}: sample {number}: {error}; run again") from None
     return found
@@ -161,6 +167,7 @@ def compare(
         )
     findings: list[Finding] = []
     common = []
+    differs = ", ".join(_workspace_differences(baseline.manifest["environment"], candidate.manifest["environment"]))
     for case_id in dict.fromkeys([*baseline.cases, *candidate.cases]):
         before, after = baseline.cases.get(case_id), candidate.cases.get(case_id)
         samples = (baseline.valid.get(case_id), candidate.valid.get(case_id))
@@ -168,7 +175,7 @@ def compare(
         findings.append(presence)
         if presence.status == "pass" and before and after:
             common.append(case_id)
-            findings += judge_exact(policy, case_id, before, after)
+            findings += judge_exact(policy, case_id, before, after, differs)
             findings += _shown(case_id, before, after)
     if exact_only:
         notes.append("timed figures were not compared (--exact-only)")
@@ -183,10 +190,11 @@ def compare(
 
 
 def _shown(case_id: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Finding]:
-    old, new = case_figures(before, SHOWN), case_figures(after, SHOWN)
+    figures = shown()
+    old, new = case_figures(before, figures), case_figures(after, figures)
     return [
         Finding("exact", case_id, name, "shown", old[name], new[name], relative_change(old[name], new[name]))
-        for name in SHOWN
+        for name in figures
         if old[name] is not None or new[name] is not None
     ]
 
@@ -204,7 +212,10 @@ def _primary(policy: Policy, primary: Primary, baseline: Side, candidate: Side, 
     ours, theirs = (_over_cases(side.processes, cases, primary.figure) for side in (baseline, candidate))
     if not ours or not theirs:
         side = "baseline" if not ours else "candidate"
-        return [Finding("case", label, primary.figure, "fail", note=f"not measured in the {side}")]
+        why = f"not measured in the {side}"
+        if METRICS[primary.figure].tail:
+            why += f", or in too few repetitions of a process: {METRICS[primary.figure].definition}"
+        return [Finding("case", label, primary.figure, "fail", note=why)]
     values, bound = _bound(policy, primary.figure, ours, theirs)
     few = min(len(ours), len(theirs))
     if few < policy.min_processes:
@@ -224,7 +235,7 @@ def _each_timed(policy: Policy, baseline: Side, candidate: Side, common: Sequenc
     """Every timed figure of every case, shown: the primary ones carry the verdict."""
     findings = []
     for case in common:
-        for figure in TIMED:
+        for figure in timed():
             ours, theirs = (_over_cases(side.processes, [case], figure) for side in (baseline, candidate))
             if ours and theirs:
                 findings.append(timed_finding(case, figure, *_bound(policy, figure, ours, theirs)))
@@ -259,17 +270,30 @@ _SLACK = 0.02
 
 def machine_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """What of hardware, driver and clocks differs between two environments of run.json, in words."""
-    found = []
-    for name, place in _MACHINE:
-        ours, theirs = _at(one, place), _at(other, place)
-        if ours != theirs and not (name == "memory" and _nearly(ours, theirs)):
-            found.append(f"{name} {_word(ours)} and {_word(theirs)}")
+    found = _differences(one, other, dict(_MACHINE))
     ours, theirs = _gpus(one), _gpus(other)
     if len(ours) != len(theirs):
         found.append(f"{len(ours)} and {len(theirs)} GPUs")
     for number, (old, new) in enumerate(zip(ours, theirs, strict=False)):
         found += [f"GPU {number} {key} {old[key]} and {new[key]}" for key in _GPU if old[key] != new[key]]
     return found
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Which of these `names` of _MACHINE differ between two environments of run.json, in words."""
+    places, found = dict(_MACHINE), []
+    for name in names:
+        ours, theirs = _at(one, places[name]), _at(other, places[name])
+        if ours != theirs and not (name == "memory" and _nearly(ours, theirs)):
+            found.append(f"{name} {_word(ours)} and {_word(theirs)}")
+    return found
+
+
+def _workspace_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What differs between two environments on which the memory depends that an operation works in, in words."""
+    ours, theirs = ([_word(gpu["name"]) for gpu in _gpus(environment)] for environment in (one, other))
+    gpus = [f"GPU {' '.join(ours) or 'none'} and {' '.join(theirs) or 'none'}"] if ours != theirs else []
+    return _differences(one, other, ("device", "CPU", "threads", "CPU features")) + gpus
 
 
 def _gpus(environment: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,7 +101,7 @@ def execute(
 def _same_plan(directory: RunDirectory, fresh: dict[str, Any]) -> None:
     """RunDirectoryError where the directory holds a run of something else."""
 
-    def settings(manifest: dict[str, Any]) -> dict[str, Any]:
+    def settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in manifest["scenario"].items() if key != "notes"}
 
     old = directory.manifest

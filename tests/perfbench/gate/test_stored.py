@@ -12,7 +12,7 @@ import pytest
 
 from perfbench.errors import ComparisonError, PerfbenchError, RunDirectoryError
 from perfbench.gate import policy, stored
-from perfbench.gate.formats import FORMATS
+from perfbench.gate.formats import names, written
 from perfbench.gate.gate_report import Report
 from perfbench.run_folder.run_directory import MANIFEST, SAMPLES
 from tests.perfbench.gate import runs
@@ -340,7 +340,7 @@ def test_a_change_too_large_for_a_number_fails_and_is_written(tmp_path: Path) ->
     ]
     report = compared(*sides, exact_only=True)
     assert report.exit_code == 1
-    assert json.loads(FORMATS["json"](report))["verdict"] == "regression"
+    assert json.loads(written(report, "json"))["verdict"] == "regression"
 
 
 def test_a_run_still_being_written_is_refused(tmp_path: Path) -> None:
@@ -402,8 +402,8 @@ def test_no_mangled_run_is_a_traceback(tmp_path: Path) -> None:
         target[place[-1]] = draw.choice(junk)
         try:
             report = compared(good, write(tmp_path / "bad", manifest, samples))
-            for text in FORMATS.values():
-                text(report)
+            for name in names():
+                written(report, name)
         except PerfbenchError as error:
             refusals.append(str(error))
     assert len(refusals) > 100

@@ -418,7 +418,7 @@ def test_csv_has_a_row_for_each_case_or_each_repetition(capsys):
     assert len(repetitions) == 1200
     assert len(repetitions[0]["itl_ms"].split(" ")) == 15
     assert main(["report", str(REAL), "--samples"]) == 2
-    assert "expected --format csv or parquet" in capsys.readouterr().err
+    assert "expected --format csv, json or parquet" in capsys.readouterr().err
 
 
 def test_parquet_without_its_library_names_the_extra(monkeypatch):

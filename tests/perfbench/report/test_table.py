@@ -14,8 +14,9 @@ from rich.console import Console
 
 from perfbench.errors import PerfbenchError, ScenarioError
 from perfbench.figures.stats import median_interval, summary
+from perfbench.report.formats import FORMATS, WIDTH
 from perfbench.report.rows import rows
-from perfbench.report.table import FORMATS, WIDTH, render
+from perfbench.report.table import render
 from perfbench.run_folder.run_directory import SCHEMA_VERSION, pending_case
 
 MIB = 2**20
@@ -76,6 +77,7 @@ def manifest(*members: dict[str, Any], device: str = "cpu", paper: str | None = 
     scenario = {"name": "demo", "question": "Which one?", "notes": ["chose the CPU"], "paper": paper}
     return {
         "schema_version": SCHEMA_VERSION,
+        **{"perfbench_version": "0", "started_at": "2026-01-01", "finished_at": "2026-01-01", "processes": 1},
         "scenario": {**scenario, "repetitions": ROUNDS},
         "environment": {"cpu": {"model": "Abacus 3000", "threads": 2}, "gpus": [{"name": "Vector 9"}]},
         "comparisons": [comparison],
@@ -310,6 +312,7 @@ def test_json_is_the_rows() -> None:
 
 
 def test_a_run_without_cases_still_renders() -> None:
+    pytest.importorskip("pyarrow")
     console = Console(file=io.StringIO())
     texts = {format: render(manifest(), format, console) for format in FORMATS}
     assert texts.pop("table") is None
