@@ -12,7 +12,7 @@ from perfbench.report import formats
 from perfbench.report.columns import MAIN, arm_name, columns_of, paper_columns, peak_column
 from perfbench.report.read import Run
 from perfbench.report.rows import groups, paper_of, rows, verdict
-from perfbench.report.tables import Column, grid, markdown, plain
+from perfbench.report.tables import Column, grid, markdown, pieces, plain
 from perfbench.report.words import conclusion, hardware, heading, legend, paper_title, title
 from perfbench.run_folder.run_schema import Manifest, Sample
 
@@ -53,8 +53,11 @@ class RunTable:
             say(line)
         for comparison, group in groups(manifest):
             columns = [*columns_of(group, self.columns), Column("check", lambda row: row["check"], text=True)]
-            console.print()
-            console.print(grid(columns, group, title(comparison, manifest["comparisons"])), width=width)
+            subject = title(comparison, manifest["comparisons"])
+            for some in pieces(columns, group, width):
+                console.print()
+                console.print(grid(some, group, subject), width=width)
+                subject = ""
             for row in group:
                 if row["reason"]:
                     say(f"{arm_name(row, group)}: {verdict(row)}", "red")
@@ -64,9 +67,11 @@ class RunTable:
             paper = paper_of(manifest)
             beside = [row for row in group if row["paper"]]
             if paper and beside:
-                console.print()
-                theirs = [columns[0], *paper_columns(paper, peak_column(group))]
-                console.print(grid(theirs, beside, paper_title(paper)), width=width)
+                subject = paper_title(paper)
+                for some in pieces([columns[0], *paper_columns(paper, peak_column(group))], beside, width):
+                    console.print()
+                    console.print(grid(some, beside, subject), width=width)
+                    subject = ""
         console.print()
         say(legend(manifest, self.columns), "dim")
 

@@ -42,6 +42,30 @@ def grid(columns: Sequence[Column], rows: Sequence[Any], title: str = "") -> Any
     return found
 
 
+def pieces(columns: Sequence[Column], rows: Sequence[Any], width: int) -> list[list[Column]]:
+    """`columns` as several tables where one would be wider than `width` characters, which rich would crop: each has
+    the first column, which names the rows, and the last, the verdict."""
+    first, *middle, last = columns
+    room = width - _width(first, rows) - _width(last, rows)
+    found: list[list[Column]] = [[]]
+    used = 0
+    for column in middle:
+        used += _width(column, rows)
+        if used > room and found[-1]:
+            found.append([])
+            used = _width(column, rows)
+        found[-1].append(column)
+    return [[first, *some, last] for some in found]
+
+
+def _width(column: Column, rows: Sequence[Any]) -> int:
+    """The fewest characters that a column takes, with the two beside it: those of its longest line or, where it wraps,
+    of its longest word."""
+    lines = [*column.head.split("\n"), *(column.cell(row) for row in rows)]
+    lines = [word for line in lines for word in line.split()] if column.text else lines
+    return 2 + (column.least_width or max(map(len, lines), default=0))
+
+
 def plain(text: str) -> str:
     """`text` in one line that Markdown shows as it is, inside a table too: no HTML, link, picture or mention."""
     text = " ".join(printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())

@@ -220,6 +220,43 @@ def test_another_machine_is_refused_and_named(tmp_path: Path, plant: Any, word: 
         assert word in report.notes[0]
 
 
+@pytest.mark.parametrize("how", [{"exact_only": True}, {"other_machine": True}])
+def test_peak_bytes_are_exact_on_one_machine_only(tmp_path: Path, how: dict[str, bool]) -> None:
+    """One commit on one core and on two took 37,398,840 and 37,530,552 bytes; what threads don't change is judged."""
+
+    def plant(manifest: dict[str, Any]) -> None:
+        manifest["environment"]["cpu"]["threads"] = 1
+        manifest["cases"][runs.LORA]["memory"]["peak_allocated_bytes"] += 131_712
+
+    run = runs.copy_of(tmp_path / "run", manifest=plant)
+    report = compared(runs.COMMITTED, run, **how)
+    assert report.exit_code == 0
+    (peak,) = of(report, "peak_allocated_bytes")
+    assert (peak.status, peak.note) == ("shown", "not gated: it depends on the machine (threads 2 and 1)")
+    assert of(report, "aten_ops_per_decode_step")[0].status == "pass"
+    manifest = json.loads((run / MANIFEST).read_text())
+    manifest["environment"]["cpu"]["threads"] = 2
+    (run / MANIFEST).write_text(json.dumps(manifest))
+    assert [one.figure for one in compared(runs.COMMITTED, run, **how).of("fail")] == ["peak_allocated_bytes"]
+
+
+def test_tails_are_shown_and_judged_where_the_policy_names_them(tmp_path: Path, baseline: Path) -> None:
+    """A process of 8 repetitions has 120 steps, enough for a p95 of these, and 8 times to the first token."""
+    run = runs.half_of(tmp_path / "run", 1, sample=runs.slower_by(0.1, quiet=True))
+    report = compared(baseline, run)
+    assert [one.status for one in of(report, "itl_p95_ms")] == ["shown"]
+    assert not of(report, "itl_p99_ms")
+    assert not of(report, "ttft_p95_ms")
+    assert not [one for one in report.of("fail") if "_p95_" in one.figure]
+    judged = compared(baseline, run, rules="timed: {primary: [{figure: itl_p95_ms}]}", tmp_path=tmp_path)
+    assert judged.verdict == "regression"
+    assert "itl_p95_ms: slower by" in judged.reason
+    few = compared(baseline, run, rules="timed: {primary: [{figure: ttft_p95_ms}]}", tmp_path=tmp_path)
+    assert few.exit_code == 1
+    assert "too few repetitions of a process" in few.reason
+    assert "from 100 repetitions on" in few.reason
+
+
 def test_another_driver_is_another_machine() -> None:
     gpu = {"name": "G", "driver": "1", "max_sm_clock_mhz": 1000, "power_limit_watts": 300, "memory_bytes": 1}
     one = {"gpus": [gpu]}

@@ -90,6 +90,18 @@ def test_the_answer_comes_first_and_is_the_tables():
     assert "<td>96.8 [95.0, 98.2]</td>" in page
 
 
+def test_the_page_has_the_tails_with_a_dash_where_samples_are_too_few():
+    page = page_of(REAL)
+    assert page.count("A p95 takes 100 of them, a p99 1,000.") == 2
+    table = page[page.index("Tails of the times of a call") :]
+    heads = re.findall(r"<th scope=.col.>(.*?)</th>", table[: table.index("</thead>")], re.DOTALL)
+    assert [" ".join(head.split()) for head in heads] == [
+        f"{name} p{share} ms" for name in ("ttft", "itl") for share in (50, 95, 99)
+    ]
+    cells = re.findall(r"<td>(.*?)</td>", table[: table.index("</tr>", table.index("<tbody>"))])
+    assert [cell == "-" for cell in cells] == [False, False, True, False, False, False]
+
+
 def test_every_chart_of_the_issue_is_there_with_its_unit():
     page = page_of(REAL)
     titles = [chart["title"] for chart in data_of(page)["charts"][0]]

@@ -357,6 +357,37 @@ def test_summaries_are_of_the_samples(run: RunDirectory) -> None:
     assert read(run.manifest_path)["cases"]["c/lora"]["kept"]["tokens_per_s"]["rounds"] == 3
 
 
+def test_tails_are_those_of_all_steps_and_of_all_repetitions(run: RunDirectory) -> None:
+    """50 repetitions have 100 steps, and are too few for a tail of their 50 times to the first token."""
+    for round_ in range(50):
+        run.append_sample(sample("lora", round_, 1 + round_))
+    run.append_sample(sample("lora", 50, 1000.0, void="compiled in the window"))
+    run.summarise()
+    found = run.manifest["cases"]["c/lora"]["summary"]
+    assert found["itl_ms"]["p95"] == pytest.approx(950.0, abs=10)  # steps of 20, 20, 40, 40 ... 1,000, 1,000 ms
+    assert found["itl_ms"]["p99"] is None
+    assert found["ttft_ms"]["p95"] is None
+    assert "p95" not in found["total_ms"]
+
+
+def test_a_run_without_tails_is_given_them_from_its_samples(run: RunDirectory) -> None:
+    for round_ in range(50):
+        run.append_sample(sample("lora", round_, 1 + round_))
+    run.summarise()
+    found = run.manifest["cases"]["c/lora"]["summary"]
+    whole = json.loads(json.dumps(found))
+    for name in found:
+        found[name] = {key: value for key, value in found[name].items() if not key.startswith("p9")}
+    run.write_manifest()
+    old = RunDirectory.open(run.path)
+    old.add_tails(old.samples())
+    assert old.manifest["cases"]["c/lora"]["summary"] == whole
+    # Of a part of the samples they would be other figures.
+    part = RunDirectory.open(run.path)
+    part.add_tails(part.samples()[:-1])
+    assert "p95" not in part.manifest["cases"]["c/lora"]["summary"]["itl_ms"]
+
+
 def test_void_samples_count_for_nothing(run: RunDirectory) -> None:
     take(run)
     run.append_sample(sample("none", 3))
