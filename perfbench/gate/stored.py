@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +15,7 @@ from perfbench.figures.metrics import METRICS
 from perfbench.gate.figures import case_figures, medians, sample_figures, shown, slowdown, tail_figures, timed
 from perfbench.gate.gate_report import Finding, Measured, Report, judge
 from perfbench.gate.judgement import judge_bound, judge_exact, judge_presence, relative_change, timed_finding
+from perfbench.gate.machines import machine_differences, mapping_of, nearly, word, workspace_differences
 from perfbench.gate.policy import Policy, Primary
 from perfbench.gate.rank_bounds import Bound, rank_sum_bound
 from perfbench.run_folder.run_directory import MANIFEST, RunDirectory
@@ -49,7 +49,7 @@ class Side:
     @property
     def label(self) -> str:
         """The path, and the commit where the run knows it."""
-        checkout = _dict(self.manifest["environment"].get("checkout"))
+        checkout = mapping_of(self.manifest["environment"].get("checkout"))
         commit = str(checkout.get("commit") or "")[:12]
         return f"{self.path}" + (f" ({commit}{', changed' if checkout.get('dirty') else ''})" if commit else "")
 
@@ -167,7 +167,7 @@ def compare(
         )
     findings: list[Finding] = []
     common = []
-    differs = ", ".join(_workspace_differences(baseline.manifest["environment"], candidate.manifest["environment"]))
+    differs = ", ".join(workspace_differences(baseline.manifest["environment"], candidate.manifest["environment"]))
     for case_id in dict.fromkeys([*baseline.cases, *candidate.cases]):
         before, after = baseline.cases.get(case_id), candidate.cases.get(case_id)
         samples = (baseline.valid.get(case_id), candidate.valid.get(case_id))
@@ -250,71 +250,20 @@ def _bound(
     return (statistics.median(ours), statistics.median(theirs)), rank_sum_bound(before, after, policy.confidence)
 
 
-# What a timed figure rests on -> where it stands in the environment. Versions of software are told, not refused:
-# what an upgrade costs is a thing that people gate.
-_MACHINE = (
-    ("device", ("device_kind",)),
-    ("CPU", ("cpu", "model")),
-    ("usable cores", ("cpu", "usable_cores")),
-    ("threads", ("cpu", "threads")),
-    ("CPU features", ("cpu", "isa")),
-    ("memory", ("cpu", "memory_bytes")),
-    ("highest CPU clock", ("cpu", "max_clock_mhz")),
-    ("frequency governor", ("cpu", "governor")),
-    ("limits", ("limits",)),
-)
-_GPU = ("name", "memory_bytes", "driver", "max_sm_clock_mhz", "power_limit_watts")
-# Memory that a virtual machine reports differs by some pages from boot to boot, and a clock by its steps.
-_SLACK = 0.02
-
-
-def machine_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What of hardware, driver and clocks differs between two environments of run.json, in words."""
-    found = _differences(one, other, dict(_MACHINE))
-    ours, theirs = _gpus(one), _gpus(other)
-    if len(ours) != len(theirs):
-        found.append(f"{len(ours)} and {len(theirs)} GPUs")
-    for number, (old, new) in enumerate(zip(ours, theirs, strict=False)):
-        found += [f"GPU {number} {key} {old[key]} and {new[key]}" for key in _GPU if old[key] != new[key]]
-    return found
-
-
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Which of these `names` of _MACHINE differ between two environments of run.json, in words."""
-    places, found = dict(_MACHINE), []
-    for name in names:
-        ours, theirs = _at(one, places[name]), _at(other, places[name])
-        if ours != theirs and not (name == "memory" and _nearly(ours, theirs)):
-            found.append(f"{name} {_word(ours)} and {_word(theirs)}")
-    return found
-
-
-def _workspace_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What differs between two environments on which the memory depends that an operation works in, in words."""
-    ours, theirs = ([_word(gpu["name"]) for gpu in _gpus(environment)] for environment in (one, other))
-    gpus = [f"GPU {' '.join(ours) or 'none'} and {' '.join(theirs) or 'none'}"] if ours != theirs else []
-    return _differences(one, other, ("device", "CPU", "threads", "CPU features")) + gpus
-
-
-def _gpus(environment: Mapping[str, Any]) -> list[dict[str, Any]]:
-    gpus = environment.get("gpus")
-    return [{key: _at(gpu, (key,)) for key in _GPU} for gpu in gpus] if isinstance(gpus, list) else []
-
-
 def _machine_notes(baseline: Side, candidate: Side, *, refuse: bool) -> list[str]:
     """Notes on what differs beside the code. Raises ComparisonError where `refuse` and the machines differ."""
     ours, theirs = baseline.manifest["environment"], candidate.manifest["environment"]
     differences = machine_differences(ours, theirs)
     clocks = baseline.sm_clock_mhz, candidate.sm_clock_mhz
-    if clocks[0] != clocks[1] and not _nearly(*clocks):
-        differences.append(f"GPU clock while measuring {_word(clocks[0])} and {_word(clocks[1])} MHz")
+    if clocks[0] != clocks[1] and not nearly(*clocks):
+        differences.append(f"GPU clock while measuring {word(clocks[0])} and {word(clocks[1])} MHz")
     if differences and refuse:
         raise ComparisonError(
             f"{baseline.path} and {candidate.path}: the machines differ: {'; '.join(differences)}; "
             "measure both on one machine, or say --other-machine or --exact-only"
         )
     notes = [f"the machines differ: {'; '.join(differences)}"] if differences else []
-    old, new = (_dict(environment.get("versions")) for environment in (ours, theirs))
+    old, new = (mapping_of(environment.get("versions")) for environment in (ours, theirs))
     packages = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in packages]
     if ours.get("python") != theirs.get("python"):
@@ -327,23 +276,3 @@ def _machine_notes(baseline: Side, candidate: Side, *, refuse: bool) -> list[str
         if baseline.manifest["scenario"].get(name) != candidate.manifest["scenario"].get(name)
     ]
     return [*notes, f"the scenario differs: {', '.join(settings)}"] if settings else notes
-
-
-def _at(environment: Mapping[str, Any], place: tuple[str, ...]) -> Any:
-    value: Any = environment
-    for key in place:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    """`value` where it is a mapping; what a foreign file has there instead says nothing."""
-    return value if isinstance(value, dict) else {}
-
-
-def _word(value: Any) -> str:
-    return "unknown" if value is None else str(value)
-
-
-def _nearly(one: Any, other: Any) -> bool:
-    return isinstance(one, int | float) and isinstance(other, int | float) and math.isclose(one, other, rel_tol=_SLACK)

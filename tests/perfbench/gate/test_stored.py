@@ -14,6 +14,7 @@ from perfbench.errors import ComparisonError, PerfbenchError, RunDirectoryError
 from perfbench.gate import policy, stored
 from perfbench.gate.formats import names, written
 from perfbench.gate.gate_report import Report
+from perfbench.gate.machines import machine_differences
 from perfbench.run_folder.run_directory import MANIFEST, SAMPLES
 from tests.perfbench.gate import runs
 
@@ -260,9 +261,9 @@ def test_tails_are_shown_and_judged_where_the_policy_names_them(tmp_path: Path, 
 def test_another_driver_is_another_machine() -> None:
     gpu = {"name": "G", "driver": "1", "max_sm_clock_mhz": 1000, "power_limit_watts": 300, "memory_bytes": 1}
     one = {"gpus": [gpu]}
-    assert stored.machine_differences(one, {"gpus": [{**gpu, "sm_clock_mhz": 5}]}) == []
+    assert machine_differences(one, {"gpus": [{**gpu, "sm_clock_mhz": 5}]}) == []
     for key in ("driver", "max_sm_clock_mhz", "power_limit_watts", "name"):
-        assert key in stored.machine_differences(one, {"gpus": [{**gpu, key: "other"}]})[0]
+        assert key in machine_differences(one, {"gpus": [{**gpu, key: "other"}]})[0]
 
 
 def test_a_gpu_that_ran_at_another_clock_is_refused(tmp_path: Path) -> None:
@@ -277,8 +278,8 @@ def test_a_gpu_that_ran_at_another_clock_is_refused(tmp_path: Path) -> None:
 
 
 def test_memory_that_a_boot_changed_is_the_same_machine() -> None:
-    assert stored.machine_differences({"cpu": {"memory_bytes": 100_000}}, {"cpu": {"memory_bytes": 100_400}}) == []
-    assert stored.machine_differences({"cpu": {"memory_bytes": 100_000}}, {"cpu": {"memory_bytes": 200_000}})
+    assert machine_differences({"cpu": {"memory_bytes": 100_000}}, {"cpu": {"memory_bytes": 100_400}}) == []
+    assert machine_differences({"cpu": {"memory_bytes": 100_000}}, {"cpu": {"memory_bytes": 200_000}})
 
 
 def test_other_versions_and_settings_are_told(tmp_path: Path) -> None:
