@@ -12,18 +12,9 @@ from typing import Any
 
 from perfbench.errors import PerfbenchError
 from perfbench.figures.metrics import named
-from perfbench.report import formats, rows, table, tables
+from perfbench.report import rows, table, tables
 from perfbench.report.read import Run
 from perfbench.report.steadiness import drift
-
-
-def render(runs: Sequence[Run], format: str, *, samples: bool = False) -> bytes:
-    """The report in one of `formats.FORMATS`; with `samples`, a row for each repetition, not each case.
-
-    PerfbenchError on another format, on `samples` where the format has no rows, and where parquet lacks its library.
-    """
-    content = formats.rendered((SampleRows if samples else RunsReport)(runs), format)
-    return content.encode() if isinstance(content, str) else content
 
 
 @dataclass(frozen=True)

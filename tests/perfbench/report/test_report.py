@@ -20,6 +20,7 @@ import pytest
 from perfbench.cli import main
 from perfbench.errors import PerfbenchError, RunDirectoryError
 from perfbench.report import html, write
+from perfbench.report.formats import rendered
 from perfbench.report.page import SCRIPTS
 from perfbench.report.read import read_runs
 from perfbench.run_folder.run_directory import RunDirectory
@@ -436,17 +437,17 @@ def test_csv_has_a_row_for_each_case_or_each_repetition(capsys):
 def test_parquet_without_its_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(PerfbenchError, match=r"pip install 'perfbench\[parquet\]'"):
-        write.render(read_runs([REAL]), "parquet")
+        rendered(write.RunsReport(read_runs([REAL])), "parquet")
 
 
 def test_parquet_reads_back(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'perfbench[parquet]'")
     runs = read_runs([REAL])
-    (tmp_path / "cases.parquet").write_bytes(write.render(runs, "parquet"))
+    (tmp_path / "cases.parquet").write_bytes(rendered(write.RunsReport(runs), "parquet"))
     cases = parquet.read_table(tmp_path / "cases.parquet").to_pylist()
     assert [row["case"] for row in cases] == [row["case"] for row in write.case_rows(runs)]
     assert cases[1]["kept_decode_tokens_per_s"] == pytest.approx(0.8879, abs=1e-4)
-    (tmp_path / "samples.parquet").write_bytes(write.render(runs, "parquet", samples=True))
+    (tmp_path / "samples.parquet").write_bytes(rendered(write.SampleRows(runs), "parquet"))
     samples = parquet.read_table(tmp_path / "samples.parquet").to_pylist()
     assert len(samples) == 1200
     assert samples == list(write.sample_rows(runs))
