@@ -50,15 +50,12 @@ def add(commands: Any) -> None:
 def _report(arguments: argparse.Namespace) -> int:
     """Writes an HTML page that opens offline: verdicts, charts with intervals, environment. Or Markdown for a pull
     request, CSV, JSON, Parquet. Exit code 2 where a run can't be read or the file can't be written."""
-    from perfbench.report.formats import put, rendered
+    from perfbench.report.formats import put
     from perfbench.report.read import read_runs
     from perfbench.report.write import RunsReport, SampleRows
 
     runs = read_runs(arguments.runs)
-    content = rendered((SampleRows if arguments.samples else RunsReport)(runs), arguments.format)
-    # What nobody reads as it is goes to a file.
-    filed = isinstance(content, bytes) or arguments.format == "html"
-    put(content, arguments.out or (Path(f"report.{arguments.format}") if filed else None))
+    put((SampleRows if arguments.samples else RunsReport)(runs), arguments.format, arguments.out, filed="report")
     return 0
 
 
@@ -69,7 +66,7 @@ def _history(arguments: argparse.Namespace) -> int:
 
     from perfbench.history import store as history_store
     from perfbench.history.view import Movement
-    from perfbench.report.formats import put, rendered
+    from perfbench.report.formats import put
     from perfbench.report.write import write
 
     found, outcomes = history_store.find_runs(arguments.runs), Counter[str]()
@@ -91,7 +88,7 @@ def _history(arguments: argparse.Namespace) -> int:
         write(arguments.html, Movement(series).page().encode())
         print(f"{arguments.html}: {len(series)} plots", file=sys.stderr)
     else:
-        put(rendered(Movement(series), arguments.format))
+        put(Movement(series), arguments.format)
     return EXIT_BAD_INPUT if outcomes["refused"] else 0
 
 

@@ -130,7 +130,7 @@ def _show(arguments: argparse.Namespace) -> int:
     """Prints a run's table as it was printed at its end, or with other columns, or in another format; a fine-tuning's
     as it was printed. Same exit codes as `run`."""
     from perfbench.files.plain_text import printable_tree
-    from perfbench.report.formats import put, rendered
+    from perfbench.report.formats import put
     from perfbench.report.table import RunTable
     from perfbench.run_folder.run_directory import RunDirectory, is_finetune
 
@@ -147,7 +147,7 @@ def _show(arguments: argparse.Namespace) -> int:
     samples = directory.samples() if directory.samples_path.exists() else []
     directory.add_tails(samples)
     valid = directory.valid(samples)
-    put(rendered(RunTable(printable_tree(directory.manifest), arguments.columns, valid), arguments.format))
+    put(RunTable(printable_tree(directory.manifest), arguments.columns, valid), arguments.format)
     return directory.exit_code()
 
 

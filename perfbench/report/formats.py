@@ -43,9 +43,9 @@ def console_of(**how: Any) -> Any:
 
 
 def terminal(subject: Subject) -> str:
-    """What `print` prints, in colour where standard output is a terminal."""
+    """What `print` prints, without colour."""
     text = io.StringIO()
-    subject.print(console_of(file=text, force_terminal=sys.stdout.isatty()))
+    subject.print(console_of(file=text))
     return text.getvalue()
 
 
@@ -71,11 +71,18 @@ def rendered(subject: Subject, format: str) -> str | bytes:
     return FORMATS[format](subject)
 
 
-def put(content: str | bytes, out: Path | None = None) -> None:
-    """Writes it to the file `out`, as a whole or not at all, else to standard output. PerfbenchError where the file
+def put(subject: Subject, format: str, out: Path | None = None, *, filed: str | None = None) -> None:
+    """Writes `subject` in one of FORMATS to the file `out`, as a whole or not at all, else to standard output; a page
+    and bytes to the file `filed`.FORMAT, where that is said. PerfbenchError as `rendered` has it, where the file
     can't be written, and on bytes for a terminal."""
     from perfbench.report.write import write
 
+    if format == "table" and out is None:
+        subject.print(console_of())  # in colour, and as wide as the terminal is
+        return
+    content = rendered(subject, format)
+    if out is None and filed is not None and (isinstance(content, bytes) or format == "html"):
+        out = Path(f"{filed}.{format}")
     if out is not None:
         data = content.encode() if isinstance(content, str) else content
         write(out, data)
@@ -83,7 +90,7 @@ def put(content: str | bytes, out: Path | None = None) -> None:
     elif isinstance(content, str):
         sys.stdout.write(content)
     elif sys.stdout.isatty():
-        raise PerfbenchError("--format: this one is not for a terminal; send it to a file with > FILE")
+        raise PerfbenchError(f"--format {format}: not for a terminal; send it to a file with > FILE")
     else:
         sys.stdout.flush()
         sys.stdout.buffer.write(content)

@@ -14,7 +14,7 @@ from rich.console import Console
 from perfbench.cli import main
 from perfbench.errors import PerfbenchError
 from perfbench.report import formats
-from perfbench.report.table import render
+from perfbench.report.table import RunTable, render
 from perfbench.report.tables import Column, grid, markdown, pieces
 from perfbench.run_folder.run_directory import RunDirectory
 
@@ -103,9 +103,12 @@ def test_another_word_is_answered_with_the_nearest(tmp_path: Path, capsys: pytes
 
 
 def test_bytes_are_not_written_to_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = RunTable(RunDirectory.open(REAL).manifest)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    with pytest.raises(PerfbenchError, match="not for a terminal"):
-        formats.put(b"PAR1")
+    monkeypatch.setitem(formats.FORMATS, "bytes", lambda _: b"PAR1")
+    with pytest.raises(PerfbenchError, match="--format bytes: not for a terminal"):
+        formats.put(subject, "bytes")
+    assert "\x1b" not in formats.rendered(subject, "table"), "colours in a file"
 
 
 # The tables themselves.
