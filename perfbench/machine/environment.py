@@ -18,7 +18,7 @@ import psutil
 
 from perfbench.machine.nvml import Nvml
 
-PACKAGES = ("perfbench", "torch", "transformers", "peft", "triton", "numpy", "safetensors", "nvidia-ml-py")
+PACKAGES = ("adapter-perfbench", "torch", "transformers", "peft", "triton", "numpy", "safetensors", "nvidia-ml-py")
 
 # Environment variables that change speed, memory or results, and whose values name no folder.
 VARIABLES = (

@@ -428,7 +428,7 @@ def test_parquet_without_its_library_names_the_extra(monkeypatch):
 
 
 def test_parquet_reads_back(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'perfbench[parquet]'")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'adapter-perfbench[parquet]'")
     runs = read_runs([REAL])
     (tmp_path / "cases.parquet").write_bytes(write.render(runs, "parquet"))
     cases = parquet.read_table(tmp_path / "cases.parquet").to_pylist()
