@@ -36,7 +36,11 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def plain(text: object) -> str:
     """Text of the code as Markdown that shows it as it is; what stands between backticks stays code."""
-    return re.sub(r"([*_<\[])", r"\\\1", " ".join(str(text).split())) if "`" not in str(text) else str(text)
+    parts = " ".join(str(text).split()).split("`")
+    shown = [
+        part if place % 2 else re.sub(r"([*_\[\]])", r"\\\1", html.escape(part)) for place, part in enumerate(parts)
+    ]
+    return "`".join(shown)
 
 
 def subcommands(command: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -84,7 +88,7 @@ def exit_codes_page() -> str:
     """What each command says of its exit codes, and the codes that all commands share."""
     rows = []
     for command in leaves(parser()):
-        found = re.search(r"(?:Same exit codes|Exit codes?)\b.*", " ".join((command.description or "").split()))
+        found = re.search(r"(?:Same exit codes|\b[Ee]xit codes?)\b.*", " ".join((command.description or "").split()))
         rows.append([f"`{command.prog}`", plain(found[0] if found else "Only the codes that all commands share.")])
     shared = {
         0: "The command did what was asked, and found nothing that stands against it.",
