@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 import yaml
 
+import perfbench
 from perfbench.cli import parser
 from perfbench.figures.metrics import METRICS
 from perfbench.gate import policy, power
@@ -199,6 +200,17 @@ def test_the_method_of_the_tutorial_passes_the_contract_tests(tmp_path: Path) ->
     code = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[0]
     (tmp_path / "value_scale.py").write_text(code, encoding="utf-8")
     testing.check_method("value-scale", plugin=tmp_path / "value_scale.py")
+
+
+def test_the_page_of_the_python_api_names_what_there_is() -> None:
+    if not hasattr(perfbench, "run"):
+        pytest.skip("needs the Python API: perfbench.run and what stands beside it")
+    text = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
+    called = set(re.findall(r"\bperfbench\.(\w+)\(", text))
+    assert {"run", "load", "accuracy", "search"} <= called
+    assert [name for name in called if not callable(getattr(perfbench, name, None))] == []
+    methods = set(re.findall(r"`Run\.(\w+)\(", text))
+    assert [name for name in methods if not callable(getattr(perfbench.Run, name, None))] == []
 
 
 @pytest.fixture(scope="module")
