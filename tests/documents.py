@@ -22,6 +22,7 @@ from perfbench.files.plain_text import format_bytes
 from perfbench.gate import policy, power
 from perfbench.history import store
 from perfbench.report.table import render
+from perfbench.report.words import LEAST_ROUNDS
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"<!-- (\w+): (\S+) -->(\n?)(.*?)(\n?)<!-- /\1 -->", re.DOTALL)
@@ -161,6 +162,7 @@ FACTS: dict[str, Callable[[], str]] = {
     "least-effect": lambda: f"{_POLICY.primary[0].least_effect:.0%}",
     "least-processes": lambda: str(policy.LEAST_PROCESSES),
     "implausible-gain": lambda: f"{_POLICY.implausible_gain:.0%}",
+    "least-rounds": lambda: str(LEAST_ROUNDS),
     "least-change": lambda: f"{store.LEAST_CHANGE:.0%}",
     "accuracy-margin": lambda: f"{100 * _found(ACCURACY, 'config', 'margin'):.0f}",
 }

@@ -423,7 +423,7 @@ def test_csv_has_a_row_for_each_case_or_each_repetition(capsys):
 
 def test_parquet_without_its_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(PerfbenchError, match=r"pip install 'perfbench\[parquet\]'"):
+    with pytest.raises(PerfbenchError, match=r"pip install 'adapter-perfbench\[parquet\]'"):
         write.render(read_runs([REAL]), "parquet")
 
 
