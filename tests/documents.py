@@ -99,6 +99,25 @@ def short_table(path: str) -> str:
     return above + ":\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def sweep_table(path: str) -> str:
+    """The speed against the baseline, in percent with its interval, over the one field in which the comparisons of a
+    run differ."""
+    loads = {one["id"]: one["workload"] for one in _json(path)["comparisons"]}
+    (axis,) = [field for field in next(iter(loads.values())) if len({load[field] for load in loads.values()}) > 1]
+    rows = [row for row in _rows(path) if row["method"] != "none"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = [f"| {axis} | {' | '.join(NAMES[method] for method in methods)} |", f"|{' ---: |' * (len(methods) + 1)}"]
+    for name, load in loads.items():
+        own = {row["method"]: row for row in rows if row["comparison"] == name}
+        cells = [
+            [own[method][f"kept_decode_tokens_per_s{end}"] * 100 for end in ("", "_low", "_high")] for method in methods
+        ]
+        lines.append(
+            f"| {load[axis]} | {' | '.join(f'{mid:.1f} [{low:.1f}, {high:.1f}]' for mid, low, high in cells)} |"
+        )
+    return "\n".join(lines)
+
+
 def answer(path: str) -> str:
     """The sentences under the last table of a run, as they are printed."""
     lines = whole_table(path).splitlines()
@@ -169,6 +188,7 @@ FACTS: dict[str, Callable[[], str]] = {
 KINDS: dict[str, Callable[[str], str]] = {
     "table": whole_table,
     "short": short_table,
+    "sweep": sweep_table,
     "answer": answer,
     "power": power_table,
     "accuracy": accuracy_table,
