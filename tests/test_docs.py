@@ -251,8 +251,17 @@ def test_the_reference_and_the_formulas_are_on_the_site(site: Path) -> None:
 @pytest.mark.docs
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)], ids=["desktop", "phone"])
 def test_every_page_fits_and_asks_for_nothing_else(site: Path, browser: Browser, width: int, height: int) -> None:
-    for page in sorted(site.rglob("*.html")):
+    for page in sorted({*site.rglob("*.html")} - {site / "404.html"}):  # which is for servers alone
         tab = browser.open(page, width=width, height=height)
         assert all(address.startswith(("file:", "data:")) for address in tab.requests()), page.name
+        assert tab.complaints() == [], page.name
         overflow = tab.ask("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert overflow <= 0, f"{page.name}: {overflow} pixels wider than the window"
+
+
+@pytest.mark.docs
+def test_the_search_needs_no_server(site: Path, browser: Browser) -> None:
+    tab = browser.open(site / "index.html")
+    tab.ask("location.search = '?q=bandwidth'")
+    tab.wait_for("document.querySelectorAll('.md-search-result__item').length > 1")
+    assert all(address.startswith(("file:", "data:")) for address in tab.requests())
