@@ -21,7 +21,7 @@ VENDORED = ("perfbench/report/vendor", "perfbench/profiling/viewer/speedscope")
 
 
 def test_the_distribution_has_one_name_and_the_command_another() -> None:
-    assert PROJECT["name"] == requirements.DISTRIBUTION == environment.PACKAGES[0] != "perfbench"
+    assert PROJECT["name"] == requirements.DISTRIBUTION == environment.DISTRIBUTIONS["perfbench"] != "perfbench"
     assert PROJECT["scripts"] == {"perfbench": "perfbench.cli:main"}
 
 
