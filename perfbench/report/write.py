@@ -100,7 +100,8 @@ def _parquet(rows: list[dict[str, Any]]) -> bytes:
         import pyarrow.parquet
     except ImportError:
         raise PerfbenchError(
-            "--format parquet: needs pyarrow, which is not installed; pip install 'perfbench[parquet]', or use csv"
+            "--format parquet: needs pyarrow, which is not installed; pip install 'adapter-perfbench[parquet]', "
+            "or use csv"
         ) from None
     columns = {name: _one_type([row[name] for row in rows]) for name in (rows[0] if rows else ())}
     buffer = io.BytesIO()

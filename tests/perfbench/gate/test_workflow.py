@@ -61,11 +61,3 @@ def test_the_policy_is_one() -> None:
     found = policy.load(POLICY)
     assert found.tolerance("peak_allocated_bytes", "x")[0] == 0.001
     assert found.skipped("a/peft-eager")
-
-
-def test_every_command_of_readme_parses() -> None:
-    section = (ROOT / "README.md").read_text().split("## Did this commit make it slower?")[1]
-    found = commands_in(section.split("```sh\n")[1].split("```")[0])
-    assert [command[0] for command in found] == ["ab", "run", "gate", "gate"]
-    for command in found:
-        parser().parse_args(command)
