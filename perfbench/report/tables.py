@@ -105,7 +105,8 @@ def as_parquet(records: Sequence[Mapping[str, Any]]) -> bytes:
         import pyarrow.parquet
     except ImportError:
         raise PerfbenchError(
-            "--format parquet: needs pyarrow, which is not installed; pip install 'perfbench[parquet]', or use csv"
+            "--format parquet: needs pyarrow, which is not installed; pip install 'adapter-perfbench[parquet]', "
+            "or use csv"
         ) from None
     columns = {name: _one_type([record[name] for record in records]) for name in (records[0] if records else ())}
     buffer = io.BytesIO()

@@ -63,11 +63,3 @@ def test_the_policy_is_one() -> None:
     # As history, which calls every difference of an exact figure a change.
     assert {found.tolerance(figure, "x")[0] for figure in exact()} == {0.0}
     assert found.skipped("a/peft-eager")
-
-
-def test_every_command_of_readme_parses() -> None:
-    section = (ROOT / "README.md").read_text().split("## Did this commit make it slower?")[1]
-    found = commands_in(section.split("```sh\n")[1].split("```")[0])
-    assert [command[0] for command in found] == ["ab", "run", "gate", "gate"]
-    for command in found:
-        parser().parse_args(command)

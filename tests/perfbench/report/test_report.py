@@ -436,12 +436,12 @@ def test_csv_has_a_row_for_each_case_or_each_repetition(capsys):
 
 def test_parquet_without_its_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(PerfbenchError, match=r"pip install 'perfbench\[parquet\]'"):
+    with pytest.raises(PerfbenchError, match=r"pip install 'adapter-perfbench\[parquet\]'"):
         rendered(write.RunsReport(read_runs([REAL])), "parquet")
 
 
 def test_parquet_reads_back(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'perfbench[parquet]'")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'adapter-perfbench[parquet]'")
     runs = read_runs([REAL])
     (tmp_path / "cases.parquet").write_bytes(rendered(write.RunsReport(runs), "parquet"))
     cases = parquet.read_table(tmp_path / "cases.parquet").to_pylist()
