@@ -59,7 +59,7 @@ METRICS: dict[str, Metric] = {
     "bytes_per_decode_step": Metric("bytes", "lower", "weights, adapters and cache the last step must read"),
     "least_flops_per_decode_step": Metric("FLOPs", "lower", "products that the last step can't do without"),
     "least_ms_per_decode_step": Metric(
-        "ms", "lower", "the last step's least bytes or FLOPs over the device's speeds, whichever takes longer"
+        "ms", "lower", "least bytes or FLOPs over the device's speeds, whichever takes longer: the median of the steps"
     ),
     "roof_share": Metric("ratio", "higher", "least_ms_per_decode_step / the median of itl_ms"),
     "kept": Metric("ratio", "higher", "median over rounds of arm / `none` within the same round"),

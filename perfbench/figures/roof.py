@@ -6,6 +6,7 @@ Free of torch: an adapter is known by its plan, whose tensors may be on the meta
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -132,37 +133,69 @@ def decode_step(
     )
 
 
+def least_s_of_steps(first: Work, last: Work, steps: int, device: Device, dtype: str) -> list[float]:
+    """The least seconds of each of `steps` decode steps in a row: from the first to the last, what a step reads and
+    computes grows by the same each time."""
+
+    def between(start: int, end: int, step: int) -> float:
+        return start + (end - start) * (step / (steps - 1) if steps > 1 else 1.0)
+
+    return [
+        max(
+            between(first.bytes, last.bytes, step) / device.bytes_per_s,
+            between(first.flops, last.flops, step) / device.flops_per_s[dtype],
+        )
+        for step in range(steps)
+    ]
+
+
 # A vendor's figures can't be beaten. One that was measured on a machine that others use too may be a bad moment's.
 _MARGIN_OF_A_MEASUREMENT = 3.0
 
 
-def least_ms(comparison: Mapping[str, Any], exact: Mapping[str, Any] | None) -> float | None:
-    """The least time of the last decode step of a case on the device of its comparison; None where something is not
-    known. exact: the case's figures of a step."""
-    roof, exact = comparison.get("roof"), exact or {}
-    if not roof or exact.get("bytes_per_decode_step") is None or exact.get("least_flops_per_decode_step") is None:
-        return None
-    if comparison["dtype"] not in roof["flops_per_s"]:
-        return None
-    work = Work(exact["bytes_per_decode_step"], 0, 0, exact["least_flops_per_decode_step"])
-    device = Device(**{field.name: roof[field.name] for field in fields(Device)})
-    return work.least_s(device, comparison["dtype"]) * 1e3
+def least_ms(comparison: Mapping[str, Any], case: Mapping[str, Any]) -> float | None:
+    """The median of the least times of a case's decode steps on the device of its comparison; None where something is
+    not known.
+
+    No median of measured steps can be below it: each step takes its own bound at least, and so does the middle one.
+    """
+    found = _least_ms_of_steps(comparison, case)
+    return statistics.median(found) if found else None
 
 
 def impossible(comparison: Mapping[str, Any], case: Mapping[str, Any]) -> str | None:
-    """Why a measured case can't have been so fast, in a line; None where it can.
-
-    Of the last step's bytes, which are known, at most those of the tokens generated since fall away for the first one.
-    """
-    last_ms = least_ms(comparison, case["exact"])
-    if last_ms is None or not case["summary"]:
+    """Why a measured case can't have been so fast, in a line; None where it can."""
+    found = _least_ms_of_steps(comparison, case)
+    if not found or not case["summary"]:
         return None
-    load = comparison["workload"]
+    margin = _MARGIN_OF_A_MEASUREMENT if comparison["roof"]["memory_bytes"] is None else 1.0
+    least, measured = statistics.median(found) / margin, case["summary"]["itl_ms"]["median"]
+    if measured >= least:
+        return None
+    return f"a step took {measured:.3g} ms, and what it must read takes {least:.3g} ms at least on this device"
+
+
+def _least_ms_of_steps(comparison: Mapping[str, Any], case: Mapping[str, Any]) -> list[float]:
+    """Of each decode step the least ms; none where something is not known."""
+    roof, exact, load = comparison.get("roof"), case["exact"] or {}, comparison["workload"]
+    if not roof or exact.get("bytes_per_decode_step") is None or exact.get("least_flops_per_decode_step") is None:
+        return []
+    if comparison["dtype"] not in roof["flops_per_s"] or load["new_tokens"] < 2:
+        return []
+    last = Work(exact["bytes_per_decode_step"], 0, 0, exact["least_flops_per_decode_step"])
+    if exact.get("bytes_per_first_decode_step") is not None:
+        first = Work(exact["bytes_per_first_decode_step"], 0, 0, exact["least_flops_per_first_decode_step"])
+    else:
+        first = _first_of_an_older_run(last, load, case.get("memory") or {})
+    device = Device(**{field.name: roof[field.name] for field in fields(Device)})
+    return [s * 1e3 for s in least_s_of_steps(first, last, load["new_tokens"] - 1, device, comparison["dtype"])]
+
+
+def _first_of_an_older_run(last: Work, load: Mapping[str, Any], memory: Mapping[str, Any]) -> Work:
+    """At most the first step's work: of the last one's cache, the part of the tokens generated since falls away."""
     # Prompts out of a file may be shorter than the length to which they are cut.
     prompt_tokens = 1 if load.get("prompts") else load.get("prompt_tokens") or 1
-    margin = _MARGIN_OF_A_MEASUREMENT if comparison["roof"]["memory_bytes"] is None else 1.0
-    first_ms = last_ms * prompt_tokens / (prompt_tokens + load["new_tokens"] * load["beams"]) / margin
-    median_ms = case["summary"]["itl_ms"]["median"]
-    if median_ms >= first_ms:
-        return None
-    return f"a step took {median_ms:.3g} ms, and what it must read takes {first_ms:.3g} ms at least on this device"
+    generated = load["new_tokens"] * load["beams"]
+    part = generated / (prompt_tokens + generated)
+    cache = min(last.bytes, memory.get("kv_cache_bytes") or last.bytes)
+    return Work(int(last.bytes - cache * part), 0, 0, int(last.flops * (1 - part)))

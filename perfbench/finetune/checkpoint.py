@@ -88,7 +88,7 @@ def keep_two(newest: Path) -> None:
             shutil.rmtree(path)
 
 
-# --- what is in it ------------------------------------------------------------------------------------------------------
+# --- what is in it ----------------------------------------------------------------------------------------------------
 
 
 def write_optimiser(folder: Path, optimiser: Any, scheduler: Any) -> None:

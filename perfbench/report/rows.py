@@ -65,7 +65,7 @@ def _row(comparison: Mapping[str, Any], case: Mapping[str, Any], name: str | Non
             row |= {f"{field}_{speed}{end}": interval.get(key) for end, key in ENDS.items()}
     for field, figures in _FIGURES.items():
         row |= {figure: (case[field] or {}).get(figure) for figure in figures}
-    least = least_ms(comparison, case["exact"])
+    least = least_ms(comparison, case)
     row |= {"least_ms_per_decode_step": least}
     row |= {"roof_share": least / row["itl_ms"] if least and row["itl_ms"] else None}
     beams = comparison["workload"].get("beams")

@@ -54,6 +54,7 @@ _KNOWN_FIGURES: dict[str, tuple[str, ...]] = {
     "exact": (
         "aten_ops_per_decode_step", "kernel_launches_per_decode_step", "flops_per_decode_step",
         "bytes_per_decode_step", "least_flops_per_decode_step", "kept_bound",
+        "bytes_per_first_decode_step", "least_flops_per_first_decode_step",
     ),
 }  # fmt: skip
 

@@ -174,26 +174,28 @@ class Session:
             own.arm.close()
 
     def _least(self, built: Any) -> dict[str, Any]:
-        """What the last decode step must at least read and compute."""
+        """What the first and the last decode step must at least read and compute."""
         from perfbench.figures.roof import decode_step
 
-        batch, dtype = built.batch, self.dtype
-        own, bare = (
+        batch = built.batch
+        first, last, bare = (
             decode_step(
                 self.backbone.model.config.to_dict(),
-                dtype,
+                self.dtype,
                 prompt_tokens=batch.attention_mask.sum(dim=1).tolist(),
-                generated_tokens=batch.new_tokens - 2,
+                generated_tokens=generated,
                 beams=batch.beams,
                 plan=plan,
                 served=[slot for slot in batch.slots if slot != -1],
             )
-            for plan in (built.plan, None)
+            for generated, plan in ((0, built.plan), (batch.new_tokens - 2, built.plan), (batch.new_tokens - 2, None))
         )
         return {
-            "bytes_per_decode_step": own.bytes,
-            "least_flops_per_decode_step": own.flops,
-            "kept_bound": bare.bytes / own.bytes,
+            "bytes_per_first_decode_step": first.bytes,
+            "least_flops_per_first_decode_step": first.flops,
+            "bytes_per_decode_step": last.bytes,
+            "least_flops_per_decode_step": last.flops,
+            "kept_bound": bare.bytes / last.bytes,
         }
 
     def time(self, cases: list[Any]) -> dict[str, Any]:

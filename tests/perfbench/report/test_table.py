@@ -48,6 +48,8 @@ def case(
         "adapters": {"parameters_per_tenant": 100, "bytes_per_tenant": tenant_bytes, "admit_ms": 2.0},
         "exact": {
             "aten_ops_per_decode_step": 777,
+            "bytes_per_first_decode_step": 5_000_000,
+            "least_flops_per_first_decode_step": 1_000_000,
             "bytes_per_decode_step": 5_000_000,
             "least_flops_per_decode_step": 1_000_000,
             "kept_bound": 0.97,
