@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perfbench.errors import PerfbenchError
-from perfbench.figures.roof import Device, Work, decode_step, least_s_of_steps
+from perfbench.figures.roof import Device, Work, decode_step, least_s_of_step
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
 from perfbench.spec.backbone_config import find_config
@@ -109,8 +109,11 @@ def _table(question: Question, device: Device, requests: int, work: dict[str, tu
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("bound\nby", no_wrap=True)
-    device_of = (max(question.new_tokens - 1, 1), device, question.dtype)
-    least = {name: least_s_of_steps(first, last, *device_of) for name, (first, last) in work.items()}
+    steps = max(question.new_tokens - 1, 1)
+    least = {
+        name: [least_s_of_step(first, last, step, steps, device, question.dtype) for step in range(steps)]
+        for name, (first, last) in work.items()
+    }
     for name, (_, last) in work.items():
         steps_s = least[name]
         table.add_row(

@@ -6,7 +6,6 @@ Free of torch: an adapter is known by its plan, whose tensors may be on the meta
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -133,20 +132,14 @@ def decode_step(
     )
 
 
-def least_s_of_steps(first: Work, last: Work, steps: int, device: Device, dtype: str) -> list[float]:
-    """The least seconds of each of `steps` decode steps in a row: from the first to the last, what a step reads and
-    computes grows by the same each time."""
-
-    def between(start: int, end: int, step: int) -> float:
-        return start + (end - start) * (step / (steps - 1) if steps > 1 else 1.0)
-
-    return [
-        max(
-            between(first.bytes, last.bytes, step) / device.bytes_per_s,
-            between(first.flops, last.flops, step) / device.flops_per_s[dtype],
-        )
-        for step in range(steps)
-    ]
+def least_s_of_step(first: Work, last: Work, step: int, steps: int, device: Device, dtype: str) -> float:
+    """The least seconds of one `step` of `steps` in a row, counted from 0: what a step reads and computes grows by the
+    same each time."""
+    part = step / (steps - 1) if steps > 1 else 1.0
+    found_bytes, found_flops = (
+        start + (end - start) * part for start, end in ((first.bytes, last.bytes), (first.flops, last.flops))
+    )
+    return max(found_bytes / device.bytes_per_s, found_flops / device.flops_per_s[dtype])
 
 
 # A vendor's figures can't be beaten. One that was measured on a machine that others use too may be a bad moment's.
@@ -159,43 +152,40 @@ def least_ms(comparison: Mapping[str, Any], case: Mapping[str, Any]) -> float | 
 
     No median of measured steps can be below it: each step takes its own bound at least, and so does the middle one.
     """
-    found = _least_ms_of_steps(comparison, case)
-    return statistics.median(found) if found else None
+    roof, exact, load = comparison.get("roof"), case["exact"] or {}, comparison["workload"]
+    if not roof or exact.get("bytes_per_decode_step") is None or exact.get("least_flops_per_decode_step") is None:
+        return None
+    steps = load.get("new_tokens", 1) - 1
+    if comparison["dtype"] not in roof["flops_per_s"] or steps < 1:
+        return None
+    last = Work(exact["bytes_per_decode_step"], 0, 0, exact["least_flops_per_decode_step"])
+    flops = exact.get("least_flops_per_first_decode_step")
+    if exact.get("bytes_per_first_decode_step") is None or flops is None:
+        first = _first_of_an_older_run(last, load, case.get("memory") or {})
+    else:
+        first = Work(exact["bytes_per_first_decode_step"], 0, 0, flops)
+    device = Device(**{field.name: roof[field.name] for field in fields(Device)})
+    middle = ((steps - 1) // 2, steps // 2)  # the bounds only grow
+    return sum(least_s_of_step(first, last, step, steps, device, comparison["dtype"]) for step in middle) / 2 * 1e3
 
 
 def impossible(comparison: Mapping[str, Any], case: Mapping[str, Any]) -> str | None:
     """Why a measured case can't have been so fast, in a line; None where it can."""
-    found = _least_ms_of_steps(comparison, case)
-    if not found or not case["summary"]:
+    least = least_ms(comparison, case)
+    if least is None or not case["summary"]:
         return None
-    margin = _MARGIN_OF_A_MEASUREMENT if comparison["roof"]["memory_bytes"] is None else 1.0
-    least, measured = statistics.median(found) / margin, case["summary"]["itl_ms"]["median"]
+    least /= _MARGIN_OF_A_MEASUREMENT if comparison["roof"]["memory_bytes"] is None else 1.0
+    measured = case["summary"]["itl_ms"]["median"]
     if measured >= least:
         return None
     return f"a step took {measured:.3g} ms, and what it must read takes {least:.3g} ms at least on this device"
-
-
-def _least_ms_of_steps(comparison: Mapping[str, Any], case: Mapping[str, Any]) -> list[float]:
-    """Of each decode step the least ms; none where something is not known."""
-    roof, exact, load = comparison.get("roof"), case["exact"] or {}, comparison["workload"]
-    if not roof or exact.get("bytes_per_decode_step") is None or exact.get("least_flops_per_decode_step") is None:
-        return []
-    if comparison["dtype"] not in roof["flops_per_s"] or load["new_tokens"] < 2:
-        return []
-    last = Work(exact["bytes_per_decode_step"], 0, 0, exact["least_flops_per_decode_step"])
-    if exact.get("bytes_per_first_decode_step") is not None:
-        first = Work(exact["bytes_per_first_decode_step"], 0, 0, exact["least_flops_per_first_decode_step"])
-    else:
-        first = _first_of_an_older_run(last, load, case.get("memory") or {})
-    device = Device(**{field.name: roof[field.name] for field in fields(Device)})
-    return [s * 1e3 for s in least_s_of_steps(first, last, load["new_tokens"] - 1, device, comparison["dtype"])]
 
 
 def _first_of_an_older_run(last: Work, load: Mapping[str, Any], memory: Mapping[str, Any]) -> Work:
     """At most the first step's work: of the last one's cache, the part of the tokens generated since falls away."""
     # Prompts out of a file may be shorter than the length to which they are cut.
     prompt_tokens = 1 if load.get("prompts") else load.get("prompt_tokens") or 1
-    generated = load["new_tokens"] * load["beams"]
+    generated = load["new_tokens"] * load.get("beams", 1)
     part = generated / (prompt_tokens + generated)
     cache = min(last.bytes, memory.get("kv_cache_bytes") or last.bytes)
     return Work(int(last.bytes - cache * part), 0, 0, int(last.flops * (1 - part)))
