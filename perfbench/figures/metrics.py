@@ -45,8 +45,13 @@ METRICS: dict[str, Metric] = {
         "tenants", "higher", "more tenants whose adapters fit in the memory that is left while a batch runs"
     ),
     "admit_ms": Metric("ms", "lower", "from one cold tenant's checkpoint folder into its slot (page cache warm)"),
-    "parameters_per_tenant": Metric("parameters", None, "trained adapter parameters of one tenant"),
-    "bytes_per_tenant": Metric("bytes", "lower", "what one more resident tenant takes in the bank"),
+    "parameters_per_tenant": Metric(
+        "parameters", None, "trained adapter parameters of one tenant, the mean over tenants"
+    ),
+    "bytes_per_tenant": Metric("bytes", "lower", "one tenant's adapter as it is served, the mean over tenants"),
+    "bank_bytes_per_tenant": Metric(
+        "bytes", "lower", "what one more resident tenant takes in the bank, which has room for the largest"
+    ),
     "energy_mj_per_token": Metric("mJ/token", "lower", "device energy in generate / (requests x N) (NVML)"),
     "aten_ops_per_decode_step": Metric("operations", "lower", "ATen operations called in one decode step"),
     "kernel_launches_per_decode_step": Metric("launches", "lower", "device kernels launched in one step"),

@@ -79,7 +79,7 @@ def columns_of(group: Sequence[Row]) -> list[Column]:
         Column("ttft\nms", lambda row: _figure(row["ttft_ms"])),
         *([Column("turn 2\nttft", lambda row: _figure(row["follow_up_ttft_ms"]))] if turns else []),
         peak_column(group),
-        Column("a\ntenant", lambda row: format_bytes(row["bytes_per_tenant"])),
+        Column("a\ntenant", lambda row: ("~" if row["tenants_differ"] else "") + format_bytes(row["bytes_per_tenant"])),
         Column("more\nfit", lambda row: _count(row["tenants_that_fit"])),
         Column("roof\n%", lambda row: NOTHING if row["roof_share"] is None else f"{row['roof_share'] * 100:.0f}"),
         *([] if turns else [Column("ops\n/step", lambda row: _count(row["aten_ops_per_decode_step"]))]),

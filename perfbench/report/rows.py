@@ -16,7 +16,7 @@ _MEDIANS = (*_TIMES, "decode_tokens_per_s", "tokens_per_s", "energy_mj_per_token
 _PEAKS = tuple(f"peak_{kind}_bytes" for kind in ("allocated", "reserved", "device", "process", "resident"))
 _FIGURES = {
     "memory": (*_PEAKS, "adapter_bytes", "kv_cache_bytes", "tenants_that_fit"),
-    "adapters": ("parameters_per_tenant", "bytes_per_tenant", "admit_ms"),
+    "adapters": ("parameters_per_tenant", "bytes_per_tenant", "bank_bytes_per_tenant", "admit_ms"),
     "exact": (
         "aten_ops_per_decode_step",
         "kernel_launches_per_decode_step",
@@ -65,6 +65,7 @@ def _row(comparison: Mapping[str, Any], case: Mapping[str, Any], name: str | Non
             row |= {f"{field}_{speed}{end}": interval.get(key) for end, key in ENDS.items()}
     for field, figures in _FIGURES.items():
         row |= {figure: (case[field] or {}).get(figure) for figure in figures}
+    row |= {"tenants_differ": bool((case["adapters"] or {}).get("of_tenants"))}
     least = least_ms(comparison, case)
     row |= {"least_ms_per_decode_step": least}
     row |= {"roof_share": least / row["itl_ms"] if least and row["itl_ms"] else None}

@@ -178,6 +178,13 @@ def test_what_the_workloads_differ_in_is_in_the_titles() -> None:
     assert "without_adapter" not in printed(manifest(NONE))
 
 
+def test_a_mean_of_tenants_that_differ_is_marked() -> None:
+    adapters = {"bytes_per_tenant": 512 * 1024, "of_tenants": {"bytes": {"least": 1, "median": 2, "most": 3}}}
+    text = render(manifest(NONE, case("lora", (0.9, 0.88, 0.92), adapters=adapters)), "markdown")
+    assert text is not None
+    assert "| ~512.0 KiB |" in text
+
+
 def test_host_memory_is_called_so_where_that_of_tensors_is_not_known() -> None:
     memory = {"peak_allocated_bytes": None, "peak_resident_bytes": 900 * MIB, "tenants_that_fit": None}
     text = render(manifest(case("none", memory=memory)), "markdown")

@@ -66,6 +66,48 @@ def test_every_slot_holds_its_tenant_after_the_timed_admissions(
     assert not torch.equal(bank.rest[0], bank.rest[1])
 
 
+def save_lora(base: backbone.Backbone, folder: Path, rank: int, modules: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """A LoRA checkpoint of made-up numbers as PEFT has it; its tensors."""
+    method, options = parameters.implementation("lora"), METHODS["lora"].options(rank=rank, modules=modules)
+    values = parameters.make("lora", base.shape, options, seed=1)
+    method.save(values, base.shape, options, folder, base.name)
+    return values
+
+
+@pytest.mark.parametrize(("method", "runtime"), [("lora", "static"), ("peft", "transformers")])
+def test_the_figures_of_a_tenant_are_its_own_where_tenants_differ(
+    base: backbone.Backbone, method: str, runtime: str, tmp_path: Path
+) -> None:
+    """Of four folders the parameters were the first one's on one runtime and the union's on the other, and each was
+    charged the bytes of the union."""
+    sizes = [(1, ("q",)), (16, ("q", "k", "v", "up")), (2, ("gate", "down"))]
+    counts = []
+    for number, (rank, modules) in enumerate(sizes):
+        values = save_lora(base, tmp_path / "tenants" / f"t{number}", rank, modules)
+        counts.append(sum(tensor.numel() for tensor in values.values()))
+    options = METHODS[method].options(adapters=str(tmp_path / "tenants"))
+    ids = torch.arange(3, 11, device=base.device).view(2, 4)
+    case = Case("c", method, method, options, runtime, "eager")
+    built = arms.build(case, base, Batch(ids, torch.ones_like(ids), (0, 1), 1, 3), 3, SEED, tmp_path / "scratch")
+    figures = built.adapters
+    assert figures["parameters_per_tenant"] == pytest.approx(sum(counts) / 3)
+    assert figures["bytes_per_tenant"] == pytest.approx(4 * sum(counts) / 3)
+    spread = {"least": min(counts), "median": sorted(counts)[1], "most": max(counts)}
+    assert figures["of_tenants"] == {"parameters": spread, "bytes": {key: 4 * n for key, n in spread.items()}}
+    if method == "lora":
+        assert isinstance(built.arm, StaticArm)
+        assert built.arm.bank is not None
+        assert figures["bank_bytes_per_tenant"] == built.arm.bank.bytes_per_slot > 4 * max(counts)
+    else:
+        assert figures["bank_bytes_per_tenant"] is None
+
+
+def test_where_tenants_are_alike_there_is_one_figure(base: backbone.Backbone, tmp_path: Path) -> None:
+    figures = build(base, "lora", tmp_path).adapters
+    assert figures["of_tenants"] is None
+    assert figures["bytes_per_tenant"] == figures["bank_bytes_per_tenant"] == 4 * figures["parameters_per_tenant"]
+
+
 @pytest.mark.gpu
 def test_a_gpu_s_backbone_gets_adapters_made_there(tmp_path: Path) -> None:
     on_gpu = backbone.load("llama-tiny", "bf16", "cuda", seed=0)
