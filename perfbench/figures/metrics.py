@@ -38,7 +38,11 @@ METRICS: dict[str, Metric] = {
     "peak_reserved_bytes": Metric("bytes", "lower", "most device memory the allocator held, that arm alone"),
     "peak_device_bytes": Metric("bytes", "lower", "most memory in use on the device by all processes (NVML)"),
     "peak_process_bytes": Metric("bytes", "lower", "most device memory used by the measuring process (NVML)"),
-    "peak_resident_bytes": Metric("bytes", "lower", "most host memory the measuring process had resident"),
+    "peak_resident_bytes": Metric(
+        "bytes",
+        "lower",
+        "most host memory the measuring process had resident; grows from arm to arm, so it compares none",
+    ),
     "adapter_bytes": Metric("bytes", "lower", "adapters of all resident tenants on the device"),
     "kv_cache_bytes": Metric("bytes", "lower", "keys and values when the cache is full, after the last step"),
     "tenants_that_fit": Metric(
@@ -49,8 +53,8 @@ METRICS: dict[str, Metric] = {
         "parameters", None, "trained adapter parameters of one tenant, the mean over tenants"
     ),
     "bytes_per_tenant": Metric("bytes", "lower", "one tenant's adapter as it is served, the mean over tenants"),
-    "bank_bytes_per_tenant": Metric(
-        "bytes", "lower", "what one more resident tenant takes in the bank, which has room for the largest"
+    "resident_bytes_per_tenant": Metric(
+        "bytes", "lower", "what one more resident tenant takes: a slot of the bank, or all that PEFT makes of it"
     ),
     "energy_mj_per_token": Metric("mJ/token", "lower", "device energy in generate / (requests x N) (NVML)"),
     "aten_ops_per_decode_step": Metric("operations", "lower", "ATen operations called in one decode step"),

@@ -16,7 +16,7 @@ _MEDIANS = (*_TIMES, "decode_tokens_per_s", "tokens_per_s", "energy_mj_per_token
 _PEAKS = tuple(f"peak_{kind}_bytes" for kind in ("allocated", "reserved", "device", "process", "resident"))
 _FIGURES = {
     "memory": (*_PEAKS, "adapter_bytes", "kv_cache_bytes", "tenants_that_fit"),
-    "adapters": ("parameters_per_tenant", "bytes_per_tenant", "bank_bytes_per_tenant", "admit_ms"),
+    "adapters": ("parameters_per_tenant", "bytes_per_tenant", "resident_bytes_per_tenant", "admit_ms"),
     "exact": (
         "aten_ops_per_decode_step",
         "kernel_launches_per_decode_step",

@@ -14,7 +14,7 @@ from typing import Any
 
 from perfbench.errors import PerfbenchError, nearest
 from perfbench.files.plain_text import printable_tree
-from perfbench.report.columns import Column, arm_name, columns_of, paper_columns, peak_column, plain
+from perfbench.report.columns import Column, arm_name, columns_of, paper_columns, plain
 from perfbench.report.rows import Row, groups, paper_of, rows, verdict
 from perfbench.report.words import conclusion, hardware, heading, legend, paper_title, title
 
@@ -63,7 +63,7 @@ def _print(manifest: Mapping[str, Any], console: Any) -> None:
         beside = [row for row in group if row["paper"]]
         if paper and beside:
             console.print()
-            grid = _grid(paper_title(paper), [columns[0], *paper_columns(paper, peak_column(group))], beside)
+            grid = _grid(paper_title(paper), [columns[0], *paper_columns(paper)], beside)
             console.print(grid, width=width)
     console.print()
     say(legend(manifest), "dim")
@@ -93,7 +93,7 @@ def _markdown(manifest: Mapping[str, Any]) -> str:
     for comparison, group in groups(manifest):
         columns = columns_of(group)
         if paper:
-            columns += paper_columns(paper, peak_column(group))
+            columns += paper_columns(paper)
         columns.append(Column("check", verdict, text=True))
         lines += [f"**{plain(title(comparison, manifest['comparisons']))}**", ""]
         lines.append(f"| {' | '.join(plain(column.head) for column in columns)} |")

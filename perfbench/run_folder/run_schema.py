@@ -50,7 +50,7 @@ _KNOWN_FIGURES: dict[str, tuple[str, ...]] = {
         "peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes", "peak_process_bytes",
         "peak_resident_bytes", "adapter_bytes", "kv_cache_bytes", "tenants_that_fit",
     ),
-    "adapters": ("parameters_per_tenant", "bytes_per_tenant", "bank_bytes_per_tenant", "admit_ms"),
+    "adapters": ("parameters_per_tenant", "bytes_per_tenant", "resident_bytes_per_tenant", "admit_ms"),
     "exact": (
         "aten_ops_per_decode_step", "kernel_launches_per_decode_step", "flops_per_decode_step",
         "bytes_per_decode_step", "least_flops_per_decode_step", "kept_bound",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
+import tracemalloc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -61,24 +63,24 @@ def build(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int
     served_by = METHODS[case.method].served_by
     if case.method == "none":
         bare = _plan_arm(case, backbone, None, batch)
-        return BuiltArm(bare, batch, None, None, dict.fromkeys(_figures([0], [0], None, None)))
+        return BuiltArm(bare, batch, None, None, dict.fromkeys(_figures([0], [0], 0, 0.0)))
     if served_by == "plan":
         return _build_plan(case, backbone, batch, resident, seed, scratch)
     return _build_peft(case, backbone, batch, resident, seed, scratch)
 
 
 def _figures(
-    parameters_of: Sequence[int], bytes_of: Sequence[int], slot_bytes: int | None, admit_ms: float | None
+    parameters_of: Sequence[int], bytes_of: Sequence[int], resident_bytes: int, admit_ms: float
 ) -> dict[str, Any]:
     """What is known of the adapters of an arm, from each tenant's trained parameters and bytes when it is served:
     `parameters_per_tenant`, `bytes_per_tenant` (the means), `of_tenants` (None where all tenants are alike),
-    `bank_bytes_per_tenant` (None without a bank: a slot has room for the largest), `admit_ms`."""
+    `resident_bytes_per_tenant` (what one more takes; a slot of the bank has room for the largest), `admit_ms`."""
     differ = len(set(parameters_of)) > 1 or len(set(bytes_of)) > 1
     return {
         "parameters_per_tenant": _mean(parameters_of),
         "bytes_per_tenant": _mean(bytes_of),
         "of_tenants": {"parameters": _spread(parameters_of), "bytes": _spread(bytes_of)} if differ else None,
-        "bank_bytes_per_tenant": slot_bytes,
+        "resident_bytes_per_tenant": resident_bytes,
         "admit_ms": admit_ms,
     }
 
@@ -203,7 +205,9 @@ def _build_peft(case: Case, backbone: Backbone, batch: Batch, resident: int, see
             after=lambda: arm.model.delete_adapter("cold"),
             device=backbone.device,
         )
-    figures = _figures([_trained(folder) for folder in folders], held, None, admit_ms)
+        modules = _beside_its_tensors(arm.model, folders[0], backbone)
+    trained = [_trained(folder) for folder in folders]
+    figures = _figures(trained, held, sum(held) // len(held) + modules, admit_ms)
     if single:
         slot = next((slot for slot in batch.slots if slot != -1), -1)
         batch = replace(batch, slots=(slot,) * len(batch.slots))
@@ -211,15 +215,27 @@ def _build_peft(case: Case, backbone: Backbone, batch: Batch, resident: int, see
     return BuiltArm(arm, batch, layout, plan_of, figures)
 
 
-def _nothing() -> None:
-    return None
+def _beside_its_tensors(model: Any, folder: Path, backbone: Backbone) -> int:
+    """Bytes of the host that PEFT's modules of one more adapter take, as much as the numbers of a small one. Python's
+    allocations, since those of the process depend on what earlier arms left free; on a GPU none of them lie there."""
+    if backbone.device.type != "cpu":
+        return 0
+    gc.collect()
+    tracemalloc.start()
+    try:
+        admit_peft(model, folder, "cold", backbone.dtype, backbone.device)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+        model.delete_adapter("cold")
 
 
 def _timed(
     action: Callable[[], None],
     *,
-    before: Callable[[], None] = _nothing,
-    after: Callable[[], None] = _nothing,
+    before: Callable[[], None] = lambda: None,
+    after: Callable[[], None] = lambda: None,
     device: torch.device,
 ) -> float:
     """Median milliseconds of `action` over ADMISSIONS turns; `before` and `after` each turn are not timed."""

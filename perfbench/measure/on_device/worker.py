@@ -144,14 +144,14 @@ class Session:
         peaks = memory.peaks(arm, batch, held, device, self.nvml)
         free = memory.free_bytes(device, peaks["peak_allocated_bytes"] - held)
         parts = memory.parts(arm, batch, self.backbone.bytes)
-        per_tenant = built.adapters["bank_bytes_per_tenant"] or built.adapters["bytes_per_tenant"]
+        per_tenant = built.adapters["resident_bytes_per_tenant"]
         self.emit(
             "case",
             case=case.id,
             status=found.status,
             reason=found.reason,
             check=found.to_json(),
-            memory=peaks | parts | {"tenants_that_fit": int(free // per_tenant) if per_tenant else None},
+            memory=peaks | parts | {"tenants_that_fit": free // per_tenant if per_tenant else None},
             adapters=built.adapters,
         )
         arm.close()
