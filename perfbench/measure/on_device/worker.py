@@ -20,8 +20,6 @@ from typing import Any, TextIO
 
 Emit = Callable[..., None]
 
-# A coarser clock can't tell a token from the next.
-COARSEST_CLOCK_S = 1e-4
 # Rounds of each case whose tokens are made again after the timing.
 PROVED_ROUNDS = 2
 
@@ -100,11 +98,8 @@ def open_session(job: dict[str, Any], first: Any, emit: Emit) -> Session:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(job["threads"])
-    if (resolution_s := repetition.clock_resolution_s()) > COARSEST_CLOCK_S:
-        raise PerfbenchError(
-            f"the clock: expected steps of at most {COARSEST_CLOCK_S * 1e6:.0f} us, got {resolution_s * 1e3:.1f} ms; "
-            f"times of this machine would be made of steps"
-        )
+    if (fault := repetition.clock_fault()) is not None:
+        raise PerfbenchError(f"the clock: {fault}")
     emit("phase", case=None, text=f"loading {first.backbone}")
     backbone = backbones.load(first.backbone, first.dtype, first.device, job["seed"])
     batch = workload.make(first.workload, backbone, job["seed"])
