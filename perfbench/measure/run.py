@@ -234,8 +234,10 @@ class Supervisor:
         return "crashed", cause(code, os.path.relpath(child.log, self.directory.path))
 
     def _is_proved(self, case_id: str) -> bool:
-        """Whether of a case some of what was timed has been made again."""
-        return "proved_rounds" in (self._cases[case_id]["check"] or {})
+        """Whether of a case some of what was timed has been made again, and its folders were read with PEFT."""
+        case = self._cases[case_id]
+        wanted = {"proved_rounds"} | ({"read_by_peft"} if case["options"].get("adapters") else set())
+        return wanted <= set(case["check"] or {})
 
     def _job_json(self, job: Job, rounds: range) -> dict[str, Any]:
         prepared = {
@@ -282,6 +284,8 @@ class Supervisor:
             case = self._cases[event["case"]]
             known = case["check"].get("proved_rounds", [])
             case["check"] |= {"proved_rounds": sorted({*known, *event["rounds"]})}
+            if "read_by_peft" in event:
+                case["check"] |= {"read_by_peft": event["read_by_peft"]}
             if event["reason"] is not None:
                 case["check"] |= {"passed": False}
                 case.update(status="check_failed", reason=event["reason"])

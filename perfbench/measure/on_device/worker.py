@@ -83,6 +83,7 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
     # Counting needs caches of other sizes: beside all the arms that were timed there may be no room for them.
     for case_id in list(built):
         built.pop(case_id).arm.close()
+    session.prove_read(passed)
     session.count(passed)
 
 
@@ -235,6 +236,30 @@ class Session:
             self.emit("proved", case=case.id, rounds=drawn, reason=fault)
             if case.id not in built:
                 own.arm.close()
+
+    def prove_read(self, cases: list[Any]) -> None:
+        """That adapters out of folders are those that PEFT reads there, one request of each sampled tenant; with no
+        arm resident, since the weights are loaded once more for it."""
+        from functools import partial
+
+        from perfbench.measure.on_device import arms
+        from perfbench.proof import by_peft, check
+        from perfbench.runtimes import backbone as backbones
+
+        fresh = None
+        for case in cases:
+            if getattr(case.options, "adapters", None) is None or case.id in self.job["proved"]:
+                continue
+            self.emit("phase", case=case.id, text="reading the adapters with PEFT")
+            own = self.backbone
+            fresh = fresh or backbones.load(own.name, self.dtype, str(own.device), self.job["seed"])
+            every = arms.adapter_folders(case.options.adapters, self.resident)
+            sampled = check.sample(self.batch.slots, self.job["seed"])[: check.SAMPLED_REQUESTS]
+            asked = {i: every[self.batch.slots[i]] for i in sampled if self.batch.slots[i] != -1}
+            folders = {i: folder for i, folder in asked.items() if by_peft.is_known(folder)}
+            plan_of = partial(arms.plan_of_tenant, case, own, self.resident, self.job["seed"])
+            fault = by_peft.fault_of(fresh, own, self.batch, folders, plan_of)
+            self.emit("proved", case=case.id, rounds=[], read_by_peft=len(folders), reason=fault)
 
     def warm_up(self, cases: list[Any]) -> dict[str, Any]:
         """{case id: its arm, built, warm and resident}."""
