@@ -63,6 +63,9 @@ def out_of(arguments: argparse.Namespace, default: Path, what: str) -> Path:
 
 def interrupted(command: Sequence[str | Path], arguments: argparse.Namespace, out: Path) -> int:
     """Says how to go on, and returns the exit code."""
+    if not out.is_dir():
+        print(f"interrupted; {out} is not there, so there is nothing to go on with", file=sys.stderr)
+        return EXIT_INTERRUPTED
     settings = [word for setting in getattr(arguments, "set", []) for word in ("--set", setting)]
     line = shlex.join(["perfbench", *map(str, command), *settings, "--out", str(out), "--resume"])
     print(f"interrupted; go on with: {line}", file=sys.stderr)

@@ -21,6 +21,8 @@ def add(commands: Any) -> None:
     run.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     _add_large(run)
     add_out(run, "runs/<scenario>-<time>")
+    about = "with --resume: measure the cases again that crashed or ran out of memory"
+    run.add_argument("--retry-failed", action="store_true", help=about)
     run.set_defaults(command=_run)
 
     show = commands.add_parser("show", help="print a run's table again", description=_show.__doc__)
@@ -83,6 +85,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from perfbench.report.table import render
     from perfbench.spec import cases, cost, scenario
 
+    if arguments.retry_failed and not arguments.resume:
+        raise PerfbenchError("--retry-failed: say with --resume and --out which run to go on with")
     notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     processes = [f"processes={arguments.processes}"] if arguments.processes else []
     document = scenario.load(arguments.scenario, arguments.set + processes)
@@ -115,7 +119,9 @@ def _run(arguments: argparse.Namespace) -> int:
     notes.print(f"{work} -> {out}")
     try:
         with run_lock.held(out, resume=arguments.resume):
-            directory = run.execute(resolved, comparisons, out, resume=arguments.resume)
+            directory = run.execute(
+                resolved, comparisons, out, resume=arguments.resume, retry_failed=arguments.retry_failed
+            )
     except KeyboardInterrupt:
         case = ["--case", arguments.case] if arguments.case else []
         again = ["--processes", str(arguments.processes)] if arguments.processes else []

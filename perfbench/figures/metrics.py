@@ -130,7 +130,9 @@ METRICS: dict[str, Metric] = {
         "bytes", "lower", "most device memory used by the measuring process (NVML)", "memory", "shown"
     ),
     "peak_resident_bytes": Metric(
-        "bytes", "lower", "most host memory the measuring process had resident", "memory", "shown"
+        "bytes", "lower",
+        "most host memory the measuring process had resident; grows from arm to arm, so it compares none",
+        "memory", "shown",
     ),
     "adapter_bytes": Metric("bytes", "lower", "adapters of all resident tenants on the device", "memory", "exact"),
     "kv_cache_bytes": Metric(
@@ -141,10 +143,14 @@ METRICS: dict[str, Metric] = {
         "memory", "shown",
     ),
     "parameters_per_tenant": Metric(
-        "parameters", None, "trained adapter parameters of one tenant", "adapters", "exact"
+        "parameters", None, "trained adapter parameters of one tenant, the mean over tenants", "adapters", "exact"
     ),
     "bytes_per_tenant": Metric(
-        "bytes", "lower", "what one more resident tenant takes in the bank", "adapters", "exact"
+        "bytes", "lower", "one tenant's adapter as it is served, the mean over tenants", "adapters", "exact"
+    ),
+    "resident_bytes_per_tenant": Metric(
+        "bytes", "lower", "what one more resident tenant takes: a slot of the bank, or all that PEFT makes of it",
+        "adapters", "shown",
     ),
     "admit_ms": Metric(
         "ms", "lower", "from one cold tenant's checkpoint folder into its slot (page cache warm)", "adapters", "shown"
@@ -165,12 +171,18 @@ METRICS: dict[str, Metric] = {
     "least_flops_per_decode_step": Metric(
         "FLOPs", "lower", "products that the last step can't do without", "exact", "exact"
     ),
+    "bytes_per_first_decode_step": Metric(
+        "bytes", "lower", "weights, adapters and cache the first decode step must read", "exact", "exact"
+    ),
+    "least_flops_per_first_decode_step": Metric(
+        "FLOPs", "lower", "products that the first decode step can't do without", "exact", "exact"
+    ),
     "kept_bound": Metric(
         "ratio", "higher", "bytes of `none` per step / bytes of the arm: the `kept` that traffic allows",
         "exact", "exact",
     ),
     "least_ms_per_decode_step": Metric(
-        "ms", "lower", "the last step's least bytes or FLOPs over the device's speeds, whichever takes longer",
+        "ms", "lower", "least bytes or FLOPs over the device's speeds, whichever takes longer: the median of the steps",
         "row", "shown",
     ),
     "roof_share": Metric("ratio", "higher", "least_ms_per_decode_step / the median of itl_ms", "row", "shown"),

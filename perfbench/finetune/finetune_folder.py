@@ -151,3 +151,4 @@ class FinetuneFolder:
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(file)
+        self._directory.samples_replaced()

@@ -19,6 +19,10 @@ def _figure(value: float | None) -> str:
     return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
 
 
+def _mib(value: float | None) -> str:
+    return NOTHING if value is None else f"{value / MIB:,.0f}"
+
+
 def _count(value: int | None) -> str:
     """A count in at most six characters: 9,999, 553k, 7.6M."""
     if value is None or value < 10_000:
@@ -51,11 +55,8 @@ def _versus_lora(row: Row) -> str:
     return _interval(row, "versus_lora_tokens_per_s", 1, 2)
 
 
-def peak_column(group: Sequence[Row]) -> Column:
-    """Peak memory is that of tensors, or the host's where it is not known."""
-    known = any(row["peak_allocated_bytes"] is not None for row in group)
-    peak, head = ("peak_allocated_bytes", "peak\nMiB") if known else ("peak_resident_bytes", "host\nMiB")
-    return Column(head, lambda row: NOTHING if row[peak] is None else f"{row[peak] / MIB:,.0f}")
+# Of tensors: what a process has resident grows from arm to arm and compares none of them.
+PEAK = Column("peak\nMiB", lambda row: _mib(row["peak_allocated_bytes"]))
 
 
 def arm_column(group: Sequence[Row]) -> Column:
@@ -77,8 +78,8 @@ def main_columns(group: Sequence[Row]) -> list[Column]:
         *([Column("times\nplain", lambda row: _figure(row[plain]))] if any(row[plain] for row in group) else []),
         Column("ttft\nms", lambda row: _figure(row["ttft_ms"])),
         *([Column("turn 2\nttft", lambda row: _figure(row["follow_up_ttft_ms"]))] if turns else []),
-        peak_column(group),
-        Column("a\ntenant", lambda row: format_bytes(row["bytes_per_tenant"])),
+        PEAK,
+        Column("a\ntenant", lambda row: ("~" if row["tenants_differ"] else "") + format_bytes(row["bytes_per_tenant"])),
         Column("more\nfit", lambda row: _count(row["tenants_that_fit"])),
         Column("roof\n%", lambda row: NOTHING if row["roof_share"] is None else f"{row['roof_share'] * 100:.0f}"),
         *([] if turns else [Column("ops\n/step", lambda row: _count(row["aten_ops_per_decode_step"]))]),
@@ -124,7 +125,7 @@ def columns_of(group: Sequence[Row], columns: str = MAIN) -> list[Column]:
     return [arm_column(group), *rest]
 
 
-def paper_columns(paper: Paper, peak: Column) -> list[Column]:
+def paper_columns(paper: Paper) -> list[Column]:
     """The paper's numbers beside ours; speeds as ratios to LoRA, because the machines differ."""
 
     def theirs(row: Row) -> str:
@@ -134,7 +135,7 @@ def paper_columns(paper: Paper, peak: Column) -> list[Column]:
     return [
         Column("tokens/s to LoRA's, ours", _versus_lora),
         Column("the paper's ratio", theirs),
-        Column(f"{plain(peak.head)}, ours", lambda row: peak.cell(row) if row["paper"] else NOTHING),
+        Column(f"{plain(PEAK.head)}, ours", lambda row: PEAK.cell(row) if row["paper"] else NOTHING),
         Column("the paper's MiB", lambda row: f"{row['paper_mib']:,}" if row["paper_mib"] else NOTHING),
     ]
 

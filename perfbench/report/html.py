@@ -129,7 +129,7 @@ def _tables(manifest: Manifest, group: Sequence[rows.Row]) -> Iterator[dict[str,
         yield _table(_TAILS, columns.columns_of(group, "tails"), group)
     paper, beside = rows.paper_of(manifest), [row for row in group if row["paper"]]
     if paper and beside:
-        theirs = [shown[0], *columns.paper_columns(paper, columns.peak_column(group))]
+        theirs = [shown[0], *columns.paper_columns(paper)]
         yield _table(words.paper_title(paper), theirs, beside)
 
 

@@ -56,7 +56,8 @@ def _row(comparison: Comparison, case: Case, name: str | None, paper: Paper | No
             interval = (parts.get(name) or {}).get(speed) or {}
             row |= {f"{name}_{speed}{end}": interval.get(key) for end, key in ENDS.items()}
     row |= {name: (parts[metric.source] or {}).get(name) for name, metric in named(*PARTS).items()}
-    least = least_ms(comparison, case["exact"])
+    row |= {"tenants_differ": bool((case["adapters"] or {}).get("of_tenants"))}
+    least = least_ms(comparison, case)
     row |= {"least_ms_per_decode_step": least}
     row |= {"roof_share": least / row["itl_ms"] if least and row["itl_ms"] else None}
     beams: Any = comparison["workload"].get("beams")

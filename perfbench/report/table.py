@@ -9,7 +9,7 @@ from typing import Any
 
 from perfbench.files.plain_text import printable_lines, printable_tree
 from perfbench.report import formats
-from perfbench.report.columns import MAIN, arm_name, columns_of, paper_columns, peak_column
+from perfbench.report.columns import MAIN, arm_name, columns_of, paper_columns
 from perfbench.report.read import Run
 from perfbench.report.rows import groups, paper_of, rows, verdict
 from perfbench.report.tables import Column, grid, markdown, pieces, plain
@@ -68,7 +68,7 @@ class RunTable:
             beside = [row for row in group if row["paper"]]
             if paper and beside:
                 subject = paper_title(paper)
-                for some in pieces([columns[0], *paper_columns(paper, peak_column(group))], beside, width):
+                for some in pieces([columns[0], *paper_columns(paper)], beside, width):
                     console.print()
                     console.print(grid(some, beside, subject), width=width)
                     subject = ""
@@ -84,7 +84,7 @@ class RunTable:
         for comparison, group in groups(manifest):
             columns = columns_of(group, self.columns)
             if paper:
-                columns += paper_columns(paper, peak_column(group))
+                columns += paper_columns(paper)
             columns.append(Column("check", verdict, text=True))
             lines += [f"**{plain(title(comparison, manifest['comparisons']))}**", "", *markdown(columns, group)]
             lines += ["", plain(hardware(manifest, comparison, group)), *map(plain, conclusion(group))]

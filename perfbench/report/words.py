@@ -19,9 +19,9 @@ LEAST_ROUNDS = 6
 _RARE = {"follow_up_tokens": "second turn"}
 _LEGEND = (
     "kept: the share of the bare backbone's decode speed that is left with the adapters in, the median over "
-    "rounds with its 95% interval. ttft: until the first token. a tenant: adapter "
-    "memory that one more takes; more fit: how many more. roof: the least time of the last step, from what it must "
-    "read, over the time between tokens."
+    "rounds with its 95% interval. ttft: until the first token. a tenant: the size of one adapter as it is served, "
+    "~ the mean where tenants differ; more fit: how many more. roof: the least time of the median step, from what it "
+    "must read, over the time between tokens."
 )
 _LEGEND_OPS = " ops: ATen operations in a decode step."
 _LEGEND_TURNS = (

@@ -86,6 +86,8 @@ class RunDirectory:
         self.samples_path = path / SAMPLES
         # Until this process has looked, the last line may be torn by the kill of an earlier one.
         self._ends_whole = False
+        # Of samples.jsonl, once this process has written it.
+        self._size: int | None = None
 
     @classmethod
     def create(cls, path: str | Path, manifest: Any) -> RunDirectory:
@@ -179,6 +181,7 @@ class RunDirectory:
     def _write_line(self, line: bytes) -> None:
         with self.samples_path.open("ab", buffering=0) as file:
             whole = os.fstat(file.fileno()).st_size
+            self._expect_size(whole)
             try:
                 written = 0
                 while written < len(line):  # a disk that fills up takes a part first, and only then fails
@@ -188,6 +191,19 @@ class RunDirectory:
                 with suppress(OSError):
                     os.ftruncate(file.fileno(), whole)
                 raise
+        self._size = whole + len(line)
+
+    def _expect_size(self, size: int) -> None:
+        """RunDirectoryError where the samples are not as this process left them: some are lost, or not its own."""
+        if self._size is not None and size != self._size:
+            raise RunDirectoryError(
+                f"{self.samples_path}: expected the {self._size:,} bytes that were written, got {size:,}: another "
+                f"program changed it during the run; {_ELSEWHERE}"
+            )
+
+    def samples_replaced(self) -> None:
+        """To be called by who wrote samples.jsonl anew."""
+        self._size = None
 
     def _cut_torn_line(self) -> None:
         """Cuts off what follows the last newline: the line that a kill tore."""
@@ -208,9 +224,11 @@ class RunDirectory:
     def _read_samples(self) -> Iterator[Sample]:
         summarised = any(case["summary"] for case in self.manifest["cases"].values())
         if not summarised and not self.samples_path.exists():
+            self._expect_size(0)
             return  # no sample was taken yet
         try:
             with self.samples_path.open("rb") as file:
+                self._expect_size(os.fstat(file.fileno()).st_size)
                 lines = file.read(os.fstat(file.fileno()).st_size).split(b"\n")[:-1]
         except OSError as error:
             raise RunDirectoryError(

@@ -97,6 +97,7 @@ def test_what_resumes_a_run_is_said_as_a_shell_takes_it(
     from perfbench.finetune import recipe
 
     def interrupted(*args: object, **kwargs: object) -> None:
+        (tmp_path / "my run" / "run.json").write_text("{}")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(recipe, "finetune", interrupted)
@@ -105,6 +106,20 @@ def test_what_resumes_a_run_is_said_as_a_shell_takes_it(
     assert main(words) == 130
     said = capsys.readouterr().err.removeprefix("interrupted; go on with: ")
     assert shlex.split(said) == ["perfbench", *words, "--resume"]
+
+
+def test_where_nothing_is_left_it_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from perfbench.finetune import recipe
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "finetune", interrupted)
+    out = tmp_path / "gone"
+    assert main(["finetune", str(ROOT / "scenarios" / "finetune" / "skills_para.yaml"), "--out", str(out)]) == 130
+    assert capsys.readouterr().err == f"interrupted; {out} is not there, so there is nothing to go on with\n"
 
 
 @pytest.mark.parametrize(

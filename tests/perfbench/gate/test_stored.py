@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,27 @@ def test_one_less_is_better_and_told(tmp_path: Path) -> None:
     report = compared(runs.COMMITTED, runs.copy_of(tmp_path / "run", manifest=plant), exact_only=True)
     assert report.exit_code == 0
     assert "renew the baseline" in of(report, "aten_ops_per_decode_step")[0].note
+
+
+@pytest.mark.parametrize(
+    ("part", "figure", "value", "why"),
+    [
+        ("exact", "flops_per_decode_step", 0, "nothing is left of what the baseline has"),
+        ("exact", "flops_per_decode_step", 1, "fewer than the .* that the step can't do without"),
+        ("memory", "peak_allocated_bytes", 0, "nothing is left"),
+        ("exact", "kept_bound", 1.01, "no arm reads less than the bare backbone"),
+    ],
+)
+def test_a_fall_that_can_t_be_is_not_called_better(
+    tmp_path: Path, part: str, figure: str, value: float, why: str
+) -> None:
+    def plant(manifest: dict[str, Any]) -> None:
+        manifest["cases"][runs.LORA][part][figure] = value
+
+    report = compared(runs.COMMITTED, runs.copy_of(tmp_path / "run", manifest=plant), exact_only=True)
+    assert report.exit_code == 1
+    (found,) = report.of("fail")
+    assert re.search(f"contradictory: .* -> .*, {why}", found.note)
 
 
 def test_a_figure_that_vanished_fails(tmp_path: Path) -> None:

@@ -307,6 +307,14 @@ def test_a_killed_worker_costs_only_the_case_in_flight(scenario: Path, tmp_path:
     shown = perfbench("show", out)
     assert shown.returncode == 4
     assert "SIGKILL" in shown.stdout
+    again = perfbench("run", scenario, "--out", out, "--set", f"repetitions={LONG}", "--resume")
+    assert again.returncode == 4, "one stray kill is for good"
+    again = perfbench("run", scenario, "--out", out, "--set", f"repetitions={LONG}", "--resume", "--retry-failed")
+    assert again.returncode == 0, again.stderr
+    assert {case["status"] for case in manifest_of(out)["cases"].values()} == {"ok"}
+    assert set(Counter(sample["case"] for sample in samples_of(out)).values()) == {LONG}
+    alone = perfbench("run", scenario, "--retry-failed")
+    assert (alone.returncode, alone.stderr.count("\n")) == (2, 1)
 
 
 def test_out_of_memory_is_a_row(scenario: Path, tmp_path: Path) -> None:

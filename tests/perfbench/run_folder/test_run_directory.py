@@ -474,3 +474,15 @@ def test_a_case_with_nothing_but_void_samples_was_not_measured(run: RunDirectory
     run.summarise()
     assert run.manifest["cases"]["c/para"]["summary"] is None
     assert run.exit_code() == 4
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-40])])
+def test_samples_that_vanish_during_the_run_are_noticed(run: RunDirectory, change: Any) -> None:
+    """At the next sample, and at the latest where they are summed up."""
+    run.append_sample(sample("none", 0))
+    run.append_sample(sample("none", 1))
+    change(run.samples_path)
+    with pytest.raises(RunDirectoryError, match="another program changed it during the run"):
+        run.summarise()
+    with pytest.raises(RunDirectoryError, match="another program changed it during the run"):
+        run.append_sample(sample("none", 2))
