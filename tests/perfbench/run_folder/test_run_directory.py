@@ -269,7 +269,7 @@ def test_a_corrupt_line_elsewhere_is_named(run: RunDirectory, line: bytes) -> No
     lines = run.samples_path.read_bytes().splitlines(keepends=True)
     run.samples_path.write_bytes(lines[0] + line + b"\n" + lines[1])
     with pytest.raises(RunDirectoryError, match=r"samples\.jsonl:2: .*; delete that line"):
-        run.samples()
+        RunDirectory.open(run.path).samples()
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, which Linux has")
