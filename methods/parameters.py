@@ -2,6 +2,7 @@
 
 A method file is a module with
 
+- `Options`: the frozen dataclass of what it can be told (`perfbench.methods.options`);
 - `shapes(shape, options) -> {name: size}`: the trainable parameters of one adapter, nothing allocated;
 - `initialise(name, tensor, generator)`: fills one of them with the papers' initial values, `generator` being on the
   tensor's device;
@@ -9,24 +10,28 @@ A method file is a module with
 - `fit(parameters, options, input_rms)`, only where the method reads the residual stream: changes random parameters
   so that they suit a backbone whose layers' inputs have these root mean squares;
 - `plan(parameters, shape, options) -> AdapterPlan`;
+- `served_count(shape, options)`, only where a plan holds another count of numbers than there are parameters;
 - `save(parameters, shape, options, folder, backbone)` and `load(folder, shape, options) -> AdapterPlan`.
 
-`parameters` is a dict from name to tensor, fp32 on one device; `load` reads to the CPU.
+`parameters` is a dict from name to tensor, fp32 on one device; `load` reads to the CPU. The files here import torch
+inside functions alone, so that options and sizes are known without it; `perfbench.testing.check_method` checks a file.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from perfbench.methods.plan import AdapterPlan
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
 
-Parameters = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Parameters: TypeAlias = "dict[str, torch.Tensor]"
 
 
 def implementation(method: str) -> Any:
@@ -42,7 +47,15 @@ def parameter_count(method: str, shape: BackboneShape, options: Any) -> int:
     if METHODS[method].module is None:
         return 0
     sizes = implementation(method).shapes(shape, options)
-    return sum(torch.Size(size).numel() for size in sizes.values())
+    return sum(map(math.prod, sizes.values()))
+
+
+def served_count(method: str, shape: BackboneShape, options: Any) -> int:
+    """Numbers that the bank holds for one adapter; times the bytes of each it is what a tenant takes."""
+    module = implementation(method) if METHODS[method].module else None
+    if module is not None and hasattr(module, "served_count"):
+        return int(module.served_count(shape, options))
+    return parameter_count(method, shape, options)
 
 
 def make(
@@ -61,6 +74,8 @@ def make(
     kind, since each has a generator of its own; different seeds differ. input_rms: root mean square of each layer's
     input in the backbone that random ones are for (`Backbone.input_rms`); None: 1.
     """
+    import torch
+
     module = implementation(method)
     generator = torch.Generator(device).manual_seed(seed)
     fill = module.initialise if initial else module.randomise
@@ -75,6 +90,8 @@ def make(
 
 def meta_plan(method: str, shape: BackboneShape, options: Any) -> AdapterPlan:
     """The plan of one adapter on the meta device: every size, no memory."""
+    import torch
+
     module = implementation(method)
     with torch.device("meta"):
         parameters = {name: torch.empty(size) for name, size in module.shapes(shape, options).items()}

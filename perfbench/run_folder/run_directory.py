@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from perfbench import exit_codes
 from perfbench.errors import RunDirectoryError
 from perfbench.figures.metrics import energy_mj_per_token
 from perfbench.figures.roof import impossible
@@ -295,8 +296,8 @@ class RunDirectory:
         statuses = {case["status"] for case in cases}
         unmeasured = any(case["status"] == "ok" and case["summary"] is None for case in cases)
         if unmeasured or statuses & {"pending", "crashed", "out_of_memory"}:
-            return 4
-        return 1 if statuses & {"check_failed", "check_void"} else 0
+            return exit_codes.FAULT
+        return exit_codes.FAILED if statuses & {"check_failed", "check_void"} else exit_codes.OK
 
 
 def _summarise_samples(samples: list[dict[str, Any]], requests: int) -> dict[str, Interval]:
