@@ -140,9 +140,11 @@ def a_folder_gives_it_back(method: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         parameters.implementation(method).save(values, shape, options, Path(folder), BACKBONE)
         read = parameters.implementation(method).load(Path(folder), shape, options)
-    for index, (wrote, found) in enumerate(zip(_plan(method, seed=1), read, strict=True)):
-        pairs = list(zip(wrote.tensors(), found.tensors(), strict=True))
-        same = all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
+    for index, layers in enumerate(zip(_plan(method, seed=1), read, strict=True)):
+        wrote, found = (layer.tensors() for layer in layers)
+        same = [a.shape for a in wrote] == [b.shape for b in found] and all(
+            torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(wrote, found, strict=True)
+        )
         assert same, f"{method}: layer {index} read from a folder is not what was saved"
 
 
