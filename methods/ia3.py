@@ -46,11 +46,6 @@ def shapes(shape: BackboneShape, options: Ia3Options) -> dict[str, tuple[int, ..
     return sizes
 
 
-def served_count(shape: BackboneShape, options: Ia3Options) -> int:
-    """Numbers that one tenant's plan holds: one vector for each module, z P being computed once."""
-    return shape.layers * sum(shape.features(module)[1] for module in IA3_MODULES)
-
-
 def initialise(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
     """z ~ N(0, 1), P zero: l starts at 1."""
     if name.endswith(".z"):

@@ -10,7 +10,6 @@ A method file is a module with
 - `fit(parameters, options, input_rms)`, only where the method reads the residual stream: changes random parameters
   so that they suit a backbone whose layers' inputs have these root mean squares;
 - `plan(parameters, shape, options) -> AdapterPlan`;
-- `served_count(shape, options)`, only where a plan holds another count of numbers than there are parameters;
 - `save(parameters, shape, options, folder, backbone)` and `load(folder, shape, options) -> AdapterPlan`.
 
 `parameters` is a dict from name to tensor, fp32 on one device; `load` reads to the CPU. The files here import torch
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from perfbench.methods.plan import AdapterPlan
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
+from perfbench.methods.sizes import Sized
 
 if TYPE_CHECKING:
     import torch
@@ -51,11 +51,18 @@ def parameter_count(method: str, shape: BackboneShape, options: Any) -> int:
 
 
 def served_count(method: str, shape: BackboneShape, options: Any) -> int:
-    """Numbers that the bank holds for one adapter; times the bytes of each it is what a tenant takes."""
-    module = implementation(method) if METHODS[method].module else None
-    if module is not None and hasattr(module, "served_count"):
-        return int(module.served_count(shape, options))
-    return parameter_count(method, shape, options)
+    """Numbers that one adapter's plan holds; times the bytes of each it is what a tenant takes.
+
+    By the method's own `plan` on stand-ins, without torch; on torch's meta device where `plan` needs more of a tensor.
+    """
+    module = implementation(method)
+    sizes: Any = {name: Sized(*size) for name, size in module.shapes(shape, options).items()}
+    try:
+        plan: AdapterPlan = module.plan(sizes, shape, options)
+        return sum(tensor.numel() for layer in plan for tensor in layer.tensors())
+    except (AttributeError, TypeError):
+        plan = meta_plan(method, shape, options)
+        return sum(tensor.numel() for layer in plan for tensor in layer.tensors())
 
 
 def make(

@@ -119,7 +119,15 @@ def test_it_keeps_the_contract_and_a_fault_in_it_is_seen(tmp_path: Path) -> None
 
 # Name -> what is appended to the plugin, and what the contract says of it.
 FAULTS = (
-    ("count", "def served_count(shape, options): return 1", "served_count gives 1 numbers"),
+    ("empty", "def shapes(shape, options): return {}", "expected parameters, got none"),
+    (
+        "grows",
+        "from perfbench.methods.sizes import Sized\n"
+        "def plan(parameters, shape, options):\n"
+        "    real = not isinstance(next(iter(parameters.values())), Sized)\n"
+        "    return lora.plan(parameters, shape, LoraOptions())[real:]",
+        "served_count gives .* numbers, the plan holds",
+    ),
     ("default", "Options.__dataclass_fields__['rank'].metadata = {'minimum': 3}", "a default is refused"),
     ("seedless", "def randomise(name, tensor, generator): tensor.fill_(0.5)", "two seeds gave one adapter"),
     ("start", "def initialise(name, tensor, generator): tensor.fill_(0.1)", "initial values change"),
