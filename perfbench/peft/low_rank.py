@@ -18,7 +18,7 @@ def config(method: Any, shape: BackboneShape, options: Any) -> LoraConfig:
     """The configuration for `peft.get_peft_model`. `method`: a module with `setting_of(shape, options)`, the modules of
     each layer; `options` have `rank` and `alpha` (None: the rank). ValueError where the setting has another depth."""
     setting = method.setting_of(shape, options)
-    if len(set(setting)) == 1:
+    if all(modules == setting[0] for modules in setting):
         targets = [MODULE_PATHS[module] for module in setting[0]]
     else:
         targets = [module_name(layer, module) for layer, modules in enumerate(setting) for module in modules]

@@ -63,10 +63,13 @@ def as_json() -> list[dict[str, Any]]:
 
 def load_again(plugins: list[dict[str, Any]]) -> None:
     """In a child process: the plugins that `as_json` told of. PerfbenchError where one is another by now."""
+    if not plugins:
+        return
     load(plugin["source"] for plugin in plugins if plugin["sha256"] is not None)
-    for before, now in zip(plugins, as_json(), strict=True):
-        if before != now:
-            raise PerfbenchError(f"plugin {before['source']}: it was changed while the command ran; run it again")
+    read = {plugin["source"]: plugin for plugin in as_json()}
+    for plugin in plugins:
+        if read.get(plugin["source"]) != plugin:
+            raise PerfbenchError(f"plugin {plugin['source']}: it was changed while the command ran; run it again")
 
 
 def _load_entry_point(point: EntryPoint) -> None:

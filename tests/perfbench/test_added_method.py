@@ -106,6 +106,12 @@ def test_a_child_refuses_a_plugin_that_was_changed(tmp_path: Path) -> None:
         method_plugins.load_again(told)
 
 
+def test_a_child_of_a_command_without_plugins_reads_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(method_plugins, "entry_points", lambda group: [EntryPoint("mine", "no_such:X", group)])
+    method_plugins.load_again([])
+    assert method_plugins.as_json() == []
+
+
 def test_it_keeps_the_contract_and_a_fault_in_it_is_seen(tmp_path: Path) -> None:
     from perfbench import testing
 

@@ -23,6 +23,7 @@ from perfbench.files.run_lock import has_files
 from perfbench.finetune.accuracy.accuracy_config import AccuracyConfig
 from perfbench.machine import environment
 from perfbench.report.write import write
+from perfbench.spec import method_plugins
 
 KIND, SCHEMA_VERSION = "accuracy", 1
 MANIFEST, ITEMS, PAGE = "accuracy.json", "items.jsonl", "index.html"
@@ -60,6 +61,7 @@ class AccuracyFolder:
             "question": config.question,
             "config": resolved(config),
             "environment": environment.collect(device_kind, threads),
+            "plugins": method_plugins.as_json(),
             "adapters": {},
             "left_out": [],
             "paths": {},

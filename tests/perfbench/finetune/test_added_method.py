@@ -26,6 +26,7 @@ def test_it_is_trained_and_served(
     assert code == exit_codes.OK, said.err
     manifest = json.loads((out / "run.json").read_text())
     assert manifest["seeds"]["0"]["trainable_parameters"] == 2 * 2 * ((32 + 32) + (32 + 16))
+    assert [plugin["source"] for plugin in manifest["plugins"]] == [str(PLUGIN)]
     (adapter,) = {path.parent for path in out.rglob("adapter_model.safetensors") if "checkpoint" not in str(path)}
     scenario.write_text(
         SCENARIO.replace("llama-tiny", str(tiny_llama))
