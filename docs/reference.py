@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import html
 import json
 import re
@@ -15,14 +14,13 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the site is made of this checkout's code, whatever else is installed
 
-from perfbench.cli import EXIT_BROKEN_PIPE, parser  # noqa: E402
-from perfbench.commands.arguments import EXIT_BAD_INPUT, EXIT_INTERRUPTED  # noqa: E402
-from perfbench.crash_report import EXIT_FAULT  # noqa: E402
+from perfbench import exit_codes  # noqa: E402
+from perfbench.cli import parser  # noqa: E402
 from perfbench.figures.metrics import METRICS  # noqa: E402
 from perfbench.files.yaml_source import read  # noqa: E402
 from perfbench.methods.registry import METHODS  # noqa: E402
 from perfbench.spec.backbone_config import NAMED_CONFIGS, parameter_count  # noqa: E402
-from perfbench.spec.scenario_schema import KERNELS, RUNTIMES, SCHEMA, described  # noqa: E402
+from perfbench.spec.scenario_schema import KERNELS, RUNTIMES, described, schema  # noqa: E402
 
 MADE = "\n*This page is made from the code when the site is built.*\n"
 
@@ -91,12 +89,12 @@ def exit_codes_page() -> str:
         found = re.search(r"(?:Same exit codes|\b[Ee]xit codes?)\b.*", " ".join((command.description or "").split()))
         rows.append([f"`{command.prog}`", plain(found[0] if found else "Only the codes that all commands share.")])
     shared = {
-        0: "The command did what was asked, and found nothing that stands against it.",
-        EXIT_BAD_INPUT: "Something that the user can mend is wrong: a file, a field, an option. One line says which "
+        exit_codes.OK: "The command did what was asked, and found nothing that stands against it.",
+        exit_codes.BAD_INPUT: "Something that the user can mend is wrong: a file, a field, an option. One line says which "
         "file and line, what was expected, what came, and the nearest name that would have been right.",
-        EXIT_FAULT: "Nobody foresaw this: a fault of perfbench itself. One line names the file with the traceback.",
-        EXIT_INTERRUPTED: "Ctrl-C, SIGTERM or SIGHUP ended the command. Where it can go on, it says with which line.",
-        EXIT_BROKEN_PIPE: "Whatever was reading the output closed it, as `head` does.",
+        exit_codes.FAULT: "Nobody foresaw this: a fault of perfbench itself. One line names the file with the traceback.",
+        exit_codes.INTERRUPTED: "Ctrl-C, SIGTERM or SIGHUP ended the command. Where it can go on, it says with which line.",
+        exit_codes.BROKEN_PIPE: "Whatever was reading the output closed it, as `head` does.",
     }
     return "\n".join(
         ["# Exit codes", MADE, "A script can rely on the exit code alone: no failed check and no regression ends with "
@@ -109,33 +107,29 @@ def exit_codes_page() -> str:
 
 def field_rows(properties: dict[str, Any], required: Iterable[str] = ()) -> Iterator[list[str]]:
     """One row for each field of a JSON Schema object."""
-    for name, schema in properties.items():
-        default = f"`{json.dumps(schema['default'])}`" if "default" in schema else ""
-        kind = "a mapping" if schema.get("type") == "object" else described(schema)
+    for name, field in properties.items():
+        default = f"`{json.dumps(field['default'])}`" if "default" in field else ""
+        kind = "a mapping" if field.get("type") == "object" else described(field)
         needed = "required" if name in required else default
-        yield [f"`{name}`", plain(kind), needed, plain(schema.get("description", ""))]
+        yield [f"`{name}`", plain(kind), needed, plain(field.get("description", ""))]
 
 
 def scenario_page() -> str:
-    """Every field of a scenario, from its JSON Schema; defaults of a method's options from its dataclass."""
-    heads = ("field", "takes", "default", "meaning")
-    workload = SCHEMA["properties"]["workload"]["anyOf"][0]
+    """Every field of a scenario, from its JSON Schema."""
+    heads, found = ("field", "takes", "default", "meaning"), schema()
+    workload = found["properties"]["workload"]["anyOf"][0]
     parts = [
         "# Scenario fields", MADE,
         "A scenario is a YAML file. A key that is not listed here is refused, with the file, the line and the nearest "
         "name. `perfbench validate --schema` prints the same as a JSON Schema, which an editor can use.",
-        "\n## Top level\n", table(heads, field_rows(SCHEMA["properties"], SCHEMA["required"])),
+        "\n## Top level\n", table(heads, field_rows(found["properties"], found["required"])),
         "\n## `workload`\n", table(heads, field_rows(workload["properties"], workload["required"])),
         "\n## `methods`\n",
         "A method is a name, or a mapping of one name to its options: `{lora: {rank: 8}}`.",
     ]  # fmt: skip
-    for method, options in SCHEMA["properties"]["methods"]["items"]["anyOf"][1]["properties"].items():
+    for method, options in found["properties"]["methods"]["items"]["anyOf"][1]["properties"].items():
         parts += [f"\n### `{method}`\n", plain(options["description"]), ""]
-        defaults = {one.name: one.default for one in dataclasses.fields(METHODS[method].options)}
         rows = list(field_rows(options["properties"]))
-        for name, row in zip(options["properties"], rows, strict=True):
-            if defaults.get(name) is not None:
-                row[2] = f"`{json.dumps(defaults[name])}`"
         parts.append(table(heads, rows) if rows else "This arm has no options.\n")
     return "\n".join(parts)
 

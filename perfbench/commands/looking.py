@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from perfbench.commands.arguments import EXIT_BAD_INPUT, add_format, add_set, port, positive
+from perfbench import exit_codes
+from perfbench.commands.arguments import add_format, add_plugin, add_set, port, positive
 from perfbench.errors import PerfbenchError
 from perfbench.files.plain_text import printable
 
@@ -36,6 +37,7 @@ def add(commands: Any) -> None:
     profile.add_argument("--case", required=True, metavar="ID", help="a case id, or a pattern that fits one alone")
     profile.add_argument("--steps", type=positive, default=4, metavar="N", help="decode steps (default: 4)")
     add_set(profile)
+    add_plugin(profile)
     profile.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default: runs/<scenario>-profile-...)")
     profile.set_defaults(command=_profile)
 
@@ -89,7 +91,7 @@ def _history(arguments: argparse.Namespace) -> int:
         print(f"{arguments.html}: {len(series)} plots", file=sys.stderr)
     else:
         put(Movement(series), arguments.format)
-    return EXIT_BAD_INPUT if outcomes["refused"] else 0
+    return exit_codes.BAD_INPUT if outcomes["refused"] else exit_codes.OK
 
 
 def _profile(arguments: argparse.Namespace) -> int:
@@ -117,7 +119,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     found = profile.execute(resolved, comparison, steps, out, notes.print)
     render(found)
     notes.print(f"traces: {out}; look at them with: perfbench view {out}")
-    return 0 if all(arm["check"]["status"] == "ok" for arm in found["arms"].values()) else 1
+    return 0 if all(arm["check"]["status"] == "ok" for arm in found["arms"].values()) else exit_codes.FAILED
 
 
 def _view(arguments: argparse.Namespace) -> int:

@@ -11,10 +11,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from perfbench.errors import PerfbenchError, nearest
+from perfbench.methods.dtypes import DTYPES
 from perfbench.methods.shape import MODULES, BackboneShape
 from perfbench.spec.backbone_config import parameter_count
-
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def decode_step(
     `prompt_tokens`: of each request; `plan`: one tenant's adapter, sizes only (None: none); `served`: the tenant of
     each request that has one.
     """
-    shape, size = BackboneShape.of_config(config), ITEM_BYTES[dtype]
+    shape, size = BackboneShape.of_config(config), DTYPES[dtype].bytes
     lengths, tenants = list(prompt_tokens), list(served)
     rows = len(lengths) * beams
     embedding = shape.vocab * shape.hidden

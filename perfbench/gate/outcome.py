@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from perfbench import crash_report
+from perfbench import crash_report, exit_codes
 from perfbench.errors import PerfbenchError, nearest
 from perfbench.files.plain_text import printable
 from perfbench.gate.formats import github_annotations, names, written
@@ -57,7 +57,7 @@ def verdict_of(make: Callable[[], Report], writes: Writes) -> int:
     for message in failed:
         print(f"perfbench: {printable(message)}", file=sys.stderr)
     # A pass of which somebody's reader would see nothing is no pass.
-    return 2 if failed and report.exit_code == 0 else report.exit_code
+    return exit_codes.BAD_INPUT if failed and report.exit_code == exit_codes.OK else report.exit_code
 
 
 def _fault(error: Exception) -> Report:

@@ -19,7 +19,7 @@ from perfbench.machine import environment
 from perfbench.measure.children import WORKER_LOG, Children
 from perfbench.progress import RunProgress
 from perfbench.run_folder.run_directory import SCHEMA_VERSION, RunDirectory, pending_case
-from perfbench.spec import cases
+from perfbench.spec import cases, method_plugins
 from perfbench.spec.cases import Case, Comparison
 from perfbench.spec.scenario import Scenario
 
@@ -43,6 +43,7 @@ def manifest_of(scenario: Scenario, comparisons: Sequence[Comparison]) -> dict[s
         "scenario": scenario.to_json(),
         "environment": environment.collect(scenario.device, threads()),
         "processes": 0,
+        "plugins": method_plugins.as_json(),
         "comparisons": [
             {key: value for key, value in cases.to_json(comparison).items() if key != "cases"}
             | {"case_ids": [case.id for case in comparison.cases]}
@@ -119,6 +120,7 @@ def _same_plan(directory: RunDirectory, fresh: dict[str, Any]) -> None:
     for what, same in (
         ("settings", settings(old) == settings(fresh)),
         ("cases", sorted(old["cases"]) == sorted(fresh["cases"])),
+        ("plugins", old.get("plugins", []) == fresh["plugins"]),
     ):
         if not same:
             raise RunDirectoryError(f"{directory.path}: holds a run of other {what}; run with another --out")
@@ -256,6 +258,7 @@ class Supervisor:
             "last_round": self.scenario.rounds - 1,
             "seed": self.scenario.seed,
             "threads": threads(),
+            "plugins": method_plugins.as_json(),
         }
 
     def _take(self, event: dict[str, Any], job: Job, process_number: int) -> None:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from perfbench import exit_codes
 from perfbench.errors import RunDirectoryError
 from perfbench.figures.metrics import PARTS, named, required_of_samples, sample_values, tails_of
 from perfbench.figures.roof import impossible
@@ -331,8 +332,8 @@ class RunDirectory:
         statuses = {case["status"] for case in cases}
         unmeasured = any(case["status"] == "ok" and case["summary"] is None for case in cases)
         if unmeasured or statuses & {"pending", "crashed", "out_of_memory"}:
-            return 4
-        return 1 if statuses & {"check_failed", "check_void"} else 0
+            return exit_codes.FAULT
+        return exit_codes.FAILED if statuses & {"check_failed", "check_void"} else exit_codes.OK
 
 
 def _summarise_samples(samples: list[Sample], requests: int) -> dict[str, Interval]:

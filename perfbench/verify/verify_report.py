@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from perfbench import exit_codes
 from perfbench.errors import RunDirectoryError
 from perfbench.files import strict_json
 from perfbench.files.yaml_source import dotted
@@ -88,7 +89,7 @@ def verdict(found: dict[str, Any]) -> str:
 def exit_code(found: dict[str, Any]) -> int:
     """0 where no check failed and some passed (skips are named), else 1."""
     statuses = {finding["status"] for _, finding in _findings(found)}
-    return 0 if FAIL not in statuses and PASS in statuses else 1
+    return exit_codes.OK if FAIL not in statuses and PASS in statuses else exit_codes.FAILED
 
 
 def markdown(found: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from perfbench.finetune.accuracy.accuracy_config import AccuracyConfig
 from perfbench.machine import environment
 from perfbench.report.write import write
 from perfbench.run_folder.run_schema import ENVIRONMENT, Schema
+from perfbench.spec import method_plugins
 from perfbench.spec.scenario_schema import problems
 
 KIND, SCHEMA_VERSION = "accuracy", 1
@@ -86,6 +87,7 @@ class AccuracyFolder:
             "question": config.question,
             "config": resolved(config),
             "environment": environment.collect(device_kind, threads),
+            "plugins": method_plugins.as_json(),
             "adapters": {},
             "left_out": [],
             "paths": {},

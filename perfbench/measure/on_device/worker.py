@@ -70,8 +70,9 @@ def _write(events: TextIO, event: dict[str, Any]) -> None:
 
 def _run(job: dict[str, Any], emit: Emit) -> None:
     from perfbench.measure.on_device import measured_roof
-    from perfbench.spec import cases
+    from perfbench.spec import cases, method_plugins
 
+    method_plugins.load_again(job["plugins"])
     comparisons = [cases.from_json(comparison) for comparison in job["comparisons"]]
     session = open_session(job, comparisons[0], emit)
     backbone = session.backbone
