@@ -23,12 +23,12 @@ class NoOptions:
 @dataclass(frozen=True)
 class LoraOptions:
     """`rank` R; `alpha` (default: the rank, so that the scale alpha / rank is 1); the adapted `modules`;
-    `adapters`: a folder of PEFT checkpoints, one per tenant, in place of random ones."""
+    `adapters`: a folder of PEFT checkpoints, one per tenant, or several folders, in place of random ones."""
 
     rank: int = 4
     alpha: float | None = None
     modules: tuple[str, ...] = MODULES
-    adapters: str | None = None
+    adapters: str | tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class FanLoraOptions:
     rank: int = 12
     alpha: float | None = None
     setting: Setting | str | None = None
-    adapters: str | None = None
+    adapters: str | tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Ia3Options:
     """The papers' variant: l = 1 + z P with z of dimension `dim`."""
 
     dim: int = 16
-    adapters: str | None = None
+    adapters: str | tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Ia3OriginalOptions:
     """(IA)3 as Liu et al. (2022) have it: one vector each for K, V and the input of down."""
 
-    adapters: str | None = None
+    adapters: str | tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ParaOptions:
 
     rank: int = 12
     pool: str = "residual"
-    adapters: str | None = None
+    adapters: str | tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -13,10 +12,9 @@ from rich.text import Text
 from perfbench.figures.metrics import METRICS
 from perfbench.files.yaml_source import read
 from perfbench.methods.registry import METHODS
+from perfbench.spec import shipped
 from perfbench.spec.backbone_config import NAMED_CONFIGS, parameter_count
 from perfbench.spec.scenario_schema import KERNELS, RUNTIMES
-
-SCENARIOS = Path(__file__).parents[1] / "scenarios"
 
 
 def render(
@@ -35,10 +33,8 @@ def render(
     _print(console, "backbones", (*shapes, ("FOLDER or HUB/ID", "any Llama-family checkpoint in safetensors")))
     _print(console, "runtimes", RUNTIMES.items())
     _print(console, "kernels", KERNELS.items())
-    files = sorted(SCENARIOS.rglob("*.yaml"), key=lambda path: (len(path.relative_to(SCENARIOS).parts), path))
-    names = (f"scenarios/{path.relative_to(SCENARIOS)}" for path in files)
-    questions = (str(read(path).values.get("question", "")) for path in files)
-    _print(console, "scenarios", zip(names, questions, strict=True))
+    files = ((name, read(shipped.FOLDER / f"{name}.yaml")) for name in shipped.names())
+    _print(console, "scenarios", ((name, str(file.values.get("question", ""))) for name, file in files))
     metrics = ((name, f"{metric.definition} [{metric.unit}]") for name, metric in METRICS.items())
     _print(console, "metrics", metrics)
     if trained:

@@ -56,9 +56,12 @@ _ALPHA: Schema = {
     "description": "the adapter is scaled by alpha / rank; null or absent: alpha = rank",
 }
 _ADAPTERS: Schema = {
-    "type": ["string", "null"],
+    "type": ["string", "array", "null"],
     "minLength": 1,
-    "description": "folder of trained adapters, a sub-folder for each tenant; null or absent: random ones",
+    "minItems": 1,
+    "items": {"type": "string", "minLength": 1},
+    "description": "trained adapters, one for each resident tenant: a folder of PEFT's, of a Trainer's or of what "
+    "`perfbench finetune` or `accuracy` wrote, or a list of folders; null or absent: random ones",
 }
 LAYERS: Schema = {
     "type": "array",

@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 
-from perfbench.errors import AdapterError
-from perfbench.files.paths import expanded
+from perfbench.measure.on_device.adapter_folders import adapter_folders
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
-from perfbench.methods.checkpoints.adapter_folder import CONFIG
 from perfbench.methods.plan import AdapterPlan, plan_bytes
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
@@ -69,18 +67,9 @@ def build(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int
 ADAPTER_FIGURES = ("parameters_per_tenant", "bytes_per_tenant", "admit_ms")
 
 
-def adapter_folders(path: str, resident: int) -> list[Path]:
-    """The checkpoint folders under `path`, one for each resident tenant, in the order of their names. AdapterError."""
-    root = expanded(path)
-    found = [root] if (root / CONFIG).is_file() else sorted(p.parent for p in root.glob(f"*/{CONFIG}"))
-    if len(found) < resident:
-        raise AdapterError(f"{path}: {resident} resident tenants need as many adapter folders, found {len(found)}")
-    return found[:resident]
-
-
 def read_adapter(case: Case, shape: BackboneShape, resident: int, tenant: int) -> AdapterPlan:
     """The adapter in the folder of the resident `tenant`. AdapterError."""
-    return _load(case, shape, adapter_folders(case.options.adapters, resident)[tenant])
+    return _load(case, shape, adapter_folders(case.options.adapters, case.method, resident)[tenant])
 
 
 def _load(case: Case, shape: BackboneShape, folder: Path) -> AdapterPlan:
@@ -120,7 +109,7 @@ def _build_plan(case: Case, backbone: Backbone, batch: Batch, resident: int, see
     if case.options.adapters is not None:
         read = [plan_of(tenant) for tenant in range(resident)]
         plans: Iterable[AdapterPlan] = read
-        layout, cold = union_layout(read), adapter_folders(case.options.adapters, 1)[0]
+        layout, cold = union_layout(read), adapter_folders(case.options.adapters, case.method, 1)[0]
         trained = sum(t.numel() for layer in read[0] for t in layer.tensors())
     else:
         layout, cold = parameters.meta_plan(case.method, backbone.shape, case.options), scratch / "cold"
@@ -156,7 +145,7 @@ def _plan_arm(case: Case, backbone: Backbone, bank: Bank | None, batch: Batch) -
 def _build_peft(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path) -> BuiltArm:
     method = parameters.implementation(case.method)
     if case.options.adapters is not None:
-        folders = adapter_folders(case.options.adapters, resident)
+        folders = adapter_folders(case.options.adapters, case.method, resident)
         layout = union_layout([_load(case, backbone.shape, folder) for folder in folders])
     else:
         folders = [scratch / f"tenant{tenant}" for tenant in range(resident)]
