@@ -52,7 +52,10 @@ def _print(manifest: Mapping[str, Any], console: Any) -> None:
     for comparison, group in groups(manifest):
         columns = [*columns_of(group), Column("check", lambda row: row["check"], text=True)]
         console.print()
-        console.print(_grid(title(comparison, manifest["comparisons"]), columns, group), width=width)
+        grid, left_out = _fitting(title(comparison, manifest["comparisons"]), columns, group, console, width)
+        console.print(grid, width=width)
+        if left_out:
+            say(f"left out at a width of {width}: {', '.join(left_out)}; --format csv has every figure", "dim")
         for row in group:
             if row["reason"]:
                 say(f"{arm_name(row, group)}: {verdict(row)}", "red")
@@ -69,6 +72,23 @@ def _print(manifest: Mapping[str, Any], console: Any) -> None:
     say(legend(manifest), "dim")
 
 
+def _fitting(
+    title: str, columns: Sequence[Column], group: Sequence[Row], console: Any, width: int
+) -> tuple[Any, list[str]]:
+    """(The table with as many columns as can be read at this width, the heads of the others): figures give way from
+    the right, never the first column and never the last, which is the proof."""
+    from rich.measure import Measurement
+
+    kept, left_out = list(columns), list[str]()
+    while True:
+        grid = _grid(title, kept, group)
+        # The title wraps; what counts is the columns.
+        table = _grid("", kept, group)
+        if len(kept) == 2 or Measurement.get(console, console.options.update(width=10_000), table).minimum <= width:
+            return grid, left_out
+        left_out.insert(0, " ".join(kept.pop(-2).head.split()))
+
+
 def _grid(title: str, columns: Sequence[Column], group: Sequence[Row]) -> Any:
     from rich import box
     from rich.table import Table
@@ -77,10 +97,13 @@ def _grid(title: str, columns: Sequence[Column], group: Sequence[Row]) -> Any:
     grid = Table(title=Text(title, "bold"), title_justify="left", box=box.HORIZONTALS, show_edge=False)
     grid.collapse_padding, grid.pad_edge = True, False
     for place, column in enumerate(columns):
-        # Figures never wrap, and arms only beyond 15 characters; the verdict wraps.
-        name = min(15, max((len(column.cell(row)) for row in group), default=0)) if place == 0 else None
+        # Figures never wrap, and arms only beyond 15 characters; the verdict wraps between its words.
+        cells = [column.cell(row) for row in group]
+        least = min(15, max(map(len, cells), default=0)) if place == 0 else None
+        if not column.text:
+            least = max(map(len, [*cells, *column.head.split("\n")]))
         justify: Any = "left" if column.text else "right"
-        grid.add_column(Text(column.head), justify=justify, overflow="fold", min_width=name, no_wrap=not column.text)
+        grid.add_column(Text(column.head), justify=justify, overflow="fold", min_width=least, no_wrap=not column.text)
     for row in group:
         grid.add_row(*(Text(column.cell(row)) for column in columns))
     return grid
