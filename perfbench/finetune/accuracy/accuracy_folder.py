@@ -1,15 +1,18 @@
 """An accuracy run on disk.
 
 OUT/accuracy.json         configuration, environment, adapters, which paths are done, the verdict
-OUT/items.jsonl           every answer: task, method, seed, split, path, id, prediction, score
+OUT/items.jsonl           every answer: task, method, seed, split, path, id, prediction, score; read too where it was
+                          packed to items.jsonl.gz
 OUT/<task>/<method>/      a fine-tuning run (perfbench.finetune.finetune_folder)
 OUT/index.html            the page
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -158,7 +161,7 @@ class AccuracyFolder:
         where a path has another number of them than was noted."""
         file = self.path / ITEMS
         found: list[Item] = []
-        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        lines = self._answers().split(b"\n")[:-1]
         for number, line in enumerate(lines, start=1):
             try:
                 item = strict_json.parse(line)
@@ -179,10 +182,20 @@ class AccuracyFolder:
                         )
         return found
 
+    def _answers(self) -> bytes:
+        """What items.jsonl holds; empty where there is none. RunDirectoryError where a packed one is damaged."""
+        file, packed = self.path / ITEMS, self.path / f"{ITEMS}.gz"
+        if file.exists():
+            return file.read_bytes()
+        try:
+            return gzip.decompress(packed.read_bytes()) if packed.exists() else b""
+        except (OSError, EOFError, zlib.error) as error:
+            raise RunDirectoryError(f"{packed}: can't be unpacked ({error}); restore the file") from None
+
     def drop_unfinished(self) -> None:
         """Rewrites items.jsonl with the paths that are done: a kill leaves some of one that is not."""
         kept = [json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in self.items()]
-        if (self.path / ITEMS).exists():
+        if kept or (self.path / ITEMS).exists():
             write(self.path / ITEMS, b"".join(kept))
 
 

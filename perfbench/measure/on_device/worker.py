@@ -244,6 +244,7 @@ class Session:
         from functools import partial
 
         from perfbench.measure.on_device import arms
+        from perfbench.measure.on_device.adapter_folders import adapter_folders
         from perfbench.proof import by_peft, check
         from perfbench.runtimes import backbone as backbones
 
@@ -254,7 +255,7 @@ class Session:
             self.emit("phase", case=case.id, text="reading the adapters with PEFT")
             own = self.backbone
             fresh = fresh or backbones.load(own.name, self.dtype, str(own.device), self.job["seed"])
-            every = arms.adapter_folders(case.options.adapters, self.resident)
+            every = adapter_folders(case.options.adapters, case.method, self.resident)
             sampled = check.sample(self.batch.slots, self.job["seed"])[: check.SAMPLED_REQUESTS]
             asked = {i: every[self.batch.slots[i]] for i in sampled if self.batch.slots[i] != -1}
             folders = {i: folder for i, folder in asked.items() if by_peft.is_known(folder)}
