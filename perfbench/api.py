@@ -78,7 +78,7 @@ class Run:
             import pandas
         except ImportError:
             raise PerfbenchError(
-                "to_pandas: needs pandas, which is not installed; pip install pandas, the extra [pandas] of perfbench"
+                "to_pandas: needs pandas, which is not installed; pip install pandas (the extra `pandas`)"
             ) from None
         return pandas.DataFrame(self.rows(samples=samples))
 
@@ -197,8 +197,8 @@ def run(
     scenario: a YAML file, the name of one that comes with perfbench ("multitenant"; `perfbench list` has them), or a
     mapping with what such a file holds. set: changes to it, {"workload.tenants": 4} or ["workload.tenants=4"].
     case: a glob; only cases whose id matches, and the bare backbone beside them. out: the new folder of results, by
-    default runs/<scenario>-<UTC time>; with `resume` what was begun there goes on, and with `retry_failed` too, the
-    cases that crashed are measured again. plugins: files of methods, as with `--plugin`. large: lifts the limits on cases,
+    default runs/<scenario>-<UTC time>; with `resume` what was begun there goes on, and with `retry_failed` the cases
+    that crashed are measured again. plugins: files of methods, as with `--plugin`. large: lifts the limits on cases,
     turns and bytes on disk. say: is given each note, in a line; by default they go to standard error.
 
     A case that fails its check, crashes or runs out of memory is no exception: it is in the run's rows, and in its
