@@ -5,14 +5,36 @@ A FanLoRA adapter is a PEFT LoRA checkpoint with explicit target modules, so eve
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from perfbench.methods import lora
 from perfbench.methods.checkpoints import lora as lora_checkpoint
+from perfbench.methods.lora import LoraOptions
+from perfbench.methods.options import ALPHA, LAYERS, RANK, MethodOptions
 from perfbench.methods.parameters import Parameters
 from perfbench.methods.plan import AdapterPlan
-from perfbench.methods.registry import FanLoraOptions, LoraOptions, Setting
-from perfbench.methods.shape import BackboneShape
+from perfbench.methods.shape import BackboneShape, Setting
+
+
+@dataclass(frozen=True)
+class FanLoraOptions(MethodOptions):
+    """`rank` R; `setting`: the modules kept in each layer (a list for each layer, or the path of a JSON file with
+    the key `layers`); without one, FanLoRA's default (see `default_setting`)."""
+
+    rank: int = field(default=12, metadata=RANK)
+    alpha: float | None = field(default=None, metadata=ALPHA)
+    setting: Setting | str | None = field(
+        default=None,
+        metadata={
+            "anyOf": [LAYERS, {"type": "string", "minLength": 1}, {"type": "null"}],
+            "description": "the modules kept in each layer, or a JSON file with the key `layers`; "
+            "null or absent: FanLoRA's default",
+        },
+    )
+
+
+Options = FanLoraOptions
 
 initialise = lora.initialise
 randomise = lora.randomise

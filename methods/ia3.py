@@ -8,19 +8,32 @@ For serving, z P is computed once: a tenant costs one vector for each module. Pa
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from perfbench.methods.checkpoints import adapter_folder
 from perfbench.methods.checkpoints import ia3 as ia3_checkpoint
 from perfbench.methods.checkpoints import projected_ia3 as projected_ia3_checkpoint
+from perfbench.methods.options import RANK, MethodOptions
 from perfbench.methods.parameters import Parameters
 from perfbench.methods.plan import AdapterPlan, LayerPlan
-from perfbench.methods.registry import Ia3Options
 from perfbench.methods.shape import BackboneShape
 
+if TYPE_CHECKING:
+    import torch
+
 IA3_MODULES = ("q", "k", "up")
+
+
+@dataclass(frozen=True)
+class Ia3Options(MethodOptions):
+    """The papers' variant: l = 1 + z P with z of dimension `dim`."""
+
+    dim: int = field(default=16, metadata={**RANK, "description": "dimension of z in l = 1 + z P"})
+
+
+Options = Ia3Options
 
 
 def shapes(shape: BackboneShape, options: Ia3Options) -> dict[str, tuple[int, ...]]:

@@ -6,17 +6,28 @@ Parameters: `layers.<i>.<module>.l` for k, v [D_out] and for down [D_in].
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from perfbench.methods.checkpoints import ia3 as ia3_checkpoint
+from perfbench.methods.options import MethodOptions
 from perfbench.methods.parameters import Parameters
 from perfbench.methods.plan import AdapterPlan, LayerPlan
-from perfbench.methods.registry import Ia3OriginalOptions
 from perfbench.methods.shape import BackboneShape
 
+if TYPE_CHECKING:
+    import torch
+
 IA3_MODULES = ("k", "v", "down")
+
+
+@dataclass(frozen=True)
+class Ia3OriginalOptions(MethodOptions):
+    """(IA)3 as Liu et al. (2022) have it: one vector each for K, V and the input of down."""
+
+
+Options = Ia3OriginalOptions
 
 
 def shapes(shape: BackboneShape, options: Ia3OriginalOptions) -> dict[str, tuple[int, ...]]:

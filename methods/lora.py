@@ -7,15 +7,38 @@ FanLoRA's equation has no scale, so alpha is the rank unless it is given. Parame
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from perfbench.methods.checkpoints import lora as lora_checkpoint
+from perfbench.methods.options import ALPHA, MODULE, RANK, MethodOptions
 from perfbench.methods.parameters import Parameters
 from perfbench.methods.plan import AdapterPlan, LayerPlan, LowRank
-from perfbench.methods.registry import LoraOptions, Setting
-from perfbench.methods.shape import MODULES, BackboneShape
+from perfbench.methods.shape import MODULES, BackboneShape, Setting
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class LoraOptions(MethodOptions):
+    """`rank` R; `alpha` (default: the rank, so that the scale alpha / rank is 1); the adapted `modules`."""
+
+    rank: int = field(default=4, metadata=RANK)
+    alpha: float | None = field(default=None, metadata=ALPHA)
+    modules: tuple[str, ...] = field(
+        default=MODULES,
+        metadata={
+            "items": MODULE,
+            "minItems": 1,
+            "uniqueItems": True,
+            "description": "the linear modules of every layer that are adapted; default: all seven",
+        },
+    )
+
+
+Options = LoraOptions
 
 
 def setting_of(shape: BackboneShape, options: LoraOptions) -> Setting:

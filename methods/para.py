@@ -9,17 +9,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from perfbench.methods.checkpoints import para as para_checkpoint
+from perfbench.methods.checkpoints.para import POOLS
+from perfbench.methods.options import RANK, MethodOptions
 from perfbench.methods.parameters import Parameters
 from perfbench.methods.plan import AdapterPlan, Generator, LayerPlan
-from perfbench.methods.registry import ParaOptions
 from perfbench.methods.shape import BackboneShape
 
+if TYPE_CHECKING:
+    import torch
+
 PARA_MODULES = ("q", "v", "up")
+
+
+@dataclass(frozen=True)
+class ParaOptions(MethodOptions):
+    """`rank` of the generator's bottleneck; `pool`: the residual stream (paper) or the normalised input."""
+
+    rank: int = field(default=12, metadata=RANK)
+    pool: str = field(
+        default="residual",
+        metadata={
+            "enum": list(POOLS),
+            "description": "what the generator reads: the residual stream (paper), or its norm",
+        },
+    )
+
+
+Options = ParaOptions
 
 
 def shapes(shape: BackboneShape, options: ParaOptions) -> dict[str, tuple[int, ...]]:
@@ -79,10 +100,10 @@ def plan(parameters: Parameters, shape: BackboneShape, options: ParaOptions) -> 
 
 def save(parameters: Parameters, shape: BackboneShape, options: ParaOptions, folder: Path, backbone: str) -> None:
     """Writes an adapter folder in PEFT's format with `peft_type` PARA."""
-    para_checkpoint.save(parameters, options, folder, backbone)
+    para_checkpoint.save(parameters, options.rank, options.pool, folder, backbone)
 
 
 def load(folder: Path, shape: BackboneShape, options: ParaOptions) -> AdapterPlan:
     """The plan of such a folder; its rank and its pooling are its own. Raises AdapterError."""
-    parameters, options = para_checkpoint.load(folder, shape)
-    return plan(parameters, shape, options)
+    parameters, rank, pool = para_checkpoint.load(folder, shape)
+    return plan(parameters, shape, ParaOptions(rank=rank, pool=pool))

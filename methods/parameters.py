@@ -2,6 +2,7 @@
 
 A method file is a module with
 
+- `Options`: the frozen dataclass of what it can be told (`perfbench.methods.options`);
 - `shapes(shape, options) -> {name: size}`: the trainable parameters of one adapter, nothing allocated;
 - `initialise(name, tensor, generator)`: fills one of them with the papers' initial values, `generator` being on the
   tensor's device;
@@ -11,22 +12,26 @@ A method file is a module with
 - `plan(parameters, shape, options) -> AdapterPlan`;
 - `save(parameters, shape, options, folder, backbone)` and `load(folder, shape, options) -> AdapterPlan`.
 
-`parameters` is a dict from name to tensor, fp32 on one device; `load` reads to the CPU.
+`parameters` is a dict from name to tensor, fp32 on one device; `load` reads to the CPU. The files here import torch
+inside functions alone, so that options and sizes are known without it; `perfbench.testing.check_method` checks a file.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from perfbench.methods.plan import AdapterPlan
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
+from perfbench.methods.sizes import Sized
 
-Parameters = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Parameters: TypeAlias = "dict[str, torch.Tensor]"
 
 
 def implementation(method: str) -> Any:
@@ -42,7 +47,22 @@ def parameter_count(method: str, shape: BackboneShape, options: Any) -> int:
     if METHODS[method].module is None:
         return 0
     sizes = implementation(method).shapes(shape, options)
-    return sum(torch.Size(size).numel() for size in sizes.values())
+    return sum(map(math.prod, sizes.values()))
+
+
+def served_count(method: str, shape: BackboneShape, options: Any) -> int:
+    """Numbers that one adapter's plan holds; times the bytes of each it is what a tenant takes.
+
+    By the method's own `plan` on stand-ins, without torch; on torch's meta device where `plan` needs more of a tensor.
+    """
+    module = implementation(method)
+    sizes: Any = {name: Sized(*size) for name, size in module.shapes(shape, options).items()}
+    try:
+        plan: AdapterPlan = module.plan(sizes, shape, options)
+        return sum(tensor.numel() for layer in plan for tensor in layer.tensors())
+    except (AttributeError, TypeError):
+        plan = meta_plan(method, shape, options)
+        return sum(tensor.numel() for layer in plan for tensor in layer.tensors())
 
 
 def make(
@@ -61,6 +81,8 @@ def make(
     kind, since each has a generator of its own; different seeds differ. input_rms: root mean square of each layer's
     input in the backbone that random ones are for (`Backbone.input_rms`); None: 1.
     """
+    import torch
+
     module = implementation(method)
     generator = torch.Generator(device).manual_seed(seed)
     fill = module.initialise if initial else module.randomise
@@ -75,6 +97,8 @@ def make(
 
 def meta_plan(method: str, shape: BackboneShape, options: Any) -> AdapterPlan:
     """The plan of one adapter on the meta device: every size, no memory."""
+    import torch
+
     module = implementation(method)
     with torch.device("meta"):
         parameters = {name: torch.empty(size) for name, size in module.shapes(shape, options).items()}

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # The modules whose output may be scaled. A scale on down's *input* is a scale on up's output.
 SCALED_MODULES = ("q", "k", "v", "up")

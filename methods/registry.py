@@ -1,96 +1,67 @@
-"""The table of methods: name -> options, module, what it is. Free of torch, so that a scenario is checked fast.
+"""The table of methods: name -> the file that implements it, and what it is. Free of torch.
 
-A served method is one file of this folder and one line here. `peft` and `peft-single` are the same LoRA
-adapters served by Hugging Face PEFT instead of by perfbench; `none` is the bare backbone.
+A served method is one file of this folder and one line here; `perfbench.methods.parameters` says what the file holds.
+`peft` and `peft-single` are the same LoRA adapters served by Hugging Face PEFT instead of by perfbench; `none` is the
+bare backbone. Methods of plugins come beside these when a command has read them (`perfbench.spec.method_plugins`).
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from perfbench.methods.shape import MODULES
+from perfbench.methods.options import NoOptions
 
-# One tuple of module names for each layer.
-Setting = tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """A method without options."""
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """`rank` R; `alpha` (default: the rank, so that the scale alpha / rank is 1); the adapted `modules`;
-    `adapters`: a folder of PEFT checkpoints, one per tenant, or several folders, in place of random ones."""
-
-    rank: int = 4
-    alpha: float | None = None
-    modules: tuple[str, ...] = MODULES
-    adapters: str | tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class FanLoraOptions:
-    """`rank` R; `setting`: the modules kept in each layer (a list for each layer, or the path of a JSON file with
-    the key `layers`); without one, FanLoRA's default (see `perfbench.methods.fanlora`)."""
-
-    rank: int = 12
-    alpha: float | None = None
-    setting: Setting | str | None = None
-    adapters: str | tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Ia3Options:
-    """The papers' variant: l = 1 + z P with z of dimension `dim`."""
-
-    dim: int = 16
-    adapters: str | tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Ia3OriginalOptions:
-    """(IA)3 as Liu et al. (2022) have it: one vector each for K, V and the input of down."""
-
-    adapters: str | tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class ParaOptions:
-    """`rank` of the generator's bottleneck; `pool`: the residual stream (paper) or the normalised input."""
-
-    rank: int = 12
-    pool: str = "residual"
-    adapters: str | tuple[str, ...] | None = None
+# `trained_by` of a method whose trainable parameters are the low-rank pairs themselves: PEFT's LoRA. The method's file
+# needs `setting_of(shape, options)`, the modules of each layer, and its options `rank` and `alpha`.
+LOW_RANK = "perfbench.peft.low_rank:config"
 
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the table. `module` is imported only when the method is used; `served_by` names what runs it."""
+    """One line of the table.
 
-    options: type[Any]
+    `module` is imported only when the method is used, and its `Options` are the method's; `served_by` names what runs
+    it; `trained_by` is None, or `module:function` of a function (the method's module, BackboneShape, options) that
+    returns the PeftConfig with which `perfbench finetune` trains the method.
+    """
+
     module: str | None
-    served_by: str
     summary: str
+    served_by: str = "plan"
+    trained_by: str | None = None
+
+    @property
+    def options(self) -> type[Any]:
+        """The dataclass of what the method can be told."""
+        if self.module is None:
+            return NoOptions
+        found: type[Any] = importlib.import_module(self.module).Options
+        return found
 
 
 METHODS: dict[str, Method] = {
-    "none": Method(NoOptions, None, "plan", "the bare backbone; always measured"),
-    "lora": Method(LoraOptions, "perfbench.methods.lora", "plan", "LoRA on all seven linears, rank 4"),
-    "fanlora": Method(
-        FanLoraOptions, "perfbench.methods.fanlora", "plan", "LoRA on at most two linears a layer, rank 12"
+    "none": Method(None, "the bare backbone; always measured"),
+    "lora": Method("perfbench.methods.lora", "LoRA on all seven linears, rank 4", trained_by=LOW_RANK),
+    "fanlora": Method("perfbench.methods.fanlora", "LoRA on at most two linears a layer, rank 12", trained_by=LOW_RANK),
+    "ia3": Method(
+        "perfbench.methods.ia3",
+        "(IA)3, the papers' variant: scales on Q, K, Up",
+        trained_by="perfbench.peft.projected_ia3:config",
     ),
-    "ia3": Method(Ia3Options, "perfbench.methods.ia3", "plan", "(IA)3, the papers' variant: scales on Q, K, Up"),
     "ia3-original": Method(
-        Ia3OriginalOptions, "perfbench.methods.ia3_original", "plan", "(IA)3: scales on K, V, down's input"
+        "perfbench.methods.ia3_original",
+        "(IA)3: scales on K, V, down's input",
+        trained_by="perfbench.peft.ia3_original:config",
     ),
-    "para": Method(ParaOptions, "perfbench.methods.para", "plan", "scales on Q, V, Up made from the prompt, once"),
-    "peft": Method(
-        LoraOptions, "perfbench.methods.lora", "peft", "the same LoRA in PEFT's mixed batch (adapter_names)"
+    "para": Method(
+        "perfbench.methods.para",
+        "scales on Q, V, Up made from the prompt, once",
+        trained_by="perfbench.peft.para:config",
     ),
+    "peft": Method("perfbench.methods.lora", "the same LoRA in PEFT's mixed batch (adapter_names)", served_by="peft"),
     "peft-single": Method(
-        LoraOptions, "perfbench.methods.lora", "peft-single", "the same LoRA in PEFT, one tenant at a time"
+        "perfbench.methods.lora", "the same LoRA in PEFT, one tenant at a time", served_by="peft-single"
     ),
 }

@@ -9,6 +9,9 @@ from typing import Any
 # The seven linear modules of a Llama-family layer, in the order in which they run.
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 
+# One tuple of module names for each layer.
+Setting = tuple[tuple[str, ...], ...]
+
 # Where a module lives inside a decoder layer of Hugging Face's Llama, Mistral, Qwen2 and Gemma.
 MODULE_PATHS = {
     "q": "self_attn.q_proj",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from perfbench.finetune.accuracy.verdict import Verdict
     from perfbench.finetune.search.search_config import SearchConfig
     from perfbench.report import read
+    from perfbench.run_folder.run_schema import Manifest
     from perfbench.spec.cases import Comparison
     from perfbench.spec.scenario import Scenario
 
@@ -47,7 +48,7 @@ class Run:
         return read_runs([self.path])[0]
 
     @property
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """What run.json holds: scenario, environment, every case with its check and figures."""
         return self._read.manifest
 
@@ -67,9 +68,9 @@ class Run:
         """One flat mapping for each case: what it is, then the median of each figure under its metric's name, which
         says the unit (`ttft_ms`, `peak_allocated_bytes`); None where it was not measured. `check` is "ok", or why no
         figure stands there. `samples`: one for each valid repetition instead; `itl_ms` is then a list."""
-        from perfbench.report import rows, write
+        from perfbench.report.write import RunsReport, SampleRows
 
-        return list(write.sample_rows([self._read])) if samples else rows.rows(self.manifest)
+        return (SampleRows if samples else RunsReport)([self._read]).records()
 
     def to_pandas(self, *, samples: bool = False) -> Any:
         """`rows` as a pandas DataFrame. PerfbenchError where pandas is not installed: it is the extra `pandas`."""
@@ -83,12 +84,12 @@ class Run:
 
     def to_html(self, out: str | Path | None = None) -> str:
         """The page of `perfbench report`, which opens offline; written to the file `out` too where one is given."""
-        from perfbench.report.write import render, write
+        from perfbench.report.write import RunsReport, write
 
-        page = render([self._read], "html")
+        page = RunsReport([self._read]).page()
         if out is not None:
-            write(Path(out), page)
-        return page.decode()
+            write(Path(out), page.encode())
+        return page
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Prepared:
 
         return default_out(self.scenario)
 
-    def measure(self, out: Path, *, resume: bool = False, say: Say = _to_stderr) -> Run:
+    def measure(self, out: Path, *, resume: bool = False, retry_failed: bool = False, say: Say = _to_stderr) -> Run:
         """Measures what is not measured yet into the folder `out`. Raises as `run`."""
         from perfbench.files import run_lock
         from perfbench.measure import inputs
@@ -142,7 +143,7 @@ class Prepared:
             say(note)
         say(f"{self.work} -> {out}")
         with run_lock.held(out, resume=resume):
-            execute(self.scenario, self.comparisons, out, resume=resume)
+            execute(self.scenario, self.comparisons, out, resume=resume, retry_failed=retry_failed)
         return Run(out)
 
 
@@ -186,7 +187,9 @@ def run(
     case: str | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    retry_failed: bool = False,
     large: bool = False,
+    plugins: Sequence[str | Path] = (),
     say: Say = _to_stderr,
 ) -> Run:
     """Measures every case of a scenario, as `perfbench run` does, in child processes.
@@ -194,15 +197,20 @@ def run(
     scenario: a YAML file, the name of one that comes with perfbench ("multitenant"; `perfbench list` has them), or a
     mapping with what such a file holds. set: changes to it, {"workload.tenants": 4} or ["workload.tenants=4"].
     case: a glob; only cases whose id matches, and the bare backbone beside them. out: the new folder of results, by
-    default runs/<scenario>-<UTC time>; with `resume` what was begun there goes on. large: lifts the limits on cases,
+    default runs/<scenario>-<UTC time>; with `resume` what was begun there goes on, and with `retry_failed` too, the
+    cases that crashed are measured again. plugins: files of methods, as with `--plugin`. large: lifts the limits on cases,
     turns and bytes on disk. say: is given each note, in a line; by default they go to standard error.
 
     A case that fails its check, crashes or runs out of memory is no exception: it is in the run's rows, and in its
     `exit_code`. PerfbenchError, in one line, for everything that can be mended: ScenarioError, BackboneError,
     AdapterError, RunDirectoryError (see perfbench.errors).
     """
+    from perfbench.spec import method_plugins
+
+    method_plugins.load(plugins)
     prepared = prepare(scenario, set=set, case=case, large=large, say=say)
-    return prepared.measure(_out(out, resume, prepared.default_out), resume=resume, say=say)
+    folder = _out(out, resume, prepared.default_out)
+    return prepared.measure(folder, resume=resume, retry_failed=retry_failed, say=say)
 
 
 def load(path: str | Path) -> Run:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
-from perfbench import __version__, crash_report, interruption
+from perfbench import __version__, crash_report, exit_codes, interruption
 from perfbench.commands import judging, looking, measuring, training
-from perfbench.commands.arguments import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from perfbench.commands.arguments import Parser
 from perfbench.errors import PerfbenchError
 from perfbench.files.plain_text import printable
-
-# As a shell says of a program that died of it: 0 would be a gate's pass.
-EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,30 +20,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         with interruption.as_ctrl_c():
+            if hasattr(arguments, "plugin"):
+                from perfbench.spec import method_plugins
+
+                method_plugins.load(arguments.plugin)
             code = int(arguments.command(arguments))
         sys.stdout.flush()
         return code
     except PerfbenchError as error:
         print(f"perfbench: {printable(str(error))}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return exit_codes.BAD_INPUT
     except KeyboardInterrupt:
         print("perfbench: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return exit_codes.INTERRUPTED
     except BrokenPipeError:
         # What is left in the buffer would be written, and fail again, when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+        return exit_codes.BROKEN_PIPE
     except Exception as error:
         if isinstance(error, OSError) and (refused := crash_report.of_the_system(error)):
             print(f"perfbench: {refused}", file=sys.stderr)
-            return EXIT_BAD_INPUT
+            return exit_codes.BAD_INPUT
         print(f"perfbench: {crash_report.in_one_line(error)}", file=sys.stderr)
-        return crash_report.EXIT_FAULT
+        return exit_codes.FAULT
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands with their options."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="perfbench",
         description="Which adapter method should one language model serve to many tenants, and what does it cost?",
     )

@@ -12,8 +12,6 @@ import traceback
 
 from perfbench.files.plain_text import printable
 
-# Of perfbench itself; neither a failed check (1), nor bad input (2), nor an open verdict (3).
-EXIT_FAULT = 4
 # What the system refuses the user: no fault of ours, wherever it shows first.
 _OF_THE_SYSTEM = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 

@@ -44,6 +44,10 @@ class RunProgress:
             self._console.print(f"{subject}: {text}", markup=False, highlight=False, soft_wrap=True)
             self._spoken = subject
 
+    def warn(self, text: str) -> None:
+        """A line that stays, on a terminal too."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def advance(self) -> None:
         """One step done."""
         self._bar.advance(self._task)

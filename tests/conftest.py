@@ -1,11 +1,13 @@
-"""Shared by all tests: no network, where the real data is, and GPU tests skipped where there is no GPU."""
+"""Shared by all tests: no network, where the real data is, a real browser, and GPU tests skipped without a GPU."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +23,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+
+from tests.browser import Browser
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -94,3 +98,16 @@ def stories260k(test_data: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs a real checkpoint: no folder stories260K/hf in {test_data}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One browser for all tests; they are skipped where there is none."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("needs a browser: no chromium, chromium-browser or google-chrome on PATH")
+    # Its processes may write a last file while the folder is being removed.
+    with tempfile.TemporaryDirectory(prefix="perfbench-browser-", ignore_cleanup_errors=True) as profile:
+        found = Browser(program, Path(profile))
+        yield found
+        found.close()

@@ -17,34 +17,37 @@ HEAVY = {"torch", "transformers", "peft", "triton", "safetensors", "accelerate",
 # The floors of the house, from the ground up: a file imports, at module level, only from its own floor and those below.
 # A folder that is not here stands with its parent; a file at the top of perfbench is a room of its own.
 FLOORS = (
-    {"errors"},
-    {"methods.registry", "methods.shape"},
+    {"errors", "exit_codes"},
+    {"methods.registry", "methods.shape", "methods.options", "methods.dtypes"},
     {"files", "figures", "machine", "spec", "run_folder", "progress", "crash_report", "interruption"},
     {"report", "history", "gate", "doctor"},
     {"measure", "profiling", "verify"},
     {"kernels"},
     {"methods"},
     {"runtimes", "proof", "peft", "on_device", "ab_worker"},
-    {"finetune"},
+    {"finetune", "testing"},
     {"__init__", "__main__", "api", "cli", "commands"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Rooms whose files may import torch and its kin at module level. Everything else is free of torch: its functions may
 # import from any floor, where a command has to touch the device, but not those of STRICTLY_FREE.
-HEAVY_ROOMS = {"kernels", "methods", "runtimes", "proof", "peft", "on_device", "ab_worker", "finetune"}
+HEAVY_ROOMS = {"kernels", "methods", "runtimes", "proof", "peft", "on_device", "ab_worker", "finetune", "testing"}
 STRICTLY_FREE = {room for floor in FLOORS[:4] for room in floor}
 
 # Room -> the only third-party packages it may import, at any level.
 ONLY_PACKAGES = {
     "errors": set[str](),
     "methods.registry": set[str](),
+    "exit_codes": set[str](),
     "methods.shape": set[str](),
+    "methods.options": set[str](),
+    "methods.dtypes": set[str](),
     "kernels": {"torch", "triton"},
     "methods": {"torch", "safetensors"},
 }
 # Room -> the only rooms it may import; the other rooms of its floor are closed to it.
-ONLY_ROOMS = {"kernels": {"kernels"}, "methods": {"methods", "methods.registry", "methods.shape", "errors"}}
+ONLY_ROOMS = {"kernels": {"kernels"}, "methods": {"methods", "errors"} | FLOORS[1]}
 
 # These two ask torch for a device, inside functions.
 LAZY_TORCH = {"perfbench/machine/device.py", "perfbench/doctor/machine.py"}
@@ -235,7 +238,9 @@ def test_importing_perfbench_loads_nothing_heavy():
     assert heavy_after("import perfbench; perfbench.run, perfbench.Run, perfbench.accuracy, perfbench.search") == set()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["validate", "scenarios/smoke.yaml"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["validate", "scenarios/smoke.yaml"], ["list"], ["list", "lora"], ["params"]]
+)
 def test_quick_commands_load_nothing_heavy(arguments):
     code = (
         f"import sys; sys.argv = ['perfbench', *{arguments}]\n"

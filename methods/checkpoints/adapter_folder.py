@@ -1,7 +1,7 @@
 """An adapter on disk: a folder with `adapter_config.json` and `adapter_model.safetensors`, as PEFT has it.
 
-Reading refuses a pickle, a truncated file, a number format that is not one of FORMATS, a value that is not finite, a
-tensor that the backbone has no place for.
+Reading refuses a pickle, a truncated file, a number format that is not one of FILE_DTYPES, a value that is not
+finite, a tensor that the backbone has no place for.
 """
 
 from __future__ import annotations
@@ -11,22 +11,19 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from typing import TYPE_CHECKING, Any
 
 from perfbench.errors import AdapterError
+from perfbench.methods.dtypes import FILE_DTYPES
 from perfbench.methods.shape import MODULE_PATHS, BackboneShape
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 LAYERS = "model.layers."
-
-# What the numbers of an adapter may be kept in; they are read as fp32.
-FORMATS = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 _MODULE_OF_PATH = {path: module for module, path in MODULE_PATHS.items()}
 _PLACE = re.compile(rf"{re.escape(PEFT_PREFIX + LAYERS)}(0|[1-9][0-9]*)\.([a-z_]+\.[a-z_]+)\.(.+)")
@@ -64,6 +61,10 @@ def _last_name(backbone: str) -> str:
 
 def read(folder: Path, peft_type: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The configuration and the tensors (fp32, on the CPU) of an adapter folder. Raises AdapterError."""
+    # In the functions that touch a file, so that a method's options and sizes are known without torch.
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     _expect_folder(folder)
     config = _read_config(folder / CONFIG)
     found = config.get("peft_type")
@@ -87,11 +88,11 @@ def read(folder: Path, peft_type: str) -> tuple[dict[str, Any], dict[str, torch.
 
 
 def _as_fp32(name: str, tensor: torch.Tensor, path: Path) -> torch.Tensor:
-    if tensor.dtype not in FORMATS:
-        found = str(tensor.dtype).removeprefix("torch.")
-        raise AdapterError(f"{path}: {name}: expected one of {', '.join(FORMATS.values())}, got {found}")
+    found = str(tensor.dtype).removeprefix("torch.")
+    if found not in {dtype.torch_name for dtype in FILE_DTYPES.values()}:
+        raise AdapterError(f"{path}: {name}: expected one of {', '.join(FILE_DTYPES)}, got {found}")
     numbers = tensor.float()
-    if not torch.isfinite(numbers).all():
+    if not numbers.isfinite().all():
         raise AdapterError(f"{path}: {name}: expected finite values, got NaN or infinity; train it again")
     return numbers
 
@@ -169,6 +170,9 @@ def expect_places(path: Path, missing: Iterable[tuple[int, str]], present: Itera
 
 def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes an adapter folder; each file appears whole or not at all. AdapterError where it can't be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}

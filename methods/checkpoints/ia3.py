@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from perfbench.errors import AdapterError
 from perfbench.methods.checkpoints import adapter_folder, peft_fields, peft_targets
@@ -14,7 +12,10 @@ from perfbench.methods.checkpoints.adapter_folder import CONFIG, PEFT_PREFIX, WE
 from perfbench.methods.shape import BackboneShape
 
 # (layer, module) -> l
-Scales = dict[tuple[int, str], torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Scales: TypeAlias = "dict[tuple[int, str], torch.Tensor]"
 
 
 def save(scales: Scales, folder: Path, backbone: str) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from perfbench.errors import AdapterError
 from perfbench.methods.checkpoints import adapter_folder, peft_fields, peft_targets
@@ -22,7 +20,10 @@ from perfbench.methods.shape import BackboneShape
 DEFAULT_RANK = DEFAULT_ALPHA = 8
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 
-Parameters = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Parameters: TypeAlias = "dict[str, torch.Tensor]"
 
 
 def save(parameters: Parameters, alpha: float | None, folder: Path, backbone: str) -> None:
@@ -72,7 +73,7 @@ def load(folder: Path, shape: BackboneShape) -> Parameters:
     for (layer, module), scale in scales.items():
         name = f"layers.{layer}.{module}.b"
         parameters[name] = parameters[name] * scale
-        if not torch.isfinite(parameters[name]).all():
+        if not parameters[name].isfinite().all():
             raise AdapterError(f"{described}: lora_alpha: expected a finite adapter, got {scale:g} times {name}")
     return parameters
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from perfbench.errors import AdapterError
 from perfbench.methods.checkpoints import adapter_folder, peft_fields, peft_targets
 from perfbench.methods.checkpoints.adapter_folder import CONFIG, LAYERS, PEFT_PREFIX, WEIGHTS
-from perfbench.methods.registry import ParaOptions
 from perfbench.methods.shape import BackboneShape
+
+if TYPE_CHECKING:
+    import torch
 
 TENSORS = ("w_down", "w_up", "bias")
 POOLS = ("residual", "normalised")
 
 
-def save(parameters: dict[str, torch.Tensor], options: ParaOptions, folder: Path, backbone: str) -> None:
+def save(parameters: dict[str, torch.Tensor], rank: int, pool: str, folder: Path, backbone: str) -> None:
     """Writes `layers.<i>.w_down|w_up|bias` as `base_model.model.model.layers.<i>.para_<name>`."""
     tensors = {}
     for name, tensor in parameters.items():
@@ -26,15 +27,15 @@ def save(parameters: dict[str, torch.Tensor], options: ParaOptions, folder: Path
         "peft_type": "PARA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": backbone,
-        "rank": options.rank,
-        "pool": options.pool,
+        "rank": rank,
+        "pool": pool,
         "inference_mode": True,
     }
     adapter_folder.write(folder, config, tensors)
 
 
-def load(folder: Path, shape: BackboneShape) -> tuple[dict[str, torch.Tensor], ParaOptions]:
-    """The parameters of every layer and the options they were trained with. Raises AdapterError."""
+def load(folder: Path, shape: BackboneShape) -> tuple[dict[str, torch.Tensor], int, str]:
+    """The parameters of every layer, and the rank and the pooling that they were trained with. Raises AdapterError."""
     config, tensors = adapter_folder.read(folder, "PARA")
     path, described = folder / WEIGHTS, folder / CONFIG
     peft_fields.check(config, described, peft_fields.PARA)
@@ -62,4 +63,4 @@ def load(folder: Path, shape: BackboneShape) -> tuple[dict[str, torch.Tensor], P
         peers = [other for (_, k), other in found.items() if k == kind]
         adapter_folder.expect_size(path, places[layer, kind], tensor, sizes[kind], peers)
     parameters = {f"layers.{i}.{kind}": found[i, kind] for i, kind in places}
-    return parameters, ParaOptions(rank=rank, pool=pool)
+    return parameters, rank, pool

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from perfbench.errors import AdapterError
 from perfbench.methods.checkpoints import adapter_folder, peft_fields, peft_targets
 from perfbench.methods.checkpoints.adapter_folder import CONFIG, WEIGHTS
 from perfbench.methods.shape import MODULE_PATHS, BackboneShape
+
+if TYPE_CHECKING:
+    import torch
 
 PEFT_TYPE = "PROJECTED_IA3"
 TENSORS = ("z", "p")

@@ -8,11 +8,36 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, NoReturn
 
-from perfbench.errors import PerfbenchError
+from perfbench import exit_codes
+from perfbench.errors import PerfbenchError, nearest
+from perfbench.files.plain_text import printable
 
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose every refusal is one line with the nearest valid word; exit code 2. Sub-commands' parsers are of
+    this class too."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """A sub-command, or the value of an option with choices. argparse has no public place for it."""
+        if action.choices is not None and value not in action.choices:
+            what = "command" if isinstance(action.choices, dict) else "value"
+            raise argparse.ArgumentError(action, f"unknown {what} {value!r}; {nearest(str(value), action.choices)}")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but what is not known is refused here, where the options of the sub-command are known."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            if not word.startswith("-"):
+                self.error(f"unexpected argument {word!r}")
+            self.error(f"unknown option {word!r}; {nearest(word, self._option_string_actions)}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """One line on standard error, and exit code 2."""
+        self.exit(exit_codes.BAD_INPUT, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
 
 def positive(text: str) -> int:
@@ -35,10 +60,24 @@ def add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=about)
 
 
+def add_plugin(parser: argparse.ArgumentParser) -> None:
+    """`--plugin FILE`. What has it knows the methods of installed packages as well."""
+    about = "a Python file with more methods; may be repeated"
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help=about)
+
+
 def add_out(parser: argparse.ArgumentParser, default: str) -> None:
     """`--out DIR` and `--resume`."""
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"the folder of results (default: {default})")
     parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
+
+
+def add_format(parser: argparse.ArgumentParser, default: str) -> None:
+    """`--format NAME`, of `report.formats.FORMATS`, which refuses another by naming the nearest."""
+    from perfbench.report.formats import FORMATS
+
+    about = f"{', '.join(FORMATS)} (default: {default})"
+    parser.add_argument("--format", default=default, metavar="NAME", help=about)
 
 
 def stamped(name: str) -> Path:
@@ -55,7 +94,11 @@ def out_of(arguments: argparse.Namespace, default: Path, what: str) -> Path:
 
 def interrupted(command: Sequence[str | Path], arguments: argparse.Namespace, out: Path) -> int:
     """Says how to go on, and returns the exit code."""
+    if not out.is_dir():
+        print(f"interrupted; {out} is not there, so there is nothing to go on with", file=sys.stderr)
+        return exit_codes.INTERRUPTED
     settings = [word for setting in getattr(arguments, "set", []) for word in ("--set", setting)]
+    settings += [word for file in getattr(arguments, "plugin", []) for word in ("--plugin", file)]
     line = shlex.join(["perfbench", *map(str, command), *settings, "--out", str(out), "--resume"])
     print(f"interrupted; go on with: {line}", file=sys.stderr)
-    return EXIT_INTERRUPTED
+    return exit_codes.INTERRUPTED

@@ -117,13 +117,14 @@ def _add_gate_options(parser: argparse.ArgumentParser, *, writes: bool) -> None:
 
 
 def _add_write_option(parser: argparse.ArgumentParser) -> None:
+    from perfbench.gate.formats import names
+
     parser.add_argument(
         "--write",
         action="append",
         default=[],
         metavar="FORMAT=FILE",
-        help="markdown, junit, annotations, github-benchmark-bigger, github-benchmark-smaller, bencher, "
-        "pytest-benchmark or json; may be repeated",
+        help=f"{', '.join(names())}; may be repeated",
     )
 
 

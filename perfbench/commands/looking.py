@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from perfbench.commands.arguments import EXIT_BAD_INPUT, add_set, port, positive
+from perfbench import exit_codes
+from perfbench.commands.arguments import add_format, add_plugin, add_set, port, positive
 from perfbench.errors import PerfbenchError
 from perfbench.files.plain_text import printable
 
@@ -16,9 +17,9 @@ def add(commands: Any) -> None:
     """Adds them to the command line."""
     report = commands.add_parser("report", help="one page of one or several runs", description=_report.__doc__)
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
-    report.add_argument("--format", choices=("html", "markdown", "csv", "parquet"), default="html")
-    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html; markdown and csv are printed")
-    report.add_argument("--samples", action="store_true", help="csv and parquet: a row for each repetition")
+    add_format(report, "html")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html; other texts are printed")
+    report.add_argument("--samples", action="store_true", help="csv, json, parquet: a row for each repetition")
     report.set_defaults(command=_report)
 
     history = commands.add_parser("history", help="how a figure moved over runs", description=_history.__doc__)
@@ -27,7 +28,7 @@ def add(commands: Any) -> None:
     history.add_argument("--figure", default="decode_tokens_per_s", metavar="NAME", help="`perfbench list` has them")
     history.add_argument("--case", default="*", metavar="GLOB", help="only the cases whose id matches")
     history.add_argument("--machine", default="", metavar="TEXT", help="only machines whose name contains it")
-    history.add_argument("--format", choices=("table", "csv"), default="table")
+    add_format(history, "table")
     history.add_argument("--html", type=Path, metavar="FILE", help="write a page with a plot of each series")
     history.set_defaults(command=_history)
 
@@ -36,6 +37,7 @@ def add(commands: Any) -> None:
     profile.add_argument("--case", required=True, metavar="ID", help="a case id, or a pattern that fits one alone")
     profile.add_argument("--steps", type=positive, default=4, metavar="N", help="decode steps (default: 4)")
     add_set(profile)
+    add_plugin(profile)
     profile.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default: runs/<scenario>-profile-...)")
     profile.set_defaults(command=_profile)
 
@@ -49,26 +51,23 @@ def add(commands: Any) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     """Writes an HTML page that opens offline: verdicts, charts with intervals, environment. Or Markdown for a pull
-    request, CSV, Parquet. Of an accuracy run its own page. Exit code 2 where a run can't be
-    read or the file can't be written."""
+    request, CSV, JSON, Parquet. Of an accuracy run its own page. Exit code 2 where a run can't be read or the file
+    can't be written."""
     from perfbench.commands import stored
+    from perfbench.report.formats import put
     from perfbench.report.read import read_runs
-    from perfbench.report.write import render, write
+    from perfbench.report.write import RunsReport, SampleRows, write
 
     judged = [path for path in arguments.runs if stored.is_accuracy(path)]
     if judged and len(arguments.runs) > 1:
         raise PerfbenchError(f"report: {judged[0]} is an accuracy run, whose page is its own; give it alone")
     if judged:
-        content = stored.page(judged[0], arguments.format)
-    else:
-        content = render(read_runs(arguments.runs), arguments.format, samples=arguments.samples)
-    printed = arguments.format in ("markdown", "csv")
-    out = arguments.out or (None if printed else Path(f"report.{arguments.format}"))
-    if out is None:
-        sys.stdout.write(content.decode())
-        return 0
-    write(out, content)
-    print(f"{out}: {len(content) / 1e6:.2f} MB", file=sys.stderr)
+        out = arguments.out or Path("report.html")
+        write(out, stored.page(judged[0], arguments.format))
+        print(f"{out}: {out.stat().st_size / 1e6:.2f} MB", file=sys.stderr)
+        return exit_codes.OK
+    runs = read_runs(arguments.runs)
+    put((SampleRows if arguments.samples else RunsReport)(runs), arguments.format, arguments.out, filed="report")
     return 0
 
 
@@ -79,7 +78,8 @@ def _history(arguments: argparse.Namespace) -> int:
     from collections import Counter
 
     from perfbench.history import store as history_store
-    from perfbench.history import view as history_view
+    from perfbench.history.view import Movement
+    from perfbench.report.formats import put
     from perfbench.report.write import write
     from perfbench.run_folder.run_directory import is_something_else
 
@@ -104,13 +104,11 @@ def _history(arguments: argparse.Namespace) -> int:
             print(f"{len(found)} runs: {counted or 'none'}{skipped}", file=sys.stderr)
         series = store.series(arguments.figure, arguments.case, arguments.machine)
     if arguments.html:
-        write(arguments.html, history_view.to_html(series).encode())
+        write(arguments.html, Movement(series).page().encode())
         print(f"{arguments.html}: {len(series)} plots", file=sys.stderr)
-    elif arguments.format == "csv":
-        sys.stdout.write(history_view.to_csv(series))
     else:
-        history_view.render(series)
-    return EXIT_BAD_INPUT if outcomes["refused"] else 0
+        put(Movement(series), arguments.format)
+    return exit_codes.BAD_INPUT if outcomes["refused"] else exit_codes.OK
 
 
 def _profile(arguments: argparse.Namespace) -> int:
@@ -138,7 +136,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     found = profile.execute(resolved, comparison, steps, out, notes.print)
     render(found)
     notes.print(f"traces: {out}; look at them with: perfbench view {out}")
-    return 0 if all(arm["check"]["status"] == "ok" for arm in found["arms"].values()) else 1
+    return 0 if all(arm["check"]["status"] == "ok" for arm in found["arms"].values()) else exit_codes.FAILED
 
 
 def _view(arguments: argparse.Namespace) -> int:

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from perfbench.commands.arguments import add_out, add_set, interrupted, out_of, positive
+from perfbench.commands.arguments import add_format, add_out, add_plugin, add_set, interrupted, out_of, positive
 from perfbench.errors import PerfbenchError
+from perfbench.methods.dtypes import DTYPES
 
 
 def add(commands: Any) -> None:
@@ -15,16 +16,21 @@ def add(commands: Any) -> None:
     run = commands.add_parser("run", help="measure a scenario", description=_run.__doc__)
     run.add_argument("scenario", type=Path, help="a YAML file, or a name that `perfbench list` has: multitenant")
     add_set(run)
+    add_plugin(run)
     run.add_argument("--case", metavar="GLOB", help="only the cases whose id matches, and `none` beside them")
     run.add_argument("--processes", type=positive, metavar="N", help="repeat all of it in N fresh processes")
     run.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     _add_large(run)
     add_out(run, "runs/<scenario>-<time>")
+    about = "with --resume: measure the cases again that crashed or ran out of memory"
+    run.add_argument("--retry-failed", action="store_true", help=about)
     run.set_defaults(command=_run)
 
     show = commands.add_parser("show", help="print a run's table again", description=_show.__doc__)
     show.add_argument("run", type=Path, help="a run directory")
-    show.add_argument("--format", choices=("table", "markdown", "csv", "json"), default="table")
+    add_format(show, "table")
+    about = "`tails`, or metrics of `perfbench list`, separated by commas (default: main)"
+    show.add_argument("--columns", default="main", metavar="NAMES", help=about)
     show.set_defaults(command=_show)
 
     verify = commands.add_parser("verify", help="prove that what is fast is right", description=_verify.__doc__)
@@ -39,26 +45,31 @@ def add(commands: Any) -> None:
     validate = commands.add_parser("validate", help="check scenario files", description=_validate.__doc__)
     validate.add_argument("files", nargs="*", type=Path)
     _add_large(validate)
+    add_plugin(validate)
     validate.add_argument("--schema", action="store_true", help="print the JSON Schema of a scenario, for editors")
     validate.set_defaults(command=_validate)
 
     listing = commands.add_parser("list", help="what there is to choose from", description=_list.__doc__)
+    listing.add_argument("word", nargs="?", default="", help="show only lines that contain it")
+    add_plugin(listing)
     listing.set_defaults(command=_list)
 
     params = commands.add_parser("params", help="adapter sizes on a backbone", description=_params.__doc__)
     params.add_argument("backbone", nargs="?", default="llama2-7b", help="a named shape, folder or hub id")
-    params.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="what bytes are counted in")
+    params.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="what bytes are counted in")
+    add_plugin(params)
     params.set_defaults(command=_params)
 
     roof = commands.add_parser("roof", help="the least possible time on a device", description=_roof.__doc__)
     roof.add_argument("backbone", nargs="?", default="llama2-7b", help="a named shape, folder or hub id")
     roof.add_argument("--device", default="a40", help="such as a40 or h200; `here` measures this machine")
-    roof.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16")
+    roof.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     roof.add_argument("--requests", type=positive, nargs="+", default=[1, 8, 64], metavar="N")
     roof.add_argument("--tenants", type=positive, metavar="N", help="default: one for each request")
     roof.add_argument("--prompt-tokens", type=positive, default=274, metavar="N")
     roof.add_argument("--new-tokens", type=positive, default=32, metavar="N")
     roof.add_argument("--beams", type=positive, default=1, metavar="N")
+    add_plugin(roof)
     roof.set_defaults(command=_roof)
 
     doctor = commands.add_parser("doctor", help="what this machine can do", description=_doctor.__doc__)
@@ -79,6 +90,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from perfbench.report.table import render
     from perfbench.spec import cost
 
+    if arguments.retry_failed and not arguments.resume:
+        raise PerfbenchError("--retry-failed: say with --resume and --out which run to go on with")
     notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     processes = [f"processes={arguments.processes}"] if arguments.processes else []
     prepared = api.prepare(
@@ -94,7 +107,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     out = out_of(arguments, prepared.default_out, "run directory")
     try:
-        run = prepared.measure(out, resume=arguments.resume, say=notes.print)
+        run = prepared.measure(out, resume=arguments.resume, retry_failed=arguments.retry_failed, say=notes.print)
     except KeyboardInterrupt:
         case = ["--case", arguments.case] if arguments.case else []
         again = ["--processes", str(arguments.processes)] if arguments.processes else []
@@ -106,20 +119,22 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    """Prints a run's table as it was printed at its end, or as Markdown, CSV or JSON; a fine-tuning's and an
-    accuracy run's as they were printed. Same exit codes as the command that wrote it."""
+    """Prints a run's table as it was printed at its end, or with other columns, or in another format; a fine-tuning's
+    and an accuracy run's as they were printed. Same exit codes as the command that wrote it."""
     from perfbench.commands import stored
-    from perfbench.report.table import render
+    from perfbench.files.plain_text import printable_tree
+    from perfbench.report.formats import put
+    from perfbench.report.table import RunTable
     from perfbench.run_folder.run_directory import RunDirectory
 
     if stored.is_training(arguments.run):
         return stored.show(arguments.run, arguments.format)
     directory = RunDirectory.open(arguments.run)
-    if directory.samples_path.exists():
-        directory.samples()  # a table of a run whose samples are damaged would look as good as any
-    text = render(directory.manifest, arguments.format)
-    if text is not None:
-        print(text)
+    # A table of a run whose samples are damaged would look as good as any.
+    samples = directory.samples() if directory.samples_path.exists() else []
+    directory.add_tails(samples)
+    valid = directory.valid(samples)
+    put(RunTable(printable_tree(directory.manifest), arguments.columns, valid), arguments.format)
     return directory.exit_code()
 
 
@@ -158,10 +173,10 @@ def _validate(arguments: argparse.Namespace) -> int:
     import json
 
     from perfbench.commands.validation import validate
-    from perfbench.spec.scenario_schema import SCHEMA
+    from perfbench.spec.scenario_schema import schema
 
     if arguments.schema:
-        print(json.dumps(SCHEMA, indent=2))
+        print(json.dumps(schema(), indent=2))
         return 0
     if not arguments.files:
         raise PerfbenchError("validate: expected at least one scenario file, or --schema")
@@ -170,15 +185,10 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     """Prints the methods, backbones, runtimes, kernel sets, metrics, shipped scenarios, and the methods and tasks of
-    fine-tuning."""
+    fine-tuning; with a word, only the lines that contain it, in large or small letters."""
     from perfbench.commands.listing import render
-    from perfbench.finetune.tasks.registry import TASKS
-    from perfbench.finetune.trained import TRAINED
 
-    render(
-        tasks={name: task.summary for name, task in TASKS.items()},
-        trained={name: method.summary for name, method in TRAINED.items()},
-    )
+    render(arguments.word)
     return 0
 
 

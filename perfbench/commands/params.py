@@ -8,10 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from perfbench.figures.papers import PARAMETERS
+from perfbench.methods.dtypes import DTYPES
 from perfbench.methods.registry import METHODS
 from perfbench.spec.backbone_config import find_config, shape_of
-
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def render(backbone: str, dtype: str, console: Console | None = None) -> None:
@@ -37,8 +36,14 @@ def _row(method: str, backbone: str, dtype: str) -> tuple[str, str, str, str] | 
         return None
     shape, options = shape_of(backbone), entry.options()
     count = parameters.parameter_count(method, shape, options)
-    plan = parameters.meta_plan(method, shape, options)
-    served = sum(tensor.numel() for layer in plan for tensor in layer.tensors()) * BYTES[dtype]
+    served = parameters.served_count(method, shape, options) * DTYPES[dtype].bytes
+    return method, f"{count:,}", f"{served / 2**20:,.2f}", _papers(method)
+
+
+def _papers(method: str) -> str:
+    """What a paper prints, with the exact count; nothing where no paper counts this method."""
+    if method not in PARAMETERS:
+        return ""
     paper = PARAMETERS[method]
     exact = f"{paper.exact:,}" + (f", {paper.note}" if paper.note else "")
-    return method, f"{count:,}", f"{served / 2**20:,.2f}", f"{paper.printed} ({exact})"
+    return f"{paper.printed} ({exact})"

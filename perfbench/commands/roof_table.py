@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perfbench.errors import PerfbenchError
-from perfbench.figures.roof import Device, Work, decode_step
+from perfbench.figures.roof import Device, Work, decode_step, least_s_of_step
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
 from perfbench.spec.backbone_config import find_config
@@ -32,8 +32,8 @@ class Question:
     beams: int
 
 
-def bounds(question: Question, requests: int) -> dict[str, Work]:
-    """Method -> the least work of the last decode step of such a batch, `none` first.
+def bounds(question: Question, requests: int) -> dict[str, tuple[Work, Work]]:
+    """Method -> the least work of the first and of the last decode step of such a batch, `none` first.
 
     PerfbenchError for more tokens than the context, or more tenants than requests; BackboneError.
     """
@@ -55,15 +55,19 @@ def bounds(question: Question, requests: int) -> dict[str, Work]:
         if method.served_by != "plan":
             continue
         plan: Any = None if name == "none" else parameters.meta_plan(name, shape, method.options())
-        found[name] = decode_step(
-            config,
-            question.dtype,
-            prompt_tokens=[question.prompt_tokens] * requests,
-            generated_tokens=max(question.new_tokens - 2, 0),
-            beams=question.beams,
-            plan=plan,
-            served=[request % tenants for request in range(requests)],
+        first, last = (
+            decode_step(
+                config,
+                question.dtype,
+                prompt_tokens=[question.prompt_tokens] * requests,
+                generated_tokens=generated,
+                beams=question.beams,
+                plan=plan,
+                served=[request % tenants for request in range(requests)],
+            )
+            for generated in (0, max(question.new_tokens - 2, 0))
         )
+        found[name] = first, last
     return found
 
 
@@ -77,14 +81,15 @@ def render(question: Question, device: Device, console: Console | None = None) -
         Text(
             f"{device.name}: {device.bytes_per_s / 1e9:,.0f} GB/s, "
             f"{device.flops_per_s[question.dtype] / 1e12:,.1f} TFLOP/s in {question.dtype} ({device.source}).\n"
-            "The last decode step of the batch. Bytes are read once, operations overlap them; nothing that runs can be "
-            "faster. kept: the share of the bare backbone's speed that is left at the roof.",
+            "Bytes: of the last decode step. A step's least time grows with the cache, from the first to the last; "
+            "tokens/s and kept, the share of the bare backbone's speed, are those of all decode steps together. Bytes "
+            "are read once, operations overlap them; nothing that runs can be faster.",
             "dim",
         )
     )
 
 
-def _table(question: Question, device: Device, requests: int, work: dict[str, Work]) -> Table:
+def _table(question: Question, device: Device, requests: int, work: dict[str, tuple[Work, Work]]) -> Table:
     tenants = requests if question.tenants is None else question.tenants
     title = (
         f"{question.backbone} {question.dtype} on {device.name}; prompt {question.prompt_tokens}, new "
@@ -92,21 +97,34 @@ def _table(question: Question, device: Device, requests: int, work: dict[str, Wo
     )
     table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
-    heads = ("weights\nMiB", "cache\nMiB", "adapters\nMiB", "least\nms/step", "tokens/s\nat most", "kept %\nat most")
+    heads = (
+        "weight\nMiB",
+        "cache\nMiB",
+        "adapter\nMiB",
+        "first\nms",
+        "last\nms",
+        "tokens/s\nat most",
+        "kept\nmax %",
+    )
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("bound by", no_wrap=True)
-    bare_s = work["none"].least_s(device, question.dtype)
-    for name, step in work.items():
-        least_s = step.least_s(device, question.dtype)
+    table.add_column("bound\nby", no_wrap=True)
+    steps = max(question.new_tokens - 1, 1)
+    least = {
+        name: [least_s_of_step(first, last, step, steps, device, question.dtype) for step in range(steps)]
+        for name, (first, last) in work.items()
+    }
+    for name, (_, last) in work.items():
+        steps_s = least[name]
         table.add_row(
             name,
-            f"{step.weight_bytes / _MIB:,.0f}",
-            f"{step.cache_bytes / _MIB:,.0f}",
-            f"{step.adapter_bytes / _MIB:,.1f}",
-            f"{least_s * 1e3:,.2f}",
-            f"{requests / least_s:,.0f}",
-            f"{bare_s / least_s * 100:.1f}",
-            step.bound_by(device, question.dtype),
+            f"{last.weight_bytes / _MIB:,.0f}",
+            f"{last.cache_bytes / _MIB:,.0f}",
+            f"{last.adapter_bytes / _MIB:,.1f}",
+            f"{steps_s[0] * 1e3:,.2f}",
+            f"{steps_s[-1] * 1e3:,.2f}",
+            f"{requests * len(steps_s) / sum(steps_s):,.0f}",
+            f"{sum(least['none']) / sum(steps_s) * 100:.1f}",
+            last.bound_by(device, question.dtype),
         )
     return table

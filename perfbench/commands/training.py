@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from perfbench.commands.arguments import add_out, add_set, interrupted, out_of, positive, stamped
+from perfbench.commands.arguments import add_out, add_plugin, add_set, interrupted, out_of, positive, stamped
 from perfbench.errors import PerfbenchError
+from perfbench.methods.dtypes import DTYPES
 
 
 def add(commands: Any) -> None:
@@ -18,6 +19,7 @@ def add(commands: Any) -> None:
         "config", type=Path, help="a YAML file, or a name that `perfbench list` has: finetune/boolq_para"
     )
     add_set(finetune)
+    add_plugin(finetune)
     add_out(finetune, "runs/finetune-<name>-<time>")
     finetune.set_defaults(command=_finetune)
 
@@ -35,6 +37,7 @@ def add(commands: Any) -> None:
     accuracy = commands.add_parser("accuracy", help="does accuracy hold, as served?", description=_accuracy.__doc__)
     accuracy.add_argument("config", type=Path, help="a YAML file, or a name that `perfbench list` has: accuracy/cpu")
     add_set(accuracy)
+    add_plugin(accuracy)
     add_out(accuracy, "runs/accuracy-<name>-<time>")
     accuracy.add_argument("--run", type=Path, metavar="RUN", help="a run directory with these methods' speeds")
     accuracy.set_defaults(command=_accuracy)
@@ -120,7 +123,7 @@ def _add_mtbench_options(parser: argparse.ArgumentParser) -> None:
     answer.add_argument("--beams", type=positive, default=3, metavar="N", help="default: 3, as in the papers")
     answer.add_argument("--new-tokens", type=positive, default=1024, metavar="N", help="at most (default: 1024)")
     answer.add_argument("--batch", type=positive, default=4, metavar="N", help="questions at a time (default: 4)")
-    answer.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    answer.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
     answer.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     answer.set_defaults(command=_mtbench_answer)
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from perfbench import exit_codes
 from perfbench.errors import PerfbenchError
 from perfbench.files.paths import expanded
 from perfbench.files.plain_text import printable
@@ -23,7 +24,7 @@ def validate(files: Sequence[Path], *, large: bool = False) -> int:
         except PerfbenchError as error:
             print(f"perfbench: {printable(str(error))}", file=sys.stderr)
             bad += 1
-    return 2 if bad else 0
+    return exit_codes.BAD_INPUT if bad else exit_codes.OK
 
 
 def summary(path: Path, *, large: bool = False) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from perfbench import exit_codes
 from perfbench.doctor import machine, packages
 from perfbench.doctor.check import Check, Status
 
@@ -21,7 +22,7 @@ def checks() -> list[Check]:
 
 def exit_code(found: list[Check]) -> int:
     """0 where perfbench can run, else 1."""
-    return 1 if any(check.status == "missing" for check in found) else 0
+    return exit_codes.FAILED if any(check.status == "missing" for check in found) else exit_codes.OK
 
 
 def show(found: list[Check]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,6 +181,15 @@ def cpu_clock() -> Check:
     return Check("cpu clock", "ok", "the frequency governor is performance")
 
 
+def timer(now: Callable[[], float] = time.perf_counter) -> Check:
+    """Whether the clock that times everything is fine enough and steady, by reading it."""
+    from perfbench.machine import timer
+
+    if (fault := timer.fault(now)) is not None:
+        return Check("timer", "missing", fault, "measure on a machine, or a virtual one, with a steady fine clock")
+    return Check("timer", "ok", "the clock is fine and keeps the pace of the machine's raw one")
+
+
 def cpu_load() -> Check:
     """Whether other work runs on the cores, and whether a quota takes them away."""
     import psutil
@@ -221,6 +231,7 @@ MACHINE_CHECKS: dict[str, Callable[[], Check]] = {
     "disk": disk,
     "host memory peak": peak_memory,
     "cpu clock": cpu_clock,
+    "timer": timer,
     "cpu load": cpu_load,
     "hub": hub,
 }

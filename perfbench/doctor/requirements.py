@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).parents[2]
+# What pyproject.toml calls the distribution: `perfbench` on the package index is another project.
+DISTRIBUTION = "adapter-perfbench"
 _REQUIREMENT = re.compile(r"\s*([A-Za-z0-9][\w.-]*)\s*(?:\[[^\]]*\])?\s*\(?([^;()]*)\)?\s*(?:;\s*(.*\S)\s*)?")
 _CLAUSE = re.compile(r"(>=|<=|==|!=|>|<)\s*v?(\d+(?:\.\d+)*)")
 _VERSION = re.compile(r"v?(\d+(?:\.\d+)*)\s*[._-]?(a|b|c|rc|alpha|beta|pre|preview|dev)?", re.IGNORECASE)
@@ -54,12 +56,12 @@ def declared(checkout: Path = CHECKOUT) -> Declared | None:
     """From the pyproject.toml of the checkout that runs, else as installed; None where there is neither."""
     try:
         project = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        if project["name"] == "perfbench":
+        if project["name"] == DISTRIBUTION:
             return Declared(project["requires-python"], tuple(project["dependencies"]))
     except (OSError, ValueError, KeyError):
         pass  # no checkout of ours
     try:
-        found = importlib.metadata.distribution("perfbench")
+        found = importlib.metadata.distribution(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         return None
     return Declared(found.metadata["Requires-Python"] or "", tuple(found.requires or ()))
@@ -68,7 +70,7 @@ def declared(checkout: Path = CHECKOUT) -> Declared | None:
 def is_installed() -> bool:
     """Whether this Python has perfbench as a package, and not only on its path."""
     try:
-        importlib.metadata.distribution("perfbench")
+        importlib.metadata.distribution(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         return False
     return True

@@ -8,68 +8,217 @@ tokens, is exact, because end-of-sequence is off in latency work. A *sample* is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+Take = Callable[[Mapping[str, Any], int], list[float]]
+
+# The parts of a case of run.json in which a figure stands under its metric's name.
+PARTS = ("memory", "adapters", "exact")
+# Beside them. sample: in every repetition, and summarised in the `summary` of a case; tail: a percentile of such
+# a figure; ratio: a part of a case of its own, an interval for each speed; row: worked out from other figures where a
+# table is made; compiled: in kernels/resources.json, under the metric's name without `compiled_`.
+SOURCES = (*PARTS, "sample", "tail", "ratio", "row", "compiled")
+# exact: the same in any two runs of one commit, so that any difference is a change; timed: sampled, and judged by a
+# bound where a policy names it; shown: taken once in a run, or worked out from others, and never judged.
+KINDS = ("exact", "timed", "shown")
+
+
+def _stored(name: str) -> Take:
+    """What a sample holds under `name`: its one value or its list of them, nothing where it has none."""
+
+    def take(sample: Mapping[str, Any], _requests: int) -> list[float]:
+        value = sample.get(name)
+        return value if isinstance(value, list) else [] if value is None else [value]
+
+    return take
+
+
+def _energy(sample: Mapping[str, Any], requests: int) -> list[float]:
+    energy, steps = sample["energy_mj"], len(sample["itl_ms"])
+    return [] if energy is None else [energy_mj_per_token(energy, requests, steps + 1)]
+
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure: its `unit`, which way is `better` ("higher", "lower", None), its one-line `definition`."""
+    """One figure, declared here and nowhere else: tables, CSV, JSON, Parquet, pages, history, gate, schema and
+    `perfbench list` all read this entry.
+
+    unit; better: "higher", "lower" or None; definition: in one line; source: where it is found, of SOURCES; kind: of
+    KINDS. optional: of a source "sample", that samples may lack it, as those of older runs do. take: how its values
+    are found in a sample of so many requests, where they don't stand there under its name. tail: of a source "tail",
+    (the metric, the key of its summary). one_machine: an exact figure that depends on threads and instruction set,
+    and is exact only among runs that have both in common.
+    """
 
     unit: str
     better: str | None
     definition: str
+    source: str
+    kind: str
+    optional: bool = False
+    take: Take | None = None
+    tail: tuple[str, str] | None = None
+    one_machine: bool = False
 
 
 METRICS: dict[str, Metric] = {
-    "total_ms": Metric("ms", "lower", "the whole generate call"),
-    "ttft_ms": Metric("ms", "lower", "from the start of generate until the first step's token is chosen"),
+    "total_ms": Metric("ms", "lower", "the whole generate call", "sample", "timed"),
+    "ttft_ms": Metric(
+        "ms", "lower", "from the start of generate until the first step's token is chosen", "sample", "timed"
+    ),
     "follow_up_ttft_ms": Metric(
-        "ms", "lower", "the second turn's ttft: from the cache of the first where the method allows it"
+        "ms", "lower", "the second turn's ttft: from the cache of the first where the method allows it",
+        "sample", "timed", optional=True,
     ),
-    "itl_ms": Metric("ms", "lower", "for each later step, the time since the step before it"),
+    "itl_ms": Metric("ms", "lower", "for each later step, the time since the step before it", "sample", "timed"),
     "decode_tokens_per_s": Metric(
-        "tokens/s", "higher", "requests x (N - 1) / (total - ttft); beams are never multiplied in"
+        "tokens/s", "higher", "requests x (N - 1) / (total - ttft); beams are never multiplied in", "sample", "timed"
     ),
-    "tokens_per_s": Metric("tokens/s", "higher", "requests x N / total: the figure to lay beside the papers'"),
-    "peak_allocated_bytes": Metric("bytes", "lower", "most memory in tensors on the device, that arm alone"),
-    "peak_reserved_bytes": Metric("bytes", "lower", "most device memory the allocator held, that arm alone"),
-    "peak_device_bytes": Metric("bytes", "lower", "most memory in use on the device by all processes (NVML)"),
-    "peak_process_bytes": Metric("bytes", "lower", "most device memory used by the measuring process (NVML)"),
-    "peak_resident_bytes": Metric("bytes", "lower", "most host memory the measuring process had resident"),
-    "adapter_bytes": Metric("bytes", "lower", "adapters of all resident tenants on the device"),
-    "kv_cache_bytes": Metric("bytes", "lower", "keys and values when the cache is full, after the last step"),
-    "tenants_that_fit": Metric(
-        "tenants", "higher", "more tenants whose adapters fit in the memory that is left while a batch runs"
+    "tokens_per_s": Metric(
+        "tokens/s", "higher", "requests x N / total: the figure to lay beside the papers'", "sample", "timed"
     ),
-    "admit_ms": Metric("ms", "lower", "from one cold tenant's checkpoint folder into its slot (page cache warm)"),
-    "parameters_per_tenant": Metric("parameters", None, "trained adapter parameters of one tenant"),
-    "bytes_per_tenant": Metric("bytes", "lower", "what one more resident tenant takes in the bank"),
-    "energy_mj_per_token": Metric("mJ/token", "lower", "device energy in generate / (requests x N) (NVML)"),
-    "aten_ops_per_decode_step": Metric("operations", "lower", "ATen operations called in one decode step"),
-    "kernel_launches_per_decode_step": Metric("launches", "lower", "device kernels launched in one step"),
-    "flops_per_decode_step": Metric(
-        "FLOPs", "lower", "floating-point operations of one decode step: as counted, or the least where that is more"
+    "energy_mj_per_token": Metric(
+        "mJ/token", "lower", "device energy in generate / (requests x N) (NVML)",
+        "sample", "timed", optional=True, take=_energy,
     ),
-    "compiled_registers": Metric("registers", "lower", "registers of one thread of a compiled kernel (ptxas)"),
-    "compiled_spill_bytes": Metric("bytes", "lower", "registers' worth that one thread keeps in memory instead"),
-    "compiled_shared_bytes": Metric("bytes", "lower", "shared memory of one program of a compiled kernel"),
-    "bytes_per_decode_step": Metric("bytes", "lower", "weights, adapters and cache the last step must read"),
-    "least_flops_per_decode_step": Metric("FLOPs", "lower", "products that the last step can't do without"),
-    "least_ms_per_decode_step": Metric(
-        "ms", "lower", "the last step's least bytes or FLOPs over the device's speeds, whichever takes longer"
+    "ttft_p50_ms": Metric(
+        "ms", "lower", "the median of ttft_ms over all valid repetitions", "tail", "timed", tail=("ttft_ms", "median")
     ),
-    "roof_share": Metric("ratio", "higher", "least_ms_per_decode_step / the median of itl_ms"),
-    "kept": Metric("ratio", "higher", "median over rounds of arm / `none` within the same round"),
+    "ttft_p95_ms": Metric(
+        "ms", "lower", "95% of the repetitions have a ttft_ms of at most this; known from 100 repetitions on",
+        "tail", "timed", tail=("ttft_ms", "p95"),
+    ),
+    "ttft_p99_ms": Metric(
+        "ms", "lower", "99% of the repetitions have a ttft_ms of at most this; known from 1,000 repetitions on",
+        "tail", "timed", tail=("ttft_ms", "p99"),
+    ),
+    "itl_p50_ms": Metric(
+        "ms", "lower", "the median of itl_ms over the steps of all valid repetitions",
+        "tail", "timed", tail=("itl_ms", "median"),
+    ),
+    "itl_p95_ms": Metric(
+        "ms", "lower", "95% of the steps of all repetitions have an itl_ms of at most this; known from 100 steps on",
+        "tail", "timed", tail=("itl_ms", "p95"),
+    ),
+    "itl_p99_ms": Metric(
+        "ms", "lower", "99% of the steps of all repetitions have an itl_ms of at most this; known from 1,000 steps on",
+        "tail", "timed", tail=("itl_ms", "p99"),
+    ),
+    "kept": Metric("ratio", "higher", "median over rounds of arm / `none` within the same round", "ratio", "shown"),
+    "versus_lora": Metric(
+        "ratio", "higher", "median over rounds of arm / `lora` within the same round: what papers print",
+        "ratio", "shown",
+    ),
     "versus_plain": Metric(
-        "ratio", "higher", "median over rounds of arm / itself on transformers with eager, same round"
+        "ratio", "higher", "median over rounds of arm / itself on transformers with eager, same round",
+        "ratio", "shown",
+    ),
+    # The workspace of a CPU's kernels grows with the threads and differs between instruction sets.
+    "peak_allocated_bytes": Metric(
+        "bytes", "lower", "most memory in tensors on the device, that arm alone", "memory", "exact", one_machine=True
+    ),
+    "peak_reserved_bytes": Metric(
+        "bytes", "lower", "most device memory the allocator held, that arm alone", "memory", "shown"
+    ),
+    "peak_device_bytes": Metric(
+        "bytes", "lower", "most memory in use on the device by all processes (NVML)", "memory", "shown"
+    ),
+    "peak_process_bytes": Metric(
+        "bytes", "lower", "most device memory used by the measuring process (NVML)", "memory", "shown"
+    ),
+    "peak_resident_bytes": Metric(
+        "bytes", "lower",
+        "most host memory the measuring process had resident; grows from arm to arm, so it compares none",
+        "memory", "shown",
+    ),
+    "adapter_bytes": Metric("bytes", "lower", "adapters of all resident tenants on the device", "memory", "exact"),
+    "kv_cache_bytes": Metric(
+        "bytes", "lower", "keys and values when the cache is full, after the last step", "memory", "exact"
+    ),
+    "tenants_that_fit": Metric(
+        "tenants", "higher", "more tenants whose adapters fit in the memory that is left while a batch runs",
+        "memory", "shown",
+    ),
+    "parameters_per_tenant": Metric(
+        "parameters", None, "trained adapter parameters of one tenant, the mean over tenants", "adapters", "exact"
+    ),
+    "bytes_per_tenant": Metric(
+        "bytes", "lower", "one tenant's adapter as it is served, the mean over tenants", "adapters", "exact"
+    ),
+    "resident_bytes_per_tenant": Metric(
+        "bytes", "lower", "what one more resident tenant takes: a slot of the bank, or all that PEFT makes of it",
+        "adapters", "shown",
+    ),
+    "admit_ms": Metric(
+        "ms", "lower", "from one cold tenant's checkpoint folder into its slot (page cache warm)", "adapters", "shown"
+    ),
+    "aten_ops_per_decode_step": Metric(
+        "operations", "lower", "ATen operations called in one decode step", "exact", "exact"
+    ),
+    "kernel_launches_per_decode_step": Metric(
+        "launches", "lower", "device kernels launched in one step", "exact", "exact"
+    ),
+    "flops_per_decode_step": Metric(
+        "FLOPs", "lower", "floating-point operations of one decode step: as counted, or the least where that is more",
+        "exact", "exact",
+    ),
+    "bytes_per_decode_step": Metric(
+        "bytes", "lower", "weights, adapters and cache the last step must read", "exact", "exact"
+    ),
+    "least_flops_per_decode_step": Metric(
+        "FLOPs", "lower", "products that the last step can't do without", "exact", "exact"
+    ),
+    "bytes_per_first_decode_step": Metric(
+        "bytes", "lower", "weights, adapters and cache the first decode step must read", "exact", "exact"
+    ),
+    "least_flops_per_first_decode_step": Metric(
+        "FLOPs", "lower", "products that the first decode step can't do without", "exact", "exact"
     ),
     "kept_bound": Metric(
-        "ratio", "higher", "bytes of `none` per step / bytes of the arm: the `kept` that traffic allows"
+        "ratio", "higher", "bytes of `none` per step / bytes of the arm: the `kept` that traffic allows",
+        "exact", "exact",
     ),
-}
+    "least_ms_per_decode_step": Metric(
+        "ms", "lower", "least bytes or FLOPs over the device's speeds, whichever takes longer: the median of the steps",
+        "row", "shown",
+    ),
+    "roof_share": Metric("ratio", "higher", "least_ms_per_decode_step / the median of itl_ms", "row", "shown"),
+    "compiled_registers": Metric(
+        "registers", "lower", "registers of one thread of a compiled kernel (ptxas)", "compiled", "exact"
+    ),
+    "compiled_spill_bytes": Metric(
+        "bytes", "lower", "registers' worth that one thread keeps in memory instead", "compiled", "exact"
+    ),
+    "compiled_shared_bytes": Metric(
+        "bytes", "lower", "shared memory of one program of a compiled kernel", "compiled", "exact"
+    ),
+}  # fmt: skip
+
+
+def named(*sources: str, kind: str | None = None) -> dict[str, Metric]:
+    """The entries of METRICS of any of these `sources`, and of this `kind` where one is said, in their order."""
+    return {
+        name: metric for name, metric in METRICS.items() if metric.source in sources and kind in (None, metric.kind)
+    }
+
+
+def sample_values(name: str, sample: Mapping[str, Any], requests: int) -> list[float]:
+    """The values of a metric of source "sample" in one repetition of so many prompts: one for each step of `itl_ms`,
+    one of any other; none where the repetition has none."""
+    return (METRICS[name].take or _stored(name))(sample, requests)
+
+
+def required_of_samples() -> list[str]:
+    """The metrics that every sample has to have, under their own names."""
+    return [name for name, metric in named("sample").items() if not metric.optional]
+
+
+def tails_of(name: str) -> list[str]:
+    """The keys of the tails that are declared of a sampled metric, such as `p95`."""
+    return [metric.tail[1] for metric in named("tail").values() if metric.tail and metric.tail[0] == name]
 
 
 def sample_metrics(token_times_ms: Sequence[float], requests: int, total_ms: float) -> dict[str, Any]:

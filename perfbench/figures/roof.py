@@ -11,10 +11,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from perfbench.errors import PerfbenchError, nearest
+from perfbench.methods.dtypes import DTYPES
 from perfbench.methods.shape import MODULES, BackboneShape
 from perfbench.spec.backbone_config import parameter_count
-
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def decode_step(
     `prompt_tokens`: of each request; `plan`: one tenant's adapter, sizes only (None: none); `served`: the tenant of
     each request that has one.
     """
-    shape, size = BackboneShape.of_config(config), ITEM_BYTES[dtype]
+    shape, size = BackboneShape.of_config(config), DTYPES[dtype].bytes
     lengths, tenants = list(prompt_tokens), list(served)
     rows = len(lengths) * beams
     embedding = shape.vocab * shape.hidden
@@ -132,37 +131,60 @@ def decode_step(
     )
 
 
+def least_s_of_step(first: Work, last: Work, step: int, steps: int, device: Device, dtype: str) -> float:
+    """The least seconds of one `step` of `steps` in a row, counted from 0: what a step reads and computes grows by the
+    same each time."""
+    part = step / (steps - 1) if steps > 1 else 1.0
+    found_bytes, found_flops = (
+        start + (end - start) * part for start, end in ((first.bytes, last.bytes), (first.flops, last.flops))
+    )
+    return max(found_bytes / device.bytes_per_s, found_flops / device.flops_per_s[dtype])
+
+
 # A vendor's figures can't be beaten. One that was measured on a machine that others use too may be a bad moment's.
 _MARGIN_OF_A_MEASUREMENT = 3.0
 
 
-def least_ms(comparison: Mapping[str, Any], exact: Mapping[str, Any] | None) -> float | None:
-    """The least time of the last decode step of a case on the device of its comparison; None where something is not
-    known. exact: the case's figures of a step."""
-    roof, exact = comparison.get("roof"), exact or {}
+def least_ms(comparison: Mapping[str, Any], case: Mapping[str, Any]) -> float | None:
+    """The median of the least times of a case's decode steps on the device of its comparison; None where something is
+    not known.
+
+    No median of measured steps can be below it: each step takes its own bound at least, and so does the middle one.
+    """
+    roof, exact, load = comparison.get("roof"), case["exact"] or {}, comparison["workload"]
     if not roof or exact.get("bytes_per_decode_step") is None or exact.get("least_flops_per_decode_step") is None:
         return None
-    if comparison["dtype"] not in roof["flops_per_s"]:
+    steps = load.get("new_tokens", 1) - 1
+    if comparison["dtype"] not in roof["flops_per_s"] or steps < 1:
         return None
-    work = Work(exact["bytes_per_decode_step"], 0, 0, exact["least_flops_per_decode_step"])
+    last = Work(exact["bytes_per_decode_step"], 0, 0, exact["least_flops_per_decode_step"])
+    flops = exact.get("least_flops_per_first_decode_step")
+    if exact.get("bytes_per_first_decode_step") is None or flops is None:
+        first = _first_of_an_older_run(last, load, case.get("memory") or {})
+    else:
+        first = Work(exact["bytes_per_first_decode_step"], 0, 0, flops)
     device = Device(**{field.name: roof[field.name] for field in fields(Device)})
-    return work.least_s(device, comparison["dtype"]) * 1e3
+    middle = ((steps - 1) // 2, steps // 2)  # the bounds only grow
+    return sum(least_s_of_step(first, last, step, steps, device, comparison["dtype"]) for step in middle) / 2 * 1e3
 
 
 def impossible(comparison: Mapping[str, Any], case: Mapping[str, Any]) -> str | None:
-    """Why a measured case can't have been so fast, in a line; None where it can.
-
-    Of the last step's bytes, which are known, at most those of the tokens generated since fall away for the first one.
-    """
-    last_ms = least_ms(comparison, case["exact"])
-    if last_ms is None or not case["summary"]:
+    """Why a measured case can't have been so fast, in a line; None where it can."""
+    least = least_ms(comparison, case)
+    if least is None or not case["summary"]:
         return None
-    load = comparison["workload"]
+    least /= _MARGIN_OF_A_MEASUREMENT if comparison["roof"]["memory_bytes"] is None else 1.0
+    measured = case["summary"]["itl_ms"]["median"]
+    if measured >= least:
+        return None
+    return f"a step took {measured:.3g} ms, and what it must read takes {least:.3g} ms at least on this device"
+
+
+def _first_of_an_older_run(last: Work, load: Mapping[str, Any], memory: Mapping[str, Any]) -> Work:
+    """At most the first step's work: of the last one's cache, the part of the tokens generated since falls away."""
     # Prompts out of a file may be shorter than the length to which they are cut.
     prompt_tokens = 1 if load.get("prompts") else load.get("prompt_tokens") or 1
-    margin = _MARGIN_OF_A_MEASUREMENT if comparison["roof"]["memory_bytes"] is None else 1.0
-    first_ms = last_ms * prompt_tokens / (prompt_tokens + load["new_tokens"] * load["beams"]) / margin
-    median_ms = case["summary"]["itl_ms"]["median"]
-    if median_ms >= first_ms:
-        return None
-    return f"a step took {median_ms:.3g} ms, and what it must read takes {first_ms:.3g} ms at least on this device"
+    generated = load["new_tokens"] * load.get("beams", 1)
+    part = generated / (prompt_tokens + generated)
+    cache = min(last.bytes, memory.get("kv_cache_bytes") or last.bytes)
+    return Work(int(last.bytes - cache * part), 0, 0, int(last.flops * (1 - part)))

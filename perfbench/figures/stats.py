@@ -37,6 +37,17 @@ def summary(values: Sequence[float]) -> Interval:
     }
 
 
+# Key of a tail -> (the share of the values that lie at or below it, the fewest values that tell it).
+TAILS = {"p95": (0.95, 100), "p99": (0.99, 1000)}
+
+
+def tail(values: Sequence[float], key: str) -> float | None:
+    """The percentile of `values` that TAILS has under `key`, or their `median`; None where they are too few to tell:
+    beyond it lie fewer than five of 100 values, or ten of 1,000."""
+    share, least = TAILS.get(key, (0.5, 1))
+    return _percentile(sorted(values), share) if len(values) >= least else None
+
+
 def paired_ratios(samples: Iterable[Mapping[str, Any]], case_id: str, reference_id: str, metric: str) -> list[float]:
     """`metric` of `case_id` / that of `reference_id`, one ratio for each (process, round) that has both.
 

@@ -12,13 +12,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from perfbench.errors import FinetuneError, ScenarioError, TaskError, nearest
+from perfbench.errors import FinetuneError, ScenarioError, TaskError
 from perfbench.files.paths import expanded
 from perfbench.files.yaml_source import Place, Source, assign, dotted, of_values, parse, read
 from perfbench.finetune.tasks.registry import TASKS, find
-from perfbench.finetune.trained import TRAINED, options_of
+from perfbench.finetune.trained import find as find_method
+from perfbench.finetune.trained import options_of
+from perfbench.finetune.trained_table import trainable, unknown_method
+from perfbench.methods.options import LAYERS
+from perfbench.spec.option_schema import schema_of
 from perfbench.spec.scenario import frozen
-from perfbench.spec.scenario_schema import DEVICES, LAYERS, METHOD_OPTIONS, first_written, problems
+from perfbench.spec.scenario_schema import DEVICES, first_written, problems
 
 DTYPES = ("fp32", "bf16")
 TOO_LONG = {
@@ -81,25 +85,6 @@ _EXPONENT = re.compile(r"\d+(\.\d+)?[eE]-?\d{1,3}")
 _COUNT = {"type": "integer", "minimum": 1}
 _EXAMPLES = {"type": ["integer", "null"], "minimum": 1, "description": "at most so many; default: all"}
 _TEXT = {"type": "string", "minLength": 1}
-_SIZE = {"type": "integer", "minimum": 1, "maximum": 1 << 16}
-
-# Method -> option -> what it may be, of those that are only ever trained; scenario_schema has the others'.
-BASELINE_OPTIONS: dict[str, dict[str, Any]] = {
-    "adalora": {"initial_rank": _SIZE, "rank": _SIZE},
-    "prompt-tuning": {"tokens": _SIZE},
-    "p-tuning": {"tokens": _SIZE, "dim": _SIZE},
-    "p-tuning-v2": {"tokens": _SIZE},
-    "houlsby": {"bottleneck": _SIZE},
-    "learned-adapter": {"bottleneck": _SIZE},
-    "bitfit": {},
-    "ssp": {
-        "rank": _SIZE,
-        "bottleneck": _SIZE,
-        "budget": {"type": ["integer", "null"], "minimum": 1},
-        "search_share": {"type": "number", "minimum": 0.01, "maximum": 1},
-    },
-    "full": {},
-}
 
 # The only place that lists keys, types and ranges; names of tasks and methods come from their registries.
 SCHEMA: dict[str, Any] = {
@@ -207,11 +192,11 @@ def _method(source: Source, value: Any, path: Path) -> tuple[str, dict[str, Any]
     """(name, options) of `name` or `{name: options}`; a FanLoRA setting's file is read."""
     name, options = (value, {}) if isinstance(value, str) else next(iter(value.items()))
     place: Place = ("method",) if isinstance(value, str) else ("method", name)
-    if name not in TRAINED:
-        refuse(source, f"unknown method {name!r}; {nearest(name, TRAINED)}", *place)
+    if name not in trainable():
+        refuse(source, unknown_method(name), *place)
     if not isinstance(options, dict):
         refuse(source, f"expected a mapping of options, got {options!r}", *place)
-    known = {key: schema for key, schema in (METHOD_OPTIONS | BASELINE_OPTIONS)[name].items() if key != "adapters"}
+    known = {key: rules for key, rules in schema_of(find_method(name).options).items() if key != "adapters"}
     schema = {"type": "object", "properties": known, "additionalProperties": False, "title": "option"}
     if found := problems(options, schema):
         refuse(source, found[0].message, *place, *found[0].place)

@@ -24,6 +24,7 @@ from perfbench.finetune.finetune_config import FinetuneConfig
 from perfbench.finetune.finetune_schema import problem_of_finetune
 from perfbench.machine import environment
 from perfbench.run_folder.run_directory import MANIFEST, SCHEMA_VERSION, RunDirectory
+from perfbench.spec import method_plugins
 
 KIND = "finetune"
 # Of a seed: what there is before it was trained.
@@ -75,6 +76,7 @@ class FinetuneFolder:
             "finished_at": None,
             "config": config.to_json(),
             "environment": environment.collect(device_kind, threads),
+            "plugins": method_plugins.as_json(),
             "processes": processes,
             "examples": dict(examples),
             "seeds": {str(seed): dict(PENDING) for seed in config.seeds},
@@ -151,3 +153,4 @@ class FinetuneFolder:
             out.flush()
             os.fsync(out.fileno())
         temporary.replace(file)
+        self._directory.samples_replaced()

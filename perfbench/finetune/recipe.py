@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from perfbench.errors import FinetuneError, TaskError
-from perfbench.finetune import small_backbone, trained
+from perfbench.finetune import checkpoint, small_backbone, trained
 from perfbench.finetune.encoding import Collator, Encoded, encode_split, fits
 from perfbench.finetune.finetune_config import FinetuneConfig
 from perfbench.finetune.finetune_folder import FinetuneFolder
@@ -29,7 +29,7 @@ from perfbench.finetune.predict import predict
 from perfbench.finetune.tasks.registry import find, load_splits
 from perfbench.finetune.tasks.task import Example, Split, Task
 from perfbench.finetune.tasks.task_metrics import METRICS
-from perfbench.finetune.trainer import AdapterTrainer, NotFinite, last_checkpoint, training_arguments
+from perfbench.finetune.trainer import AdapterTrainer, NotFinite, training_arguments
 from perfbench.machine.device import device_kind
 from perfbench.measure.on_device.memory import peak_resident_bytes, reset_peak_resident
 from perfbench.progress import RunProgress
@@ -217,11 +217,9 @@ class _Seed:
             record=self._record,
             passed=self._passed,
         )
-        found = last_checkpoint(self._place / CHECKPOINTS)
-        if self.processes.is_main_process:
-            self.folder.cut_samples(self.seed, found[1] if found else 0)
+        start = self._start()
         try:
-            trainer.go_on(found[0] if found else None)
+            trainer.go_on(start)
         except NotFinite as error:
             entry.update(status="not_finite", reason=str(error))
             if self.processes.is_main_process:
@@ -244,6 +242,16 @@ class _Seed:
         if self.processes.is_main_process:
             self.folder.write()
             shutil.rmtree(self._place / CHECKPOINTS, ignore_errors=True)
+
+    def _start(self) -> Path | None:
+        """The last whole checkpoint; says what it passes over, and drops the samples that will be written again."""
+        start, torn = checkpoint.last_whole(self._place / CHECKPOINTS)
+        step = checkpoint.step_of(start) if start else 0
+        for one in torn:
+            self.progress.warn(f"{one}; seed {self.seed} goes on from {f'step {step}' if step else 'its beginning'}")
+        if self.processes.is_main_process:
+            self.folder.cut_samples(self.seed, step)
+        return start
 
     def _judge(self, entry: dict[str, Any]) -> None:
         """Every process predicts its share of the test set with the best adapter; the main one writes them down."""

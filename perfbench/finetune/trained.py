@@ -1,4 +1,4 @@
-"""The table of methods that are trained: how one is put on a model, saved, loaded, and how many parameters it has.
+"""The methods that are trained: how one is put on a model, saved, loaded, and how many parameters it has.
 
     module = trained.attach(model, "para", None, seed=0)    # a module to train; `model` is changed in place
     trained.begin(module, steps=1000)                       # before the first optimiser step
@@ -13,11 +13,13 @@ A method of PEFT's, or one that perfbench adds to PEFT's types, also works with 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +29,15 @@ from peft.utils.peft_types import PeftType
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perfbench.errors import AdapterError, FinetuneError, nearest
-from perfbench.finetune.baselines import bitfit, full, houlsby, learned_adapter, peft_own, ssp
+from perfbench.finetune.baselines import peft_own, ssp
+from perfbench.finetune.trained_table import BASELINES, trainable, unknown_method
 from perfbench.methods import parameters
 from perfbench.methods.checkpoints import adapter_folder
-from perfbench.methods.registry import (
-    FanLoraOptions,
-    Ia3Options,
-    Ia3OriginalOptions,
-    LoraOptions,
-    ParaOptions,
-)
+from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
-from perfbench.peft.fanlora import fanlora_config
-from perfbench.peft.para import ParaConfig
-from perfbench.peft.projected_ia3 import ProjectedIa3Config
+
+# Their configurations are types of PEFT's once these are imported, which `load` needs for a folder of theirs.
+from perfbench.peft import para, projected_ia3  # noqa: F401
 
 # (model, shape, options) -> the module to train
 Attach = Callable[[Any, BackboneShape, Any], Any]
@@ -48,64 +45,30 @@ Attach = Callable[[Any, BackboneShape, Any], Any]
 
 @dataclass(frozen=True)
 class TrainedMethod:
-    """One line of the table. served: whether `perfbench.methods` serves what is saved."""
+    """How one method is trained, and with which options."""
 
     options: type[Any]
     attach: Attach
-    served: bool
-    summary: str
+
+
+def find(name: str) -> TrainedMethod:
+    """The method called `name`. FinetuneError with the nearest name on one that is unknown or can't be trained."""
+    if name in BASELINES:
+        baseline = BASELINES[name]
+        file = importlib.import_module(f"perfbench.finetune.baselines.{baseline.file}")
+        made = getattr(file, baseline.attach)
+        return TrainedMethod(getattr(file, baseline.options), _peft(made) if baseline.by_peft else made)
+    if name not in trainable():
+        raise FinetuneError(f"method: {unknown_method(name)}")
+    method = METHODS[name]
+    module, function = str(method.trained_by).split(":")
+    config = getattr(importlib.import_module(module), function)
+    return TrainedMethod(method.options, _peft(partial(config, parameters.implementation(name))))
 
 
 def _peft(config: Callable[[BackboneShape, Any], peft.PeftConfig]) -> Attach:
     """A method that PEFT puts on the model, by its configuration."""
     return lambda model, shape, options: peft.get_peft_model(model, config(shape, options))
-
-
-def _para(shape: BackboneShape, options: ParaOptions) -> ParaConfig:
-    return ParaConfig(task_type="CAUSAL_LM", rank=options.rank, pool=options.pool)
-
-
-def _ia3(shape: BackboneShape, options: Ia3Options) -> ProjectedIa3Config:
-    return ProjectedIa3Config(task_type="CAUSAL_LM", dim=options.dim)
-
-
-TRAINED: dict[str, TrainedMethod] = {
-    "lora": TrainedMethod(LoraOptions, _peft(peft_own.lora_config), True, "LoRA on all seven linears, rank 4"),
-    "fanlora": TrainedMethod(FanLoraOptions, _peft(fanlora_config), True, "LoRA on the linears that a setting keeps"),
-    "ia3": TrainedMethod(Ia3Options, _peft(_ia3), True, "(IA)3, the papers' variant: scales 1 + z P on Q, K, Up"),
-    "ia3-original": TrainedMethod(
-        Ia3OriginalOptions, _peft(peft_own.ia3_original_config), True, "(IA)3: scales on K, V, down's input"
-    ),
-    "para": TrainedMethod(ParaOptions, _peft(_para), True, "scales on Q, V, Up made from the prompt"),
-    "adalora": TrainedMethod(
-        peft_own.AdaLoraOptions, _peft(peft_own.adalora_config), False, "LoRA that gives up half of its ranks"
-    ),
-    "prompt-tuning": TrainedMethod(
-        peft_own.PromptTuningOptions, _peft(peft_own.prompt_tuning_config), False, "soft tokens before the prompt"
-    ),
-    "p-tuning": TrainedMethod(
-        peft_own.PTuningOptions, _peft(peft_own.p_tuning_config), False, "soft tokens that an encoder makes"
-    ),
-    "p-tuning-v2": TrainedMethod(
-        peft_own.PTuningV2Options, _peft(peft_own.p_tuning_v2_config), False, "soft keys and values in every layer"
-    ),
-    "houlsby": TrainedMethod(
-        houlsby.HoulsbyOptions, houlsby.attach, False, "bottlenecks after attention and after the FFN"
-    ),
-    "learned-adapter": TrainedMethod(
-        learned_adapter.LearnedAdapterOptions, learned_adapter.attach, False, "a bottleneck beside each layer"
-    ),
-    "bitfit": TrainedMethod(bitfit.BitFitOptions, bitfit.attach, False, "a bias on each linear"),
-    "ssp": TrainedMethod(ssp.SspOptions, ssp.attach, False, "searched places for LoRA, adapters, biases, scales"),
-    "full": TrainedMethod(full.FullOptions, full.attach, False, "every weight of the backbone"),
-}
-
-
-def find(name: str) -> TrainedMethod:
-    """The method called `name`. FinetuneError with the nearest name on an unknown one."""
-    if name not in TRAINED:
-        raise FinetuneError(f"method: unknown method {name!r}; {nearest(name, TRAINED)}")
-    return TRAINED[name]
 
 
 def options_of(name: str, options: Any) -> Any:
@@ -245,7 +208,7 @@ _OURS = "PERFBENCH"
 def _load_ours(model: Any, folder: Path, trainable: bool) -> Any:
     config, tensors = adapter_folder.read(folder, _OURS)
     path = folder / adapter_folder.WEIGHTS
-    if config.get("method") not in TRAINED:
+    if config.get("method") not in BASELINES:
         raise AdapterError(f"{folder / adapter_folder.CONFIG}: method: got {config.get('method')!r}, which is unknown")
     name, options = config["method"], config.get("options")
     with torch.device("meta"):
@@ -269,7 +232,7 @@ def _check(folder: Path, kind: Any, shape: BackboneShape) -> None:
     """AdapterError unless the folder holds a whole adapter of a known type for a backbone of this shape."""
     if kind in _SERVED:
         name = _SERVED[kind]
-        parameters.implementation(name).load(folder, shape, TRAINED[name].options())
+        parameters.implementation(name).load(folder, shape, METHODS[name].options())
         return
     if kind not in PeftType.__members__:
         raise AdapterError(f"{folder / adapter_folder.CONFIG}: peft_type: got {kind!r}, which can't be loaded")

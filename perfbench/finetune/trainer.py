@@ -1,17 +1,16 @@
 """Hugging Face's Trainer, with what a comparison of adapters needs on top of it.
 
 The loop, the optimiser, the devices and the resumption are Trainer's and Accelerate's. Added are: checkpoints of what
-is trained only, whole or not there; the best adapter kept on disk; an end when the dev loss no longer falls or a loss
-is not finite; seconds and tokens.
+is trained only, sealed by checksums and without pickle; the best adapter kept on disk; an end when the dev loss no
+longer falls or a loss is not finite; seconds and tokens.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from perfbench.errors import FinetuneError
-from perfbench.finetune import trained
+from perfbench.finetune import checkpoint, trained
 from perfbench.finetune.finetune_config import FinetuneConfig
 
-WEIGHTS = "trainable.safetensors"
-# Written last: a checkpoint without it was torn by a kill.
-COMPLETE = "complete"
-TRAINER_STATE = "trainer_state.json"
 LOG_EVERY_STEPS = 10
 
 
@@ -119,14 +114,14 @@ class AdapterTrainer(Trainer):
         done, best = self.evaluations(), self.best()
         return best is not None and len(done) - 1 - done.index(best) >= self.patience
 
-    def go_on(self, checkpoint: Path | None) -> None:
-        """Trains, from `checkpoint` on where there is one; nothing is left to do where it ended by patience."""
-        if checkpoint is not None:
-            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+    def go_on(self, start: Path | None) -> None:
+        """Trains, from the checkpoint `start` where there is one; nothing is left to do where it ended by patience."""
+        if start is not None:
+            self.state = TrainerState.load_from_json(str(start / checkpoint.TRAINER_STATE))
             self.start_clock()
             if self.out_of_patience():
                 return
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        self.train(resume_from_checkpoint=None if start is None else str(start))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's; then keeps the best adapter, asks for a checkpoint, and stops where patience is at its end."""
@@ -205,10 +200,33 @@ class AdapterTrainer(Trainer):
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         state = trained.training_state(self.accelerator.unwrap_model(self.model))
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / checkpoint.WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._to_restore = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        self._to_restore = load_file(Path(resume_from_checkpoint) / checkpoint.WEIGHTS)
+
+    # Trainer's own write pickle, and what they don't find when they read they leave at its start, without a word.
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            checkpoint.write_optimiser(Path(output_dir), self.optimizer, self.lr_scheduler)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
+        if checkpoint_dir is not None:
+            checkpoint.read_optimiser(Path(checkpoint_dir), self.optimizer, self.lr_scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        checkpoint.write_random(Path(output_dir), self.args.process_index)
+
+    def _load_rng_state(self, checkpoint_dir: str | None) -> None:
+        if checkpoint_dir is not None:
+            checkpoint.read_random(Path(checkpoint_dir), self.args.process_index)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        assert self.accelerator.scaler is None  # fp32 and bf16 need none
+
+    def _load_scaler(self, checkpoint_dir: str | None) -> None:
+        assert self.accelerator.scaler is None
 
     def begin(self) -> None:
         """Called when training begins: tells the method how long it will be, and puts back what a checkpoint had."""
@@ -219,14 +237,15 @@ class AdapterTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._pause()
+        here = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero() and here.exists():
+            shutil.rmtree(here)  # a torn one, whose step was done again
+        self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            here = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            (here / COMPLETE).touch()
-            for other in checkpoints_in(here.parent):
-                if other != here:
-                    shutil.rmtree(other)
+            checkpoint.seal(here, self.state.global_step)
+            checkpoint.keep_two(here)
         self._go_on()
 
 
@@ -255,18 +274,3 @@ class _StepsAndEpochs(TrainerCallback):
         done = self.trainer.evaluations()
         if not done or done[-1]["step"] != state.global_step:
             control.should_evaluate = True
-
-
-def checkpoints_in(folder: Path) -> Sequence[Path]:
-    """Every checkpoint in `folder`, torn ones too, by step."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """The newest whole checkpoint in `folder` and its step; None where there is none."""
-    for path in reversed(checkpoints_in(folder)):
-        if (path / COMPLETE).exists():
-            state = json.loads((path / TRAINER_STATE).read_text(encoding="utf-8"))
-            return path, state["global_step"]
-    return None

@@ -16,8 +16,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from perfbench.errors import ComparisonError
-from perfbench.gate.figures import COMPILED, TIMED
+from perfbench.errors import ComparisonError, nearest
+from perfbench.gate.figures import compiled, sampled
 from perfbench.gate.gate_report import Finding, Measured, Report, judge
 from perfbench.gate.judgement import judge_exact, judge_figure, judge_presence, timed_finding
 from perfbench.gate.pairs import (
@@ -74,6 +74,12 @@ def compare_revisions(plan: Plan) -> Report:
         raise ComparisonError(f"{plan.scenario}: no such file; give a scenario")
     if not plan.record:
         check_size(plan.pairs)
+    for primary in plan.policy.primary:
+        if primary.figure not in sampled():
+            raise ComparisonError(
+                f"{primary.figure}: expected a figure of every repetition ({nearest(primary.figure, sampled())}): "
+                "a block is too short for a tail; `perfbench gate` judges tails between stored runs"
+            )
     _make_out(plan.out)
     with revisions(
         repository, {"baseline": plan.baseline, "candidate": plan.candidate}, cache_folder()
@@ -178,7 +184,7 @@ class _Session:
                 new = after["kernels"].get(kernel, {}).get(target, {})
                 findings += [
                     judge_figure(self.plan.policy, f"{kernel} on {target}", figure, resources[key], new.get(key))
-                    for figure, key in COMPILED.items()
+                    for figure, key in compiled().items()
                     if key in resources
                 ]
         return findings
@@ -250,7 +256,7 @@ class _Session:
         """Every timed figure of every case over all pairs, shown: the primary ones carry the verdict."""
         findings = []
         for case in cases:
-            for figure in TIMED:
+            for figure in sampled():
                 if (case, figure) in told or not self._all_have(case, figure):
                     continue
                 logs = [pair_slowdown(pair, figure, [case], "candidate") for pair in self.pairs]

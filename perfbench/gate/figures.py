@@ -1,52 +1,44 @@
-"""Which figures of a run are exact, which are timed, and which are shown and never gated. Free of torch.
+"""Which figures of a run the gate compares, and how. Free of torch.
 
-Definitions, units and which way is better are in `perfbench.figures.metrics.METRICS`.
+What each of them is, of which kind, and where it is found, is declared in `perfbench.figures.metrics.METRICS`.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from perfbench.errors import ComparisonError
-from perfbench.figures.metrics import METRICS, energy_mj_per_token
+from perfbench.figures.metrics import METRICS, PARTS, named, sample_values
+from perfbench.figures.stats import tail
 
-# Figure -> the part of a case in run.json that holds it. Two runs of one commit give the same value.
-EXACT: dict[str, str] = {
-    "parameters_per_tenant": "adapters",
-    "bytes_per_tenant": "adapters",
-    "aten_ops_per_decode_step": "exact",
-    "kernel_launches_per_decode_step": "exact",
-    "flops_per_decode_step": "exact",
-    "bytes_per_decode_step": "exact",
-    "least_flops_per_decode_step": "exact",
-    "kept_bound": "exact",
-    "peak_allocated_bytes": "memory",
-    "adapter_bytes": "memory",
-    "kv_cache_bytes": "memory",
-}
 
-# Figure -> the field of kernels/resources.json, for each kernel and target. Exact for one version of triton.
-COMPILED: dict[str, str] = {
-    "compiled_registers": "registers",
-    "compiled_spill_bytes": "spill_bytes",
-    "compiled_shared_bytes": "shared_bytes",
-}
+def exact() -> dict[str, str]:
+    """Figure -> the part of a case in run.json that holds it. Two runs of one commit give the same value."""
+    return {name: metric.source for name, metric in named(*PARTS, kind="exact").items()}
 
-# Taken once a run and noisy: shown, never gated.
-SHOWN: dict[str, str] = {
-    "peak_reserved_bytes": "memory",
-    "peak_device_bytes": "memory",
-    "peak_process_bytes": "memory",
-    "peak_resident_bytes": "memory",
-    "tenants_that_fit": "memory",
-    "admit_ms": "adapters",
-}
 
-# Sampled in every repetition; a process gives one value of each, the median over its repetitions.
-TIMED = ("decode_tokens_per_s", "tokens_per_s", "ttft_ms", "itl_ms", "total_ms", "energy_mj_per_token")
+def compiled() -> dict[str, str]:
+    """Figure -> the field of kernels/resources.json, for each kernel and target. Exact for one version of triton."""
+    return {name: name.removeprefix("compiled_") for name in named("compiled")}
+
+
+def shown() -> dict[str, str]:
+    """Figure -> the part of a case that holds it. Taken once a run and noisy: never gated."""
+    return {name: metric.source for name, metric in named(*PARTS, kind="shown").items()}
+
+
+def sampled() -> list[str]:
+    """Found in every repetition; a process, or a block, gives one value of each, the median over its repetitions."""
+    return list(named("sample", kind="timed"))
+
+
+def timed() -> list[str]:
+    """The sampled figures and their tails, of which a process gives one value over all its repetitions. The tails of
+    a block would be those of too few."""
+    return list(named("sample", "tail", kind="timed"))
 
 
 def case_figures(case: Mapping[str, Any], figures: Mapping[str, str]) -> dict[str, float | int | None]:
@@ -70,19 +62,32 @@ def _is_size(value: Any) -> bool:
 
 
 def sample_figures(sample: Mapping[str, Any], requests: int) -> dict[str, float]:
-    """The TIMED figures of one repetition: `itl_ms` as the median over its steps, energy where it was measured.
+    """The sampled figures of one repetition: `itl_ms` as the median over its steps, one that samples may lack where
+    it was measured.
 
     Raises ValueError where one is not a finite number > 0.
     """
-    figures = {name: sample[name] for name in ("decode_tokens_per_s", "tokens_per_s", "ttft_ms", "total_ms")}
-    figures["itl_ms"] = statistics.median(sample["itl_ms"])
-    if sample["energy_mj"]:  # 0 where the call was shorter than the meter's step
-        new_tokens = len(sample["itl_ms"]) + 1
-        figures["energy_mj_per_token"] = energy_mj_per_token(sample["energy_mj"], requests, new_tokens)
+    figures = {}
+    for name in sampled():
+        values = sample_values(name, sample, requests)
+        value = statistics.median(values) if values or not METRICS[name].optional else 0.0
+        if value or not METRICS[name].optional:  # energy is 0 where the call was shorter than the meter's step
+            figures[name] = value
     for name, value in figures.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}: expected a finite number > 0, got {value}")
     return figures
+
+
+def tail_figures(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The tails over all these repetitions of one process, those that their number tells."""
+    found = {}
+    for name, metric in named("tail", kind="timed").items():
+        of, key = metric.tail or ("", "")
+        value = tail([value for one in samples for value in sample_values(of, one, 1)], key)
+        if value is not None:
+            found[name] = value
+    return found
 
 
 def medians(figures: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -1,6 +1,5 @@
-"""A report for machines: what CI servers, dashboards and test tools read. Free of torch.
-
-FORMATS names them; each is a function from a report to text. Adding one is a function and a line.
+"""A gate's report in every format: those of `perfbench.report.formats`, and what CI servers, dashboards and test
+tools read, which FORMATS names. Free of torch.
 """
 
 from __future__ import annotations
@@ -8,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
@@ -16,7 +16,8 @@ from perfbench.figures.metrics import METRICS
 from perfbench.figures.stats import summary
 from perfbench.files.plain_text import one_line
 from perfbench.gate.gate_report import Finding, Report
-from perfbench.gate.text import change_words, markdown, unit_of
+from perfbench.gate.text import change_words, columns_of, markdown, print_report, sides, unit_of
+from perfbench.report import formats
 
 # What GitHub shows of one kind of annotation per step; the rest would be dropped in silence.
 MAX_ANNOTATIONS = 10
@@ -222,9 +223,53 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
-# What --write takes -> the text of a report.
+@dataclass(frozen=True)
+class Judged:
+    """A report as a Subject of `report.formats`."""
+
+    report: Report
+
+    def print(self, console: Any) -> None:
+        """What `gate` prints."""
+        print_report(self.report, console=console)
+
+    def markdown(self) -> str:
+        """For a pull request or a step's summary."""
+        return markdown(self.report)
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each finding."""
+        return [
+            {name: one_line(value) if isinstance(value, str) else value for name, value in vars(one).items()}
+            for one in self.report.findings
+        ]
+
+    def page(self) -> str:
+        """The verdict and every finding."""
+        from perfbench.report.page import page
+
+        columns = columns_of("")
+        table = {
+            "caption": "",
+            "columns": columns,
+            "rows": [[of.cell(one) for of in columns] for one in self.report.findings],
+        }
+        lines = [one_line(f"{one.case} {one.figure}: {one.note}") for one in self.report.findings if one.note]
+        return page(
+            title=one_line(self.report.headline),
+            lead=[one_line(line) for line in sides(self.report)],
+            notices=[one_line(note) for note in self.report.notes],
+            comparisons=[{"title": "Every figure", "tables": [table], "lines": lines, "charts": None}],
+            comparisons_title="What was compared",
+            open_first=1,
+            charts=[],
+            colors={},
+        )
+
+
+# What readers of a CI server, of a dashboard or of a test tool take; every other word of --write is one of
+# `report.formats.FORMATS`.
 FORMATS: dict[str, Callable[[Report], str]] = {
-    "markdown": markdown,
     "junit": junit,
     "annotations": github_annotations,
     "github-benchmark-bigger": lambda report: _custom(report, bigger=True),
@@ -233,3 +278,13 @@ FORMATS: dict[str, Callable[[Report], str]] = {
     "pytest-benchmark": pytest_benchmark,
     "json": as_json,
 }
+
+
+def names() -> list[str]:
+    """Every format of a report."""
+    return list(dict.fromkeys((*FORMATS, *formats.FORMATS)))
+
+
+def written(report: Report, name: str) -> str | bytes:
+    """`report` in one of `names`. PerfbenchError where it can't be had in it."""
+    return FORMATS[name](report) if name in FORMATS else formats.rendered(Judged(report), name)

@@ -7,8 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from perfbench import exit_codes
+
 # Verdict -> exit code of the process.
-EXIT_CODES = {"pass": 0, "regression": 1, "invalid": 2, "inconclusive": 3, "fault": 4}
+EXIT_CODES = {
+    "pass": exit_codes.OK,
+    "regression": exit_codes.FAILED,
+    "invalid": exit_codes.BAD_INPUT,
+    "inconclusive": exit_codes.INCONCLUSIVE,
+    "fault": exit_codes.FAULT,
+}
 
 WORDS = {
     "pass": "PASS",

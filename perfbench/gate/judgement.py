@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from perfbench.figures.metrics import METRICS
-from perfbench.gate.figures import EXACT, case_figures, change
+from perfbench.gate.figures import case_figures, change, exact
 from perfbench.gate.gate_report import Finding
 from perfbench.gate.policy import Policy, Primary
 from perfbench.gate.rank_bounds import Bound
@@ -65,19 +65,43 @@ def _because(case: Mapping[str, Any]) -> str:
 
 
 def judge_exact(
-    policy: Policy, case_id: str, baseline: Mapping[str, Any], candidate: Mapping[str, Any]
+    policy: Policy, case_id: str, baseline: Mapping[str, Any], candidate: Mapping[str, Any], differs: str = ""
 ) -> list[Finding]:
-    """Every exact figure that either side has, of one case that both have measured."""
-    before, after = case_figures(baseline, EXACT), case_figures(candidate, EXACT)
-    return [
-        judge_figure(policy, case_id, figure, before[figure], after[figure])
-        for figure in EXACT
+    """Every exact figure that either side has, of one case that both have measured. `differs`: what of the machines
+    differs on which some of these depend, in words: those are then shown and not judged."""
+    figures = exact()
+    before, after = case_figures(baseline, figures), case_figures(candidate, figures)
+    findings = [
+        judge_figure(policy, case_id, figure, before[figure], after[figure], _contradiction(figure, before, after))
+        for figure in figures
         if not (before[figure] is None and after[figure] is None)
     ]
+    why = f"not gated: it depends on the machine ({differs})"
+    return [_with(one, "shown", why) if differs and METRICS[one.figure].one_machine else one for one in findings]
 
 
-def judge_figure(policy: Policy, case_id: str, figure: str, before: float | None, after: float | None) -> Finding:
-    """One exact figure: worse than its tolerance fails, and so does any change of one with no better or worse."""
+def _contradiction(figure: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """Why the candidate's figure, one that changed, can't be so, whatever is better; None where it can."""
+    value, least = after[figure], after["least_flops_per_decode_step"]
+    if value is None or value == before[figure]:
+        return None
+    if value == 0:
+        return "nothing is left of what the baseline has"
+    if figure == "flops_per_decode_step" and least is not None and value < least:
+        return f"fewer than the {least:,} that the step can't do without"
+    return "no arm reads less than the bare backbone" if figure == "kept_bound" and value > 1 else None
+
+
+def judge_figure(
+    policy: Policy,
+    case_id: str,
+    figure: str,
+    before: float | None,
+    after: float | None,
+    contradiction: str | None = None,
+) -> Finding:
+    """One exact figure: worse than its tolerance fails, and so do any change of one with no better or worse, and a
+    value of which a `contradiction` says why it can't be so."""
     relative = relative_change(before, after)
 
     def found(status: str, note: str = "") -> Finding:
@@ -87,6 +111,9 @@ def judge_figure(policy: Policy, case_id: str, figure: str, before: float | None
         return found("shown", f"not gated: {reason}")
     if after is None:
         return found("fail", f"was {before:,}, and the candidate has no such figure")
+    if contradiction is not None:
+        was = "new" if before is None else f"{before:,}"
+        return found("fail", f"contradictory: {was} -> {after:,}, {contradiction}; find out how it was counted")
     if before is None:
         return found("shown", "new: the baseline has no such figure")
     tolerance, reason = policy.tolerance(figure, case_id)

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from perfbench import crash_report
+from perfbench import crash_report, exit_codes
 from perfbench.errors import PerfbenchError, nearest
 from perfbench.files.plain_text import printable
-from perfbench.gate.formats import FORMATS, github_annotations
+from perfbench.gate.formats import github_annotations, names, written
 from perfbench.gate.gate_report import Report
 from perfbench.gate.text import markdown, print_report
 
-# (format of FORMATS, file)
+# (one of `formats.names`, file)
 Writes = Sequence[tuple[str, Path]]
 
 
@@ -28,8 +28,8 @@ def writes_of(values: Sequence[str]) -> Writes:
         name, equals, file = value.partition("=")
         if not equals or not file:
             raise PerfbenchError(f"--write {value}: expected FORMAT=FILE, such as junit=gate.xml")
-        if name not in FORMATS:
-            raise PerfbenchError(f"--write {value}: unknown format {name!r}; {nearest(name, FORMATS)}")
+        if name not in names():
+            raise PerfbenchError(f"--write {value}: unknown format {name!r}; {nearest(name, names())}")
         if not Path(file).parent.is_dir():
             raise PerfbenchError(f"--write {value}: no folder {Path(file).parent}; make it first")
         found.append((name, Path(file)))
@@ -57,7 +57,7 @@ def verdict_of(make: Callable[[], Report], writes: Writes) -> int:
     for message in failed:
         print(f"perfbench: {printable(message)}", file=sys.stderr)
     # A pass of which somebody's reader would see nothing is no pass.
-    return 2 if failed and report.exit_code == 0 else report.exit_code
+    return exit_codes.BAD_INPUT if failed and report.exit_code == exit_codes.OK else report.exit_code
 
 
 def _fault(error: Exception) -> Report:
@@ -89,22 +89,22 @@ def _write_all(report: Report, writes: Writes) -> list[str]:
     failed = []
     for name, file in writes:
         try:
-            text = FORMATS[name](report)
+            content = written(report, name)
         except PerfbenchError as error:
             if report.verdict in ("invalid", "fault"):
                 file.unlink(missing_ok=True)
             else:
                 failed.append(str(error))
         else:
-            failed += _write(file, text)
+            failed += _write(file, content)
     return failed
 
 
-def _write(file: Path, text: str, *, append: bool = False) -> list[str]:
+def _write(file: Path, content: str | bytes, *, append: bool = False) -> list[str]:
     """What went wrong, in one line, or nothing."""
     try:
-        with file.open("a" if append else "w", encoding="utf-8") as out:
-            out.write(text)
+        with file.open("ab" if append else "wb") as out:
+            out.write(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         return [f"{file}: can't be written ({error.strerror})"]
     return []

@@ -26,7 +26,7 @@ from perfbench.errors import PolicyError, ScenarioError, nearest
 from perfbench.files import yaml_source
 from perfbench.files.plain_text import shown
 from perfbench.files.yaml_source import Place, Source, dotted
-from perfbench.gate.figures import COMPILED, EXACT, TIMED
+from perfbench.gate.figures import compiled, exact, timed
 
 MAX_PRIMARY = 2
 # Fewer than 6 values have no two-sided bound at 95%, of pairs or of two groups.
@@ -97,17 +97,17 @@ def load(path: Path | None) -> Policy:
 def _policy(source: Source) -> Policy:
     top = _mapping(source, (), source.values, ("exact", "timed", "overrides"))
     timed_fields = ("least_effect", "confidence", "implausible_gain", "min_processes", "primary")
-    timed = _mapping(source, ("timed",), top.get("timed", {}), timed_fields)
-    least_effect = _share(source, ("timed", "least_effect"), timed.get("least_effect", 0.03))
-    processes = timed.get("min_processes", LEAST_PROCESSES)
+    rules = _mapping(source, ("timed",), top.get("timed", {}), timed_fields)
+    least_effect = _share(source, ("timed", "least_effect"), rules.get("least_effect", 0.03))
+    processes = rules.get("min_processes", LEAST_PROCESSES)
     if not isinstance(processes, int) or isinstance(processes, bool) or processes < LEAST_PROCESSES:
         expected = f"an integer >= {LEAST_PROCESSES}, below which there is no bound"
         raise _refused(source, ("timed", "min_processes"), expected, processes)
     return Policy(
-        tolerances=dict.fromkeys((*EXACT, *COMPILED), 0.0) | _tolerances(source, ("exact",), top.get("exact", {})),
-        primary=_primary(source, timed.get("primary", [{"figure": "decode_tokens_per_s"}]), least_effect),
-        confidence=_share(source, ("timed", "confidence"), timed.get("confidence", 0.95)),
-        implausible_gain=_share(source, ("timed", "implausible_gain"), timed.get("implausible_gain", 0.3)),
+        tolerances=dict.fromkeys((*exact(), *compiled()), 0.0) | _tolerances(source, ("exact",), top.get("exact", {})),
+        primary=_primary(source, rules.get("primary", [{"figure": "decode_tokens_per_s"}]), least_effect),
+        confidence=_share(source, ("timed", "confidence"), rules.get("confidence", 0.95)),
+        implausible_gain=_share(source, ("timed", "implausible_gain"), rules.get("implausible_gain", 0.3)),
         min_processes=processes,
         overrides=tuple(
             _override(source, ("overrides", index), value)
@@ -127,8 +127,8 @@ def _primary(source: Source, values: Any, least_effect: float) -> tuple[Primary,
         here = (*place, index)
         value = _mapping(source, here, value, ("figure", "cases", "least_effect"))
         figure = value.get("figure")
-        if figure not in TIMED:
-            expected = f"a timed figure ({nearest(str(figure), TIMED)})"
+        if figure not in timed():
+            expected = f"a timed figure ({nearest(str(figure), timed())})"
             raise _refused(source, (*here, "figure"), expected, figure)
         effect = _share(source, (*here, "least_effect"), value.get("least_effect", least_effect))
         found.append(Primary(figure, _text(source, (*here, "cases"), value.get("cases", "*")), effect))
@@ -149,7 +149,7 @@ def _override(source: Source, place: Place, value: Any) -> Override:
 
 
 def _tolerances(source: Source, place: Place, values: Any) -> dict[str, float]:
-    values = _mapping(source, place, values, (*EXACT, *COMPILED), what="exact figure")
+    values = _mapping(source, place, values, (*exact(), *compiled()), what="exact figure")
     found = {}
     for figure, value in values.items():
         here = (*place, figure)

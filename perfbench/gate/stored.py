@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from perfbench.errors import ComparisonError
-from perfbench.gate.figures import SHOWN, TIMED, case_figures, medians, sample_figures, slowdown
+from perfbench.figures.metrics import METRICS
+from perfbench.gate.figures import case_figures, medians, sample_figures, shown, slowdown, tail_figures, timed
 from perfbench.gate.gate_report import Finding, Measured, Report, judge
 from perfbench.gate.judgement import judge_bound, judge_exact, judge_presence, relative_change, timed_finding
+from perfbench.gate.machines import machine_differences, mapping_of, nearly, word, workspace_differences
 from perfbench.gate.policy import Policy, Primary
 from perfbench.gate.rank_bounds import Bound, rank_sum_bound
 from perfbench.run_folder.run_directory import MANIFEST, RunDirectory
+from perfbench.run_folder.run_schema import Manifest
 
-# Case -> one {figure: median over repetitions} for each process that measured it, in order.
+# Case -> one {figure: median, or tail, over repetitions} for each process that measured it, in order.
 Processes = dict[str, list[dict[str, float]]]
 
 
@@ -32,7 +34,7 @@ class Side:
     """
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     processes: Processes
     total_ms: Mapping[str, Sequence[float]]
     sm_clock_mhz: float | None
@@ -47,7 +49,7 @@ class Side:
     @property
     def label(self) -> str:
         """The path, and the commit where the run knows it."""
-        checkout = _dict(self.manifest["environment"].get("checkout"))
+        checkout = mapping_of(self.manifest["environment"].get("checkout"))
         commit = str(checkout.get("commit") or "")[:12]
         return f"{self.path}" + (f" ({commit}{', changed' if checkout.get('dirty') else ''})" if commit else "")
 
@@ -87,19 +89,23 @@ def _summarised(run: RunDirectory) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Sample:
-    """One valid repetition, its TIMED figures worked out."""
+    """One valid repetition as it was written, and its sampled figures worked out."""
 
     process: int
     figures: dict[str, float]
     sm_clock_mhz: float | None
+    written: Mapping[str, Any]
 
 
 def _by_process(own: Sequence[_Sample]) -> list[dict[str, float]]:
-    """The medians of each process, of one case's samples."""
-    groups: dict[int, list[dict[str, float]]] = defaultdict(list)
+    """The medians and the tails of each process, of one case's samples."""
+    groups: dict[int, list[_Sample]] = defaultdict(list)
     for one in own:
-        groups[one.process].append(one.figures)
-    return [medians(groups[process]) for process in sorted(groups)]
+        groups[one.process].append(one)
+    return [
+        medians(one.figures for one in group) | tail_figures([one.written for one in group])
+        for _, group in sorted(groups.items())
+    ]
 
 
 def _valid_samples(run: RunDirectory) -> dict[str, list[_Sample]]:
@@ -115,7 +121,7 @@ def _valid_samples(run: RunDirectory) -> dict[str, list[_Sample]]:
             if sample["void"] is None and sample["case"] in requests:
                 clock = None if sample["sm_clock_mhz"] is None else float(sample["sm_clock_mhz"])
                 figures = sample_figures(sample, requests[sample["case"]])
-                found[sample["case"]].append(_Sample(int(sample["process"]), figures, clock))
+                found[sample["case"]].append(_Sample(int(sample["process"]), figures, clock, sample))
         except (TypeError, ValueError, OverflowError) as error:  # StatisticsError is a ValueError
             raise ComparisonError(f"{run.samples_path}: sample {number}: {error}; run again") from None
     return found
@@ -161,6 +167,7 @@ def compare(
         )
     findings: list[Finding] = []
     common = []
+    differs = ", ".join(workspace_differences(baseline.manifest["environment"], candidate.manifest["environment"]))
     for case_id in dict.fromkeys([*baseline.cases, *candidate.cases]):
         before, after = baseline.cases.get(case_id), candidate.cases.get(case_id)
         samples = (baseline.valid.get(case_id), candidate.valid.get(case_id))
@@ -168,7 +175,7 @@ def compare(
         findings.append(presence)
         if presence.status == "pass" and before and after:
             common.append(case_id)
-            findings += judge_exact(policy, case_id, before, after)
+            findings += judge_exact(policy, case_id, before, after, differs)
             findings += _shown(case_id, before, after)
     if exact_only:
         notes.append("timed figures were not compared (--exact-only)")
@@ -183,10 +190,11 @@ def compare(
 
 
 def _shown(case_id: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Finding]:
-    old, new = case_figures(before, SHOWN), case_figures(after, SHOWN)
+    figures = shown()
+    old, new = case_figures(before, figures), case_figures(after, figures)
     return [
         Finding("exact", case_id, name, "shown", old[name], new[name], relative_change(old[name], new[name]))
-        for name in SHOWN
+        for name in figures
         if old[name] is not None or new[name] is not None
     ]
 
@@ -204,7 +212,10 @@ def _primary(policy: Policy, primary: Primary, baseline: Side, candidate: Side, 
     ours, theirs = (_over_cases(side.processes, cases, primary.figure) for side in (baseline, candidate))
     if not ours or not theirs:
         side = "baseline" if not ours else "candidate"
-        return [Finding("case", label, primary.figure, "fail", note=f"not measured in the {side}")]
+        why = f"not measured in the {side}"
+        if METRICS[primary.figure].tail:
+            why += f", or in too few repetitions of a process: {METRICS[primary.figure].definition}"
+        return [Finding("case", label, primary.figure, "fail", note=why)]
     values, bound = _bound(policy, primary.figure, ours, theirs)
     few = min(len(ours), len(theirs))
     if few < policy.min_processes:
@@ -224,7 +235,7 @@ def _each_timed(policy: Policy, baseline: Side, candidate: Side, common: Sequenc
     """Every timed figure of every case, shown: the primary ones carry the verdict."""
     findings = []
     for case in common:
-        for figure in TIMED:
+        for figure in timed():
             ours, theirs = (_over_cases(side.processes, [case], figure) for side in (baseline, candidate))
             if ours and theirs:
                 findings.append(timed_finding(case, figure, *_bound(policy, figure, ours, theirs)))
@@ -239,58 +250,20 @@ def _bound(
     return (statistics.median(ours), statistics.median(theirs)), rank_sum_bound(before, after, policy.confidence)
 
 
-# What a timed figure rests on -> where it stands in the environment. Versions of software are told, not refused:
-# what an upgrade costs is a thing that people gate.
-_MACHINE = (
-    ("device", ("device_kind",)),
-    ("CPU", ("cpu", "model")),
-    ("usable cores", ("cpu", "usable_cores")),
-    ("threads", ("cpu", "threads")),
-    ("CPU features", ("cpu", "isa")),
-    ("memory", ("cpu", "memory_bytes")),
-    ("highest CPU clock", ("cpu", "max_clock_mhz")),
-    ("frequency governor", ("cpu", "governor")),
-    ("limits", ("limits",)),
-)
-_GPU = ("name", "memory_bytes", "driver", "max_sm_clock_mhz", "power_limit_watts")
-# Memory that a virtual machine reports differs by some pages from boot to boot, and a clock by its steps.
-_SLACK = 0.02
-
-
-def machine_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What of hardware, driver and clocks differs between two environments of run.json, in words."""
-    found = []
-    for name, place in _MACHINE:
-        ours, theirs = _at(one, place), _at(other, place)
-        if ours != theirs and not (name == "memory" and _nearly(ours, theirs)):
-            found.append(f"{name} {_word(ours)} and {_word(theirs)}")
-    ours, theirs = _gpus(one), _gpus(other)
-    if len(ours) != len(theirs):
-        found.append(f"{len(ours)} and {len(theirs)} GPUs")
-    for number, (old, new) in enumerate(zip(ours, theirs, strict=False)):
-        found += [f"GPU {number} {key} {old[key]} and {new[key]}" for key in _GPU if old[key] != new[key]]
-    return found
-
-
-def _gpus(environment: Mapping[str, Any]) -> list[dict[str, Any]]:
-    gpus = environment.get("gpus")
-    return [{key: _at(gpu, (key,)) for key in _GPU} for gpu in gpus] if isinstance(gpus, list) else []
-
-
 def _machine_notes(baseline: Side, candidate: Side, *, refuse: bool) -> list[str]:
     """Notes on what differs beside the code. Raises ComparisonError where `refuse` and the machines differ."""
     ours, theirs = baseline.manifest["environment"], candidate.manifest["environment"]
     differences = machine_differences(ours, theirs)
     clocks = baseline.sm_clock_mhz, candidate.sm_clock_mhz
-    if clocks[0] != clocks[1] and not _nearly(*clocks):
-        differences.append(f"GPU clock while measuring {_word(clocks[0])} and {_word(clocks[1])} MHz")
+    if clocks[0] != clocks[1] and not nearly(*clocks):
+        differences.append(f"GPU clock while measuring {word(clocks[0])} and {word(clocks[1])} MHz")
     if differences and refuse:
         raise ComparisonError(
             f"{baseline.path} and {candidate.path}: the machines differ: {'; '.join(differences)}; "
             "measure both on one machine, or say --other-machine or --exact-only"
         )
     notes = [f"the machines differ: {'; '.join(differences)}"] if differences else []
-    old, new = (_dict(environment.get("versions")) for environment in (ours, theirs))
+    old, new = (mapping_of(environment.get("versions")) for environment in (ours, theirs))
     packages = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     changed = [f"{name} {old.get(name)} -> {new.get(name)}" for name in packages]
     if ours.get("python") != theirs.get("python"):
@@ -303,23 +276,3 @@ def _machine_notes(baseline: Side, candidate: Side, *, refuse: bool) -> list[str
         if baseline.manifest["scenario"].get(name) != candidate.manifest["scenario"].get(name)
     ]
     return [*notes, f"the scenario differs: {', '.join(settings)}"] if settings else notes
-
-
-def _at(environment: Mapping[str, Any], place: tuple[str, ...]) -> Any:
-    value: Any = environment
-    for key in place:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    """`value` where it is a mapping; what a foreign file has there instead says nothing."""
-    return value if isinstance(value, dict) else {}
-
-
-def _word(value: Any) -> str:
-    return "unknown" if value is None else str(value)
-
-
-def _nearly(one: Any, other: Any) -> bool:
-    return isinstance(one, int | float) and isinstance(other, int | float) and math.isclose(one, other, rel_tol=_SLACK)

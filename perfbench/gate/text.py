@@ -6,21 +6,20 @@ The verdict comes first. Names and reasons come from files that others wrote, so
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from perfbench.figures.metrics import METRICS
 from perfbench.files.plain_text import one_line
 from perfbench.gate.gate_report import Finding, Report
+from perfbench.report import tables
+from perfbench.report.formats import console_of
+from perfbench.report.tables import Column, grid
 
-WIDTH = 100
 _MAX_ROWS = 40
 # GitHub shows no step summary of more than 1 MiB: this much is left for all the rows, and so much for one text.
 _MAX_MARKDOWN = 600_000
 _MAX_TEXT = 600
-_COLUMNS = ("case", "figure", "baseline", "candidate", "change", "verdict")
-_LEFT = ("case", "figure", "verdict")
 
 
 def shared_prefix(names: Sequence[str]) -> str:
@@ -36,15 +35,20 @@ def _prefix(report: Report) -> str:
     return shared_prefix([one.case for one in report.findings if one.kind == "case" and not one.figure])
 
 
-def cells(finding: Finding, prefix: str) -> list[str]:
-    """The six cells of one finding, each in one line, without the cases' shared `prefix`."""
+def columns_of(prefix: str, name: Callable[[str], str] = str) -> list[Column]:
+    """The columns of a table of findings, each cell in one line, without the cases' shared `prefix`; `name` makes of
+    a case or a figure what a format shows as it is."""
     return [
-        one_line(finding.case.removeprefix(prefix)) or "-",
-        one_line(finding.figure) or "is measured",
-        _value(finding.baseline),
-        _value(finding.candidate),
-        change_words(finding),
-        finding.status.upper() if finding.status in ("fail", "inconclusive") else finding.status,
+        Column("case", lambda one: name(one_line(one.case.removeprefix(prefix)) or "-"), text=True),
+        Column("figure", lambda one: name(one_line(one.figure)) if one.figure else "is measured", text=True),
+        Column("baseline", lambda one: _value(one.baseline)),
+        Column("candidate", lambda one: _value(one.candidate)),
+        Column("change", change_words),
+        Column(
+            "verdict",
+            lambda one: one.status.upper() if one.status in ("fail", "inconclusive") else one.status,
+            text=True,
+        ),
     ]
 
 
@@ -77,7 +81,8 @@ def _is_carrying(finding: Finding) -> bool:
     return finding.status == "pass" or (finding.status == "shown" and bool(finding.note))
 
 
-def _sides(report: Report) -> Iterator[str]:
+def sides(report: Report) -> Iterator[str]:
+    """What was compared with what, a line each."""
     if report.baseline or report.candidate:
         yield f"baseline {one_line(report.baseline)}"
         yield f"candidate {one_line(report.candidate)}"
@@ -103,24 +108,23 @@ def _held(finding: Finding, kind: str) -> bool:
 def print_report(report: Report, *, verdict: bool = True, every: bool = False, console: Any = None) -> None:
     """Prints `report` to `console` (rich's; standard output by default): the verdict line first, then the rows that
     matter, or `every` one."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = console or Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    console = console or console_of()
 
     def say(line: str, style: str = "") -> None:
         console.print(Text(line, style), soft_wrap=True)
 
     if verdict:
         say(one_line(report.headline), "bold green" if report.verdict == "pass" else "bold red")
-    for line in _sides(report):
+    for line in sides(report):
         say(line)
     shown = list(report.findings) if every else _main(report)[:_MAX_ROWS]
     prefix = _prefix(report)
     if shown:
         if prefix:
             say(f"cases {one_line(prefix)}...", "dim")
-        console.print(_grid(shown, prefix), width=min(console.width, 120))
+        console.print(grid(columns_of(prefix), shown), width=min(console.width, 120))
         for finding in shown:
             if finding.status in ("fail", "inconclusive") or (finding.kind == "timed" and finding.note):
                 say(one_line(f"{finding.case.removeprefix(prefix)} {finding.figure}: {finding.note}"))
@@ -130,25 +134,12 @@ def print_report(report: Report, *, verdict: bool = True, every: bool = False, c
         say(one_line(f"note: {note}"), "dim")
 
 
-def _grid(findings: Sequence[Finding], prefix: str) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False, collapse_padding=True)
-    for name in _COLUMNS:
-        grid.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold")
-    for finding in findings:
-        grid.add_row(*map(Text, cells(finding, prefix)))
-    return grid
-
-
 def markdown(report: Report) -> str:
     """`report` as GitHub's Markdown: the verdict, the rows that matter, and every other row folded away."""
     prefix = _prefix(report)
     shown = _main(report)
     lines = [f"### {_escaped(report.headline)}", ""]
-    lines += [f"- {_escaped(line)}" for line in _sides(report)]
+    lines += [f"- {_escaped(line)}" for line in sides(report)]
     if prefix:
         lines.append(f"- cases {_code(prefix)}")
     lines += [f"- {_escaped(note)}" for note in report.notes] + [""]
@@ -175,15 +166,7 @@ def _within(rows: Sequence[str], characters: int) -> list[str]:
 
 
 def _table(findings: Sequence[Finding], prefix: str) -> list[str]:
-    if not findings:
-        return []
-    lines = [f"| {' | '.join(_COLUMNS)} |"]
-    lines.append(f"|{'|'.join(' --- ' if name in _LEFT else ' ---: ' for name in _COLUMNS)}|")
-    for finding in findings:
-        case, figure, *others = cells(finding, prefix)
-        names = [_code(case), _code(figure) if finding.figure else figure]
-        lines.append(f"| {' | '.join([*names, *others])} |")
-    return [*lines, ""]
+    return [*tables.markdown(columns_of(prefix, _code), findings, escape=str), ""] if findings else []
 
 
 def _code(text: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from perfbench.errors import PerfbenchError, RunDirectoryError, nearest
 from perfbench.figures.change_points import Change, changes
-from perfbench.figures.metrics import METRICS
+from perfbench.figures.metrics import METRICS, sample_values
 from perfbench.figures.stats import median_bounds
 from perfbench.files.plain_text import printable
 from perfbench.report import rows, words
@@ -39,15 +39,6 @@ CREATE INDEX figures_by_name ON figures (figure, machine, case_id);
 """
 # A timed figure's level has changed where chance seldom does as much and by at least this share.
 LEAST_CHANGE = 0.03
-# Ratios are stored under their metric's name; they are those of the decode speed.
-_RATIOS = {"kept": "kept_decode_tokens_per_s", "versus_plain": "versus_plain_decode_tokens_per_s"}
-_SAMPLED = ("total_ms", "ttft_ms", "decode_tokens_per_s", "tokens_per_s")
-# The same in every run of the same code, so that any difference is a change.
-EXACT = frozenset((
-    "parameters_per_tenant", "bytes_per_tenant", "adapter_bytes", "kv_cache_bytes", "peak_allocated_bytes",
-    "aten_ops_per_decode_step", "kernel_launches_per_decode_step", "flops_per_decode_step", "bytes_per_decode_step",
-    "least_flops_per_decode_step", "kept_bound",
-))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,7 @@ class Series:
     def changes(self) -> list[Change]:
         """Where its level changes: by any difference for an exact figure, by evidence for a timed one."""
         values = [point.value for point in self.points]
-        if self.figure not in EXACT:
+        if METRICS[self.figure].kind != "exact":
             return changes(values, LEAST_CHANGE)
         steps = range(1, len(values))
         return [Change(at, values[at - 1], values[at], 0.0) for at in steps if values[at] != values[at - 1]]
@@ -108,7 +99,8 @@ class Store:
         if manifest.get("finished_at") is None:
             return "unfinished"
         identity = _digest([manifest[key] for key in ("started_at", "scenario", "environment")])
-        digest = _digest(manifest)
+        # A run that was imported before a metric was declared is imported again.
+        digest = _digest([manifest, list(METRICS)])
         known = self._connection.execute("SELECT digest FROM runs WHERE id = ?", (identity,)).fetchone()
         if known == (digest,):
             return "unchanged"
@@ -181,23 +173,26 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
 
 def _figures(directory: RunDirectory) -> Iterator[tuple[Any, ...]]:
     """(machine, case id, options, figure, value, low, high) of everything that a run measured."""
-    manifest = directory.manifest
+    manifest, written = directory.manifest, directory.samples()
+    directory.add_tails(written)
     samples: dict[str, list[Mapping[str, Any]]] = {}
-    for sample in directory.samples():
+    for sample in written:
         if sample["void"] is None:
             samples.setdefault(sample["case"], []).append(sample)
     for row in rows.rows(manifest):
         case = manifest["cases"][row["case"]]
         machine = words.machine(manifest["environment"], str(row["device"]))
         options = json.dumps(case["options"], sort_keys=True)
-        for figure in METRICS:
-            name = _RATIOS.get(figure, figure)
+        for figure, metric in METRICS.items():
+            name = rows.field_of(figure)
             if (value := row.get(name)) is None:
                 continue
             low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-            if figure in _SAMPLED:
-                values = [sample[figure] for sample in samples.get(row["case"], ())]
-                low, high = median_bounds(values) or (None, None)
+            if metric.source == "sample":
+                found = [sample_values(figure, sample, row["requests"]) for sample in samples.get(row["case"], ())]
+                # The steps of one repetition are no repetitions: they have no interval.
+                each = [values[0] for values in found if len(values) == 1]
+                low, high = (median_bounds(each) if len(each) == len(found) else None) or (None, None)
             yield machine, row["case"], options, figure, value, low, high
 
 

@@ -1,75 +1,104 @@
-"""What `perfbench history` shows: a table in the terminal, CSV, or a page with a plot of each series. Free of torch."""
+"""What `perfbench history` shows, in every format: how one figure moved over runs. Free of torch."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from perfbench.figures.change_points import FEWEST, Change
 from perfbench.figures.metrics import METRICS
-from perfbench.history.store import EXACT, LEAST_CHANGE, Point, Series
+from perfbench.history.store import LEAST_CHANGE, Point, Series
 from perfbench.report.chart import Chart
 from perfbench.report.page import page
+from perfbench.report.tables import Column, grid, markdown, plain
 
 # Series whose runs are listed one by one; of more, one line each.
 DETAILED = 3
 
 
-def to_csv(series: Sequence[Series]) -> str:
-    """A row for each run of each series; `change` is the ratio of the level after to that before, where it changes."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    head = ("figure", "machine", "case", "options", "started_at", "commit", "dirty", "value", "low", "high", "change")
-    writer.writerow(head)
-    for one in series:
-        marks = {change.index: change for change in one.changes()}
-        for at, point in enumerate(one.points):
-            ratio = _ratio(marks[at]) if at in marks else None
-            identity = (one.figure, one.machine, one.case_id, one.options)
-            writer.writerow((*identity, *vars(point).values(), ratio))
-    return text.getvalue()
+@dataclass(frozen=True)
+class Movement:
+    """How one figure moved, as a Subject of `report.formats`: its series, at least one."""
+
+    series: Sequence[Series]
+
+    def print(self, console: Any) -> None:
+        """One line for each series, and the runs of the first few one by one where there are no more."""
+        render(self.series, console)
+
+    def markdown(self) -> str:
+        """A line for each series in a table for each machine."""
+        return to_markdown(self.series)
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for each run of each series; `change` is the ratio of the level after to that before, where it
+        changes."""
+        found = []
+        for one in self.series:
+            marks = {change.index: change for change in one.changes()}
+            for at, point in enumerate(one.points):
+                identity = {"figure": one.figure, "machine": one.machine, "case": one.case_id, "options": one.options}
+                found.append({**identity, **vars(point), "change": _ratio(marks[at]) if at in marks else None})
+        return found
+
+    def page(self) -> str:
+        """A plot of each series."""
+        return to_html(self.series)
 
 
-def render(series: Sequence[Series], console: Any = None) -> None:
+def render(series: Sequence[Series], console: Any) -> None:
     """Prints one line for each series, and the runs of the first few one by one where there are no more."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = console or Console(width=None)
-    metric = METRICS[series[0].figure]
-    better = f", {metric.better} is better" if metric.better else ""
-    console.print(Text(f"{series[0].figure} ({metric.unit}{better}): {metric.definition}"), soft_wrap=True)
-    for machine in dict.fromkeys(one.machine for one in series):
-        own = [one for one in series if one.machine == machine]
+    console.print(Text(_what(series[0].figure)), soft_wrap=True)
+    for machine, own in _by_machine(series):
         console.print()
         console.print(Text(f"On {machine}", "bold"), soft_wrap=True)
-        if len(series) <= DETAILED:
-            for one in own:
+        for one in own:
+            if len(series) <= DETAILED:
                 console.print(Text(_name(one, series)), soft_wrap=True)
-                console.print(_detail(one))
-        else:
-            for one in own:
+                console.print(grid(_columns(one), range(len(one.points))))
+            else:
                 console.print(Text(f"{_name(one, series)}: {_line(one)}"), soft_wrap=True)
     console.print()
     console.print(Text(_how(series[0].figure), "dim"), soft_wrap=True)
 
 
-def _detail(one: Series) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+def to_markdown(series: Sequence[Series]) -> str:
+    """The same for a pull request: the runs of each series in a table of its own, or a table of the series."""
+    lines = [plain(_what(series[0].figure)), ""]
+    for machine, own in _by_machine(series):
+        lines += [f"**On {plain(machine)}**", ""]
+        if len(series) <= DETAILED:
+            for one in own:
+                lines += [plain(_name(one, series)), "", *markdown(_columns(one), range(len(one.points))), ""]
+        else:
+            name = Column("case", lambda one: _name(one, series), text=True)
+            lines += [*markdown([name, Column("runs", _line, text=True)], own), ""]
+    return "\n".join([*lines, plain(_how(series[0].figure))]) + "\n"
 
-    grid = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False)
-    for head in ("measured", "commit", one.figure, "change"):
-        grid.add_column(Text(head), justify="right" if head == one.figure else "left")
-    marks = {change.index: change for change in one.changes()}
-    for at, point in enumerate(one.points):
-        mark = _words(marks[at], one.figure) if at in marks else ""
-        cells = (point.started_at[:19].replace("T", " "), _commit(point), _value(point), mark)
-        grid.add_row(*map(Text, cells))
-    return grid
+
+def _what(figure: str) -> str:
+    metric = METRICS[figure]
+    better = f", {metric.better} is better" if metric.better else ""
+    return f"{figure} ({metric.unit}{better}): {metric.definition}"
+
+
+def _by_machine(series: Sequence[Series]) -> Iterator[tuple[str, list[Series]]]:
+    for machine in dict.fromkeys(one.machine for one in series):
+        yield machine, [one for one in series if one.machine == machine]
+
+
+def _columns(one: Series) -> list[Column]:
+    """The columns of a table of one series, whose rows are the places of its points."""
+    points, marks = one.points, {change.index: change for change in one.changes()}
+    return [
+        Column("measured", lambda at: points[at].started_at[:19].replace("T", " "), text=True),
+        Column("commit", lambda at: _commit(points[at]), text=True),
+        Column(one.figure, lambda at: _value(points[at])),
+        Column("change", lambda at: _words(marks[at], one.figure) if at in marks else "", text=True),
+    ]
 
 
 def _line(one: Series) -> str:
@@ -85,9 +114,9 @@ def to_html(series: Sequence[Series]) -> str:
     """A page with a plot for each series, change points marked; the machines under their own headings."""
     charts: list[list[Chart]] = []
     sections = []
-    for machine in dict.fromkeys(one.machine for one in series):
+    for machine, own in _by_machine(series):
         sections.append({"title": f"On {machine}", "charts": len(charts)})
-        charts.append([_chart(one, series) for one in series if one.machine == machine])
+        charts.append([_chart(one, series) for one in own])
     figure = series[0].figure
     changed = [f"{_name(one, series)}: {_line(one)}" for one in series if one.changes()]
     return page(
@@ -123,7 +152,7 @@ def _chart(one: Series, series: Sequence[Series]) -> Chart:
 
 def _how(figure: str) -> str:
     order = "Runs stand in the order in which they were measured; * marks a checkout with changes of its own."
-    if figure in EXACT:
+    if METRICS[figure].kind == "exact":
         return f"This figure is exact: every difference is a change. {order}"
     return (
         "A change: a permutation test on Pettitt's statistic gives p <= 0.01 and the level moves by "

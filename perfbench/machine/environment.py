@@ -19,6 +19,8 @@ import psutil
 from perfbench.machine.nvml import Nvml
 
 PACKAGES = ("perfbench", "torch", "transformers", "peft", "triton", "numpy", "safetensors", "nvidia-ml-py")
+# The name at the registry where it is another one: `perfbench` there is another project.
+DISTRIBUTIONS = {"perfbench": "adapter-perfbench"}
 
 # Environment variables that change speed, memory or results, and whose values name no folder.
 VARIABLES = (
@@ -79,7 +81,7 @@ def collect(device_kind: str, threads: int | None) -> dict[str, Any]:
         "load_average": list(os.getloadavg()),
         "os": operating_system(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "versions": {name: version_of(name) for name in PACKAGES},
+        "versions": {name: version_of(DISTRIBUTIONS.get(name, name)) for name in PACKAGES},
         "checkout": checkout(),
         "variables": variables(),
     }

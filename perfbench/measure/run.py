@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,12 +19,13 @@ from perfbench.machine import environment
 from perfbench.measure.children import WORKER_LOG, Children
 from perfbench.progress import RunProgress
 from perfbench.run_folder.run_directory import SCHEMA_VERSION, RunDirectory, pending_case
-from perfbench.spec import cases
+from perfbench.spec import cases, method_plugins
 from perfbench.spec.cases import Case, Comparison
 from perfbench.spec.scenario import Scenario
 
 # How a case ends that is not measured again by a resumed run.
-FINAL = ("check_failed", "check_void", "crashed", "out_of_memory")
+DIED = ("crashed", "out_of_memory")
+FINAL = ("check_failed", "check_void", *DIED)
 
 
 def threads() -> int:
@@ -42,6 +43,7 @@ def manifest_of(scenario: Scenario, comparisons: Sequence[Comparison]) -> dict[s
         "scenario": scenario.to_json(),
         "environment": environment.collect(scenario.device, threads()),
         "processes": 0,
+        "plugins": method_plugins.as_json(),
         "comparisons": [
             {key: value for key, value in cases.to_json(comparison).items() if key != "cases"}
             | {"case_ids": [case.id for case in comparison.cases]}
@@ -62,19 +64,24 @@ def execute(
     out: Path,
     *,
     resume: bool,
+    retry_failed: bool = False,
     only: Collection[str] | None = None,
     children: Children | None = None,
 ) -> RunDirectory:
     """Measures what is not measured yet, into the run directory `out`, and summarises it.
 
-    only: the ids of the comparisons to measure now, by default all of them; the others stay pending. children: where
-    the child processes come from, by default a fresh one for each job.
+    retry_failed: of a resumed run the cases that crashed or ran out of memory are measured again, which may have been
+    another program's doing. only: the ids of the comparisons to measure now, by default all of them; the others stay
+    pending. children: where the child processes come from, by default a fresh one for each job.
     RunDirectoryError where `out` can't be used; any PerfbenchError that a child finds in its input: then a new
     directory without samples is removed again.
     """
     if resume:
         directory = RunDirectory.open(out)
         _same_plan(directory, manifest_of(scenario, comparisons))
+        if retry_failed:
+            _make_pending(directory.manifest["cases"], manifest_of(scenario, comparisons)["cases"])
+            directory.write_manifest()
     else:
         directory = RunDirectory.create(out, manifest_of(scenario, comparisons))
     directory.manifest["finished_at"] = None
@@ -98,16 +105,22 @@ def execute(
     return directory
 
 
+def _make_pending(known: dict[str, Any], fresh: dict[str, Any]) -> None:
+    """Of the cases that died, forgets all but their samples."""
+    known |= {case_id: fresh[case_id] for case_id, case in known.items() if case["status"] in DIED}
+
+
 def _same_plan(directory: RunDirectory, fresh: dict[str, Any]) -> None:
     """RunDirectoryError where the directory holds a run of something else."""
 
-    def settings(manifest: dict[str, Any]) -> dict[str, Any]:
+    def settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in manifest["scenario"].items() if key != "notes"}
 
     old = directory.manifest
     for what, same in (
         ("settings", settings(old) == settings(fresh)),
         ("cases", sorted(old["cases"]) == sorted(fresh["cases"])),
+        ("plugins", old.get("plugins", []) == fresh["plugins"]),
     ):
         if not same:
             raise RunDirectoryError(f"{directory.path}: holds a run of other {what}; run with another --out")
@@ -223,8 +236,10 @@ class Supervisor:
         return "crashed", cause(code, os.path.relpath(child.log, self.directory.path))
 
     def _is_proved(self, case_id: str) -> bool:
-        """Whether of a case some of what was timed has been made again."""
-        return "proved_rounds" in (self._cases[case_id]["check"] or {})
+        """Whether of a case some of what was timed has been made again, and its folders were read with PEFT."""
+        case = self._cases[case_id]
+        wanted = {"proved_rounds"} | ({"read_by_peft"} if case["options"].get("adapters") else set())
+        return wanted <= set(case["check"] or {})
 
     def _job_json(self, job: Job, rounds: range) -> dict[str, Any]:
         prepared = {
@@ -243,6 +258,7 @@ class Supervisor:
             "last_round": self.scenario.rounds - 1,
             "seed": self.scenario.seed,
             "threads": threads(),
+            "plugins": method_plugins.as_json(),
         }
 
     def _take(self, event: dict[str, Any], job: Job, process_number: int) -> None:
@@ -271,6 +287,8 @@ class Supervisor:
             case = self._cases[event["case"]]
             known = case["check"].get("proved_rounds", [])
             case["check"] |= {"proved_rounds": sorted({*known, *event["rounds"]})}
+            if "read_by_peft" in event:
+                case["check"] |= {"read_by_peft": event["read_by_peft"]}
             if event["reason"] is not None:
                 case["check"] |= {"passed": False}
                 case.update(status="check_failed", reason=event["reason"])

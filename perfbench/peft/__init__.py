@@ -6,8 +6,7 @@ model = peft.PeftModel.from_pretrained(base, "a PARA checkpoint")
 model = peft.get_peft_model(base, perfbench.peft.ParaConfig(rank=12))
 """
 
-from perfbench.peft.fanlora import fanlora_config
 from perfbench.peft.para import ParaConfig
 from perfbench.peft.projected_ia3 import ProjectedIa3Config
 
-__all__ = ["ParaConfig", "ProjectedIa3Config", "fanlora_config"]
+__all__ = ["ParaConfig", "ProjectedIa3Config"]

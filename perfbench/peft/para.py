@@ -22,7 +22,7 @@ from torch import nn
 from perfbench.kernels import row_scale, vector_generator
 from perfbench.methods import para
 from perfbench.methods.checkpoints.para import POOLS, TENSORS
-from perfbench.methods.registry import ParaOptions
+from perfbench.methods.para import ParaOptions
 from perfbench.methods.shape import LLAMA_FAMILY, MODULE_PATHS, BackboneShape
 from perfbench.peft.register import register
 
@@ -47,6 +47,11 @@ class ParaConfig(PeftConfig):
             raise ValueError(f"rank: expected an integer >= 1, got {self.rank}")
         if self.pool not in POOLS:
             raise ValueError(f"pool: expected one of {', '.join(POOLS)}, got {self.pool!r}")
+
+
+def config(method: Any, shape: BackboneShape, options: ParaOptions) -> ParaConfig:
+    """The configuration for `peft.get_peft_model`."""
+    return ParaConfig(task_type="CAUSAL_LM", rank=options.rank, pool=options.pool)
 
 
 def last_prompt_token(

@@ -21,7 +21,7 @@ from torch import nn
 from perfbench.kernels import row_scale
 from perfbench.methods import ia3
 from perfbench.methods.checkpoints.projected_ia3 import TENSORS
-from perfbench.methods.shape import MODULE_PATHS
+from perfbench.methods.shape import MODULE_PATHS, BackboneShape
 from perfbench.peft.register import register
 
 
@@ -40,6 +40,11 @@ class ProjectedIa3Config(PeftConfig):
             raise ValueError(f"dim: expected an integer >= 1, got {self.dim}")
         if self.target_modules is None:
             self.target_modules = [MODULE_PATHS[module] for module in ia3.IA3_MODULES]
+
+
+def config(method: Any, shape: BackboneShape, options: ia3.Ia3Options) -> ProjectedIa3Config:
+    """The configuration for `peft.get_peft_model`."""
+    return ProjectedIa3Config(task_type="CAUSAL_LM", dim=options.dim)
 
 
 class ProjectedIa3Linear(nn.Module, BaseTunerLayer):

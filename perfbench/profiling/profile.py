@@ -23,7 +23,7 @@ from perfbench.machine import environment
 from perfbench.measure.run import WORKER_LOG, cause, threads
 from perfbench.profiling.memory_picture import render as render_memory
 from perfbench.profiling.profile_table import PROFILE, SCHEMA_VERSION
-from perfbench.spec import cases
+from perfbench.spec import cases, method_plugins
 from perfbench.spec.cases import Comparison
 from perfbench.spec.scenario import Scenario
 
@@ -143,6 +143,7 @@ def _child(
         "out": str(folder.resolve()),
         "seed": scenario.seed,
         "threads": threads(),
+        "plugins": method_plugins.as_json(),
     }
     found: dict[str, dict[str, Any]] = {}
     with log.open("wb") as errors:

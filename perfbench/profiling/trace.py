@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ _LATEST_US = 1e18
 def read(path: Path, largest_bytes: int = LARGEST_BYTES) -> Trace:
     """One trace. TraceError where it is no trace, torn, or larger than `largest_bytes` unpacked.
 
-    A file is unpacked no further than the limit, whatever its head says of its size.
+    A file is unpacked no further than the limit, whatever its head says of its size. Bytes that are no text become
+    replacement characters.
     """
     try:
         size = path.stat().st_size
@@ -66,10 +68,26 @@ def read(path: Path, largest_bytes: int = LARGEST_BYTES) -> Trace:
             f"(--steps 1) or a smaller batch, or open it in https://ui.perfetto.dev, which reads it in your browser"
         )
     try:
-        document = json.loads(text)
+        document = _parse(text.decode(json.detect_encoding(text), errors="replace"))
     except (ValueError, RecursionError) as error:
         raise TraceError(f"{path}: not a whole JSON file ({error}); was its writing interrupted?") from None
     return _trace(document, path)
+
+
+# A backslash that begins no escape of JSON's, beside those that do.
+_BACKSLASH = re.compile(r"""\\(?:(["\\/bfnrt]|u[0-9a-fA-F]{4})|)""")
+
+
+def _parse(text: str) -> Any:
+    """What JSON says, and what torch writes: names of files and arguments go into its traces as they are, with control
+    characters and, on Windows, with backslashes. ValueError."""
+    lenient = json.JSONDecoder(strict=False)
+    try:
+        return lenient.decode(text)
+    except json.JSONDecodeError as error:
+        if not error.msg.startswith("Invalid \\"):
+            raise
+    return lenient.decode(_BACKSLASH.sub(lambda found: found[0] if found[1] else r"\\", text))
 
 
 def _trace(document: Any, path: Path) -> Trace:

@@ -53,19 +53,25 @@ class Page:
 
 
 def pages(folder: Path) -> dict[str, Page]:
-    """Path -> page of everything that is served for `folder`. TraceError where there is nothing to show."""
+    """Path -> page of everything that is served for `folder`; traces that can't be shown are named on the first one.
+    TraceError where there is none to show."""
     found: dict[str, Page] = {}
     profile = _profile(folder)
-    timelines = []
+    timelines: list[Timeline] = []
+    faults: list[TraceError] = []
     for number, file in enumerate(_in_order(trace.find(folder), profile)):
         name = file.name.split(".trace.json")[0].removesuffix(".pt") or file.name
-        content = speedscope.convert(trace.read(file).events, name)
-        if not content["profiles"]:
-            raise TraceError(f"{file}: no operator, annotation or kernel in it; was it made by torch's profiler?")
+        try:
+            content = _chart(file, name)
+        except TraceError as error:
+            faults.append(error)
+            continue
         found[f"/timeline/{number}.json"] = Page("application/json", json.dumps(content).encode())
         found[f"/trace/{number}"] = Page("application/octet-stream", file.read_bytes())
         address = f"/speedscope/index.html#profileURL={quote(f'/timeline/{number}.json')}"
         timelines.append(Timeline(name, address, f"/trace/{number}", file.name))
+    if not timelines:
+        raise faults[0]
     for path in (VIEWER / "speedscope").iterdir():
         if path.suffix in SPEEDSCOPE:
             found[f"/speedscope/{path.name}"] = Page(SPEEDSCOPE[path.suffix], path.read_bytes())
@@ -77,8 +83,16 @@ def pages(folder: Path) -> dict[str, Page]:
             # As an image a picture can run no script, whatever it holds.
             found[f"/memory/{number}.svg"] = Page("image/svg+xml", picture.read_bytes())
             pictures[label] = f"/memory/{number}.svg"
-    html = render(folder.resolve().name, timelines, profile, pictures)
+    html = render(folder.resolve().name, timelines, profile, pictures, list(map(str, faults)))
     return {"/": Page(SPEEDSCOPE[".html"], html.encode()), **found}
+
+
+def _chart(file: Path, name: str) -> dict[str, Any]:
+    """A trace as speedscope reads it. TraceError."""
+    content = speedscope.convert(trace.read(file).events, name)
+    if not content["profiles"]:
+        raise TraceError(f"{file}: no operator, annotation or kernel in it; was it made by torch's profiler?")
+    return content
 
 
 def _in_order(files: list[Path], profile: Mapping[str, Any] | None) -> list[Path]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from perfbench.files.plain_text import printable
 from perfbench.profiling import profile_table
 
 
@@ -21,11 +22,15 @@ class Timeline:
 
 
 def render(
-    folder: str, timelines: Sequence[Timeline], profile: Mapping[str, Any] | None, pictures: Mapping[str, str]
+    folder: str,
+    timelines: Sequence[Timeline],
+    profile: Mapping[str, Any] | None,
+    pictures: Mapping[str, str],
+    faults: Sequence[str] = (),
 ) -> str:
     """The page: the answer and its tables where there is a profile, memory, and the chart of the first trace.
 
-    pictures: label -> address.
+    pictures: label -> address; faults: why a trace is not shown, a line each.
     """
     title = profile["case"] if profile else folder
     parts = [
@@ -37,6 +42,7 @@ def render(
     ]
     if profile:
         parts += _answer(profile)
+    parts += [f'<p class="warning">Not shown: {escape(printable(fault))}</p>' for fault in faults]
     parts += _timelines(timelines)
     if profile:
         parts += _tables(profile)

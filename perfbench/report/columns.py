@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
+from perfbench.errors import PerfbenchError, nearest
+from perfbench.figures.metrics import METRICS, named
 from perfbench.figures.papers import Paper
-from perfbench.files.plain_text import MIB, NOTHING, format_bytes, printable
-from perfbench.report.rows import ENDS, Row
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table: its `head`, how a row's `cell` reads, whether it is `text` (left-aligned)."""
-
-    head: str
-    cell: Callable[[Row], str]
-    text: bool = False
+from perfbench.files.plain_text import MIB, NOTHING, format_bytes
+from perfbench.report.rows import ENDS, Row, field_of
+from perfbench.report.tables import Column, plain
 
 
 def _figure(value: float | None) -> str:
@@ -25,6 +17,10 @@ def _figure(value: float | None) -> str:
     if value is None:
         return NOTHING
     return f"{value:,.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
+
+
+def _mib(value: float | None) -> str:
+    return NOTHING if value is None else f"{value / MIB:,.0f}"
 
 
 def _count(value: int | None) -> str:
@@ -59,34 +55,77 @@ def _versus_lora(row: Row) -> str:
     return _interval(row, "versus_lora_tokens_per_s", 1, 2)
 
 
-def peak_column(group: Sequence[Row]) -> Column:
-    """Peak memory is that of tensors, or the host's where it is not known."""
-    known = any(row["peak_allocated_bytes"] is not None for row in group)
-    peak, head = ("peak_allocated_bytes", "peak\nMiB") if known else ("peak_resident_bytes", "host\nMiB")
-    return Column(head, lambda row: NOTHING if row[peak] is None else f"{row[peak] / MIB:,.0f}")
+# Of tensors: what a process has resident grows from arm to arm and compares none of them.
+PEAK = Column("peak\nMiB", lambda row: _mib(row["peak_allocated_bytes"]))
 
 
-def columns_of(group: Sequence[Row]) -> list[Column]:
-    """The columns of one comparison; the ratio to the plain runtime and kernels where that was measured too, and the
-    second turn's time in the place of the operations."""
+def arm_column(group: Sequence[Row]) -> Column:
+    """The arms' names, with their kernels where there are several; they wrap only beyond 15 characters."""
+    several = len({row["kernels"] for row in group}) > 1
+    names = [f"{row['arm']} ({row['kernels']})" if several else row["arm"] for row in group]
+    width = min(15, max(map(len, names), default=0))
+    return Column("arm", lambda row: f"{row['arm']} ({row['kernels']})" if several else row["arm"], True, width)
+
+
+def main_columns(group: Sequence[Row]) -> list[Column]:
+    """What `run` prints of one comparison; the ratio to the plain runtime and kernels where that was measured too,
+    and the second turn's time in the place of the operations."""
     turns = any(row["follow_up_ttft_ms"] is not None for row in group)
-    kernels, plain = len({row["kernels"] for row in group}) > 1, "versus_plain_decode_tokens_per_s"
+    plain = "versus_plain_decode_tokens_per_s"
     return [
-        Column("arm", lambda row: f"{row['arm']} ({row['kernels']})" if kernels else row["arm"], text=True),
         Column("tokens\n/s", lambda row: _figure(row["decode_tokens_per_s"])),
         Column("kept\n%", _kept),
         *([Column("times\nplain", lambda row: _figure(row[plain]))] if any(row[plain] for row in group) else []),
         Column("ttft\nms", lambda row: _figure(row["ttft_ms"])),
         *([Column("turn 2\nttft", lambda row: _figure(row["follow_up_ttft_ms"]))] if turns else []),
-        peak_column(group),
-        Column("a\ntenant", lambda row: format_bytes(row["bytes_per_tenant"])),
+        PEAK,
+        Column("a\ntenant", lambda row: ("~" if row["tenants_differ"] else "") + format_bytes(row["bytes_per_tenant"])),
         Column("more\nfit", lambda row: _count(row["tenants_that_fit"])),
         Column("roof\n%", lambda row: NOTHING if row["roof_share"] is None else f"{row['roof_share'] * 100:.0f}"),
         *([] if turns else [Column("ops\n/step", lambda row: _count(row["aten_ops_per_decode_step"]))]),
     ]
 
 
-def paper_columns(paper: Paper, peak: Column) -> list[Column]:
+def metric_column(name: str) -> Column:
+    """Any figure of METRICS as a column, headed by its name."""
+    metric, (*words, last) = METRICS[name], name.split("_")
+
+    def cell(row: Row) -> str:
+        value = row.get(field_of(name))
+        if metric.unit == "bytes":
+            return format_bytes(value)
+        return _count(value) if isinstance(value, int) else _figure(value)
+
+    return Column(f"{' '.join(words)}\n{last}" if words else last, cell)
+
+
+# Name for --columns -> the metrics.
+COLUMNS: dict[str, Callable[[], Sequence[str]]] = {"tails": lambda: list(named("tail"))}
+MAIN = "main"
+
+
+def metrics_of(columns: str) -> list[str] | None:
+    """The metrics of `--columns A,B`, each a name of COLUMNS or of METRICS; None for MAIN, whose columns follow the
+    run. PerfbenchError on a name that is neither."""
+    if columns == MAIN:
+        return None
+    found: list[str] = []
+    for name in columns.split(","):
+        if name not in COLUMNS and name not in METRICS:
+            known = (MAIN, *COLUMNS, *METRICS)
+            raise PerfbenchError(f"--columns: unknown columns or metric {name!r}; {nearest(name, known)}")
+        found += COLUMNS[name]() if name in COLUMNS else [name]
+    return found
+
+
+def columns_of(group: Sequence[Row], columns: str = MAIN) -> list[Column]:
+    """The columns of one comparison: the arm, then those that `metrics_of` names."""
+    metrics = metrics_of(columns)
+    rest = main_columns(group) if metrics is None else [metric_column(name) for name in metrics]
+    return [arm_column(group), *rest]
+
+
+def paper_columns(paper: Paper) -> list[Column]:
     """The paper's numbers beside ours; speeds as ratios to LoRA, because the machines differ."""
 
     def theirs(row: Row) -> str:
@@ -96,19 +135,10 @@ def paper_columns(paper: Paper, peak: Column) -> list[Column]:
     return [
         Column("tokens/s to LoRA's, ours", _versus_lora),
         Column("the paper's ratio", theirs),
-        Column(f"{plain(peak.head)}, ours", lambda row: peak.cell(row) if row["paper"] else NOTHING),
+        Column(f"{plain(PEAK.head)}, ours", lambda row: PEAK.cell(row) if row["paper"] else NOTHING),
         Column("the paper's MiB", lambda row: f"{row['paper_mib']:,}" if row["paper_mib"] else NOTHING),
     ]
 
 
 def arm_name(row: Row, group: Sequence[Row]) -> str:
-    return columns_of(group)[0].cell(row)
-
-
-def plain(text: str) -> str:
-    """`text` in one line that Markdown shows as it is, inside a table too: no HTML, link, picture or mention."""
-    text = " ".join(printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
-    # Brackets stay: intervals have them. What follows them is what makes a link.
-    text = re.sub(r"\](?=[(\[:])", "]\\\\", text.replace("`", "\\`"))
-    # A zero-width space keeps GitHub from making a mention or a link of it.
-    return re.sub(r"@(?=\w)", "@\u200b", text).replace("://", ":\u200b//").replace("www.", "www\u200b.")
+    return arm_column(group).cell(row)

@@ -215,7 +215,7 @@ def _roof(comparison: Mapping[str, Any], arms: Sequence[Arm]) -> Chart | None:
         "% of what the device allows, higher is better",
         ("method", "roof %", "low", "high", "least ms a step", "measured ms a step"),
         rows,
-        f"The least time of the last step, from what it must read and compute on {roof['name']} "
+        f"The least time of the median step, from what it must read and compute on {roof['name']} "
         f"({roof['source']}), over the median time between tokens.",
         {"unit": "%"},
     )

@@ -8,15 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from perfbench.report import columns, rows, words
+from perfbench.figures.stats import TAILS
+from perfbench.report import columns, rows, tables, words
 from perfbench.report.chart import Chart
 from perfbench.report.comparison_charts import arms_of, charts_of, comparison_notes
 from perfbench.report.page import page
 from perfbench.report.read import Run
 from perfbench.report.run_charts import Point, across_runs, scaling
+from perfbench.run_folder.run_schema import Manifest
 
 # Comparisons that are open at first, and verdicts shown one by one; more are summed up in words.
 OPEN_FIRST, VERDICTS = 3, 6
+_TAILS = (
+    "Tails of the times of a call: ttft over the repetitions, itl (between two tokens) over all of their steps. "
+    f"A p95 takes {TAILS['p95'][1]:,} of them, a p99 {TAILS['p99'][1]:,}."
+)
 # Points of drift in the whole page, so that a thousand cases stay under 3 MB.
 _DRIFT_POINTS = 40_000
 
@@ -115,17 +121,19 @@ def _overall(verdicts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"title": f"{len(verdicts)} comparisons", "sentences": [*sentences, *wrong]}
 
 
-def _tables(manifest: Mapping[str, Any], group: Sequence[rows.Row]) -> Iterator[dict[str, Any]]:
-    """The terminal's table of one comparison, and the paper's figures where its setting matches."""
-    shown = [*columns.columns_of(group), columns.Column("check", lambda row: row["check"], text=True)]
+def _tables(manifest: Manifest, group: Sequence[rows.Row]) -> Iterator[dict[str, Any]]:
+    """The terminal's table of one comparison, its tails, and the paper's figures where its setting matches."""
+    shown = [*columns.columns_of(group), tables.Column("check", lambda row: row["check"], text=True)]
     yield _table("", shown, group)
+    if any(row["rounds"] for row in group):
+        yield _table(_TAILS, columns.columns_of(group, "tails"), group)
     paper, beside = rows.paper_of(manifest), [row for row in group if row["paper"]]
     if paper and beside:
-        theirs = [shown[0], *columns.paper_columns(paper, columns.peak_column(group))]
+        theirs = [shown[0], *columns.paper_columns(paper)]
         yield _table(words.paper_title(paper), theirs, beside)
 
 
-def _table(caption: str, columns: Sequence[columns.Column], group: Sequence[rows.Row]) -> dict[str, Any]:
+def _table(caption: str, columns: Sequence[tables.Column], group: Sequence[rows.Row]) -> dict[str, Any]:
     rows = [[column.cell(row) for column in columns] for row in group]
     return {"caption": caption, "columns": columns, "rows": rows}
 

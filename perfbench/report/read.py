@@ -11,6 +11,7 @@ from typing import Any
 from perfbench.errors import RunDirectoryError
 from perfbench.files.plain_text import printable, printable_lines, printable_tree
 from perfbench.run_folder.run_directory import RunDirectory
+from perfbench.run_folder.run_schema import Manifest
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Run:
 
     label: str
     path: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     samples: dict[str, list[dict[str, Any]]]
     notices: tuple[str, ...]
 
@@ -46,6 +47,7 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 def _read(path: Path, label: str) -> Run:
     directory = RunDirectory.open(path)
     written = directory.samples()
+    directory.add_tails(written)
     notices = []
     if directory.manifest.get("finished_at") is None:
         notices.append(_summarise_unfinished(directory, written))
@@ -81,7 +83,7 @@ def _summarise_unfinished(directory: RunDirectory, written: list[dict[str, Any]]
 def _missing(directory: RunDirectory, samples: dict[str, list[dict[str, Any]]]) -> list[str]:
     """A line where samples.jsonl holds another number of repetitions than run.json summarises."""
     cases = directory.manifest["cases"].values()
-    summarised = {case["id"]: case["summary"]["total_ms"]["rounds"] for case in cases if case["summary"]}
+    summarised = {case["id"]: int(case["summary"]["total_ms"]["rounds"] or 0) for case in cases if case["summary"]}
     wrong = [case_id for case_id, rounds in summarised.items() if len(samples[case_id]) != rounds]
     if not wrong:
         return []

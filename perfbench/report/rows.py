@@ -5,27 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from perfbench.figures.metrics import METRICS, PARTS, named
 from perfbench.figures.papers import Paper, find_paper
 from perfbench.figures.roof import least_ms
+from perfbench.run_folder.run_schema import Case, Comparison, Manifest
 
 Row = dict[str, Any]
 ENDS = {"": "ratio", "_low": "low", "_high": "high"}
 WORKLOAD = ("prompt_tokens", "new_tokens", "beams", "requests", "tenants", "resident", "tenant_mix")
-_TIMES = ("total_ms", "ttft_ms", "follow_up_ttft_ms", "itl_ms")
-_MEDIANS = (*_TIMES, "decode_tokens_per_s", "tokens_per_s", "energy_mj_per_token")
-_PEAKS = tuple(f"peak_{kind}_bytes" for kind in ("allocated", "reserved", "device", "process", "resident"))
-_FIGURES = {
-    "memory": (*_PEAKS, "adapter_bytes", "kv_cache_bytes", "tenants_that_fit"),
-    "adapters": ("parameters_per_tenant", "bytes_per_tenant", "admit_ms"),
-    "exact": (
-        "aten_ops_per_decode_step",
-        "kernel_launches_per_decode_step",
-        "flops_per_decode_step",
-        "bytes_per_decode_step",
-        "least_flops_per_decode_step",
-        "kept_bound",
-    ),
-}
+SPEEDS = ("decode_tokens_per_s", "tokens_per_s")
 _VERDICTS = {
     "pending": "pending",
     "check_failed": "FAILED",
@@ -35,7 +23,7 @@ _VERDICTS = {
 }
 
 
-def rows(manifest: Mapping[str, Any]) -> list[Row]:
+def rows(manifest: Manifest) -> list[Row]:
     """One flat row for each case: identity, then every figure under its metric's name (the median, where it
     was sampled), then the paper's numbers. What was not measured is None; units are in the names.
 
@@ -50,7 +38,7 @@ def rows(manifest: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def _row(comparison: Mapping[str, Any], case: Mapping[str, Any], name: str | None, paper: Paper | None) -> Row:
+def _row(comparison: Comparison, case: Case, name: str | None, paper: Paper | None) -> Row:
     row: Row = {"comparison": comparison["id"]}
     row |= {field: comparison[field] for field in ("backbone", "dtype", "device", "runtime")}
     row |= {field: comparison["workload"].get(field) for field in WORKLOAD}
@@ -58,17 +46,21 @@ def _row(comparison: Mapping[str, Any], case: Mapping[str, Any], name: str | Non
     summary = case["summary"] or {}
     row |= {"check": _check(case), "reason": case["reason"]}
     row |= {"rounds": summary["total_ms"]["rounds"] if summary else None}
-    row |= {metric: summary[metric]["median"] if metric in summary else None for metric in _MEDIANS}
-    for field in ("kept", "versus_lora", "versus_plain"):
-        for speed in ("decode_tokens_per_s", "tokens_per_s"):
-            interval = (case[field] or {}).get(speed) or {}
-            row |= {f"{field}_{speed}{end}": interval.get(key) for end, key in ENDS.items()}
-    for field, figures in _FIGURES.items():
-        row |= {figure: (case[field] or {}).get(figure) for figure in figures}
-    least = least_ms(comparison, case["exact"])
+    row |= {name: summary.get(name, {}).get("median") for name in named("sample")}
+    for name, metric in named("tail").items():
+        of, key = metric.tail or ("", "")
+        row |= {name: summary.get(of, {}).get(key)}
+    parts: Mapping[str, Any] = case
+    for name in named("ratio"):
+        for speed in SPEEDS:
+            interval = (parts.get(name) or {}).get(speed) or {}
+            row |= {f"{name}_{speed}{end}": interval.get(key) for end, key in ENDS.items()}
+    row |= {name: (parts[metric.source] or {}).get(name) for name, metric in named(*PARTS).items()}
+    row |= {"tenants_differ": bool((case["adapters"] or {}).get("of_tenants"))}
+    least = least_ms(comparison, case)
     row |= {"least_ms_per_decode_step": least}
     row |= {"roof_share": least / row["itl_ms"] if least and row["itl_ms"] else None}
-    beams = comparison["workload"].get("beams")
+    beams: Any = comparison["workload"].get("beams")
     theirs = paper.row(case["method"], beams, case["options"]) if paper else None
     ratio = paper.versus_lora(case["method"], beams) if paper and theirs else None
     return row | {
@@ -79,7 +71,12 @@ def _row(comparison: Mapping[str, Any], case: Mapping[str, Any], name: str | Non
     }
 
 
-def _check(case: Mapping[str, Any]) -> str:
+def field_of(name: str) -> str:
+    """Where a row has the figure of a metric: a ratio is that of the decode speed."""
+    return f"{name}_{SPEEDS[0]}" if METRICS[name].source == "ratio" else name
+
+
+def _check(case: Case) -> str:
     """The verdict on a case in a word or two, without its reason."""
     if case["status"] != "ok":
         return _VERDICTS[case["status"]]
@@ -94,12 +91,12 @@ def verdict(row: Row) -> str:
     return " ".join(f"{row['check']} {row['reason'] or ''}".split())
 
 
-def groups(manifest: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], list[Row]]]:
+def groups(manifest: Manifest) -> Iterator[tuple[Comparison, list[Row]]]:
     flat = rows(manifest)
     for comparison in manifest["comparisons"]:
         yield comparison, [row for row in flat if row["comparison"] == comparison["id"]]
 
 
-def paper_of(manifest: Mapping[str, Any]) -> Paper | None:
+def paper_of(manifest: Manifest) -> Paper | None:
     name = manifest["scenario"].get("paper")
     return find_paper(name) if name else None

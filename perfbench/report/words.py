@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from perfbench.figures.metrics import METRICS
 from perfbench.figures.papers import Paper
 from perfbench.figures.stats import overlap
 from perfbench.files.plain_text import format_bytes
-from perfbench.report.columns import arm_name
+from perfbench.report.columns import MAIN, arm_name, metrics_of
 from perfbench.report.rows import ENDS, WORKLOAD, Row
+from perfbench.run_folder.run_schema import Manifest
 
 # With fewer rounds an interval covers less than it says, and the best of several arms is mostly luck.
 LEAST_ROUNDS = 6
@@ -17,9 +19,9 @@ LEAST_ROUNDS = 6
 _RARE = {"follow_up_tokens": "second turn"}
 _LEGEND = (
     "kept: the share of the bare backbone's decode speed that is left with the adapters in, the median over "
-    "rounds with its 95% interval. ttft: until the first token. a tenant: adapter "
-    "memory that one more takes; more fit: how many more. roof: the least time of the last step, from what it must "
-    "read, over the time between tokens."
+    "rounds with its 95% interval. ttft: until the first token. a tenant: the size of one adapter as it is served, "
+    "~ the mean where tenants differ; more fit: how many more. roof: the least time of the median step, from what it "
+    "must read, over the time between tokens."
 )
 _LEGEND_OPS = " ops: ATen operations in a decode step."
 _LEGEND_TURNS = (
@@ -29,7 +31,7 @@ _LEGEND_TURNS = (
 _LEGEND_PLAIN = " times plain: decode speed over that of the same arm on runtime transformers with kernels eager."
 
 
-def heading(manifest: Mapping[str, Any]) -> list[str]:
+def heading(manifest: Manifest) -> list[str]:
     scenario = manifest["scenario"]
     head = f"{scenario.get('name')}: {scenario.get('question') or 'no question given'}"
     return [" ".join(str(line).split()) for line in (head, *(scenario.get("notes") or ()))]
@@ -60,7 +62,7 @@ def machine(environment: Mapping[str, Any], device: str) -> str:
     return f"{', '.join(gpus) or 'unknown GPU'} (host: {host})" if device.startswith("cuda") else host
 
 
-def hardware(manifest: Mapping[str, Any], comparison: Mapping[str, Any], group: Sequence[Row]) -> str:
+def hardware(manifest: Manifest, comparison: Mapping[str, Any], group: Sequence[Row]) -> str:
     """The machine and the number of rounds, which belong beside every number."""
     here = machine(manifest["environment"], str(comparison["device"]))
     counted = sorted({row["rounds"] for row in group if row["rounds"] is not None})
@@ -147,7 +149,10 @@ def _enumerated(names: Sequence[str]) -> str:
     return " and ".join([part for part in (", ".join(names[:-1]), names[-1]) if part])
 
 
-def legend(manifest: Mapping[str, Any]) -> str:
+def legend(manifest: Manifest, columns: str = MAIN) -> str:
+    """What the columns mean: those that were asked for by their metrics' definitions."""
+    if (metrics := metrics_of(columns)) is not None:
+        return " ".join(f"{name} ({METRICS[name].unit}): {METRICS[name].definition}." for name in metrics)
     beside_plain = any(case["versus_plain"] for case in manifest["cases"].values())
     turns = any(comparison["workload"].get("follow_up_tokens") for comparison in manifest["comparisons"])
     # The second turn's column takes the place of the operations.

@@ -1,39 +1,80 @@
-"""`perfbench report`'s formats, and how its file is written: whole or not at all. Free of torch."""
+"""Runs as `perfbench report` gives them, in every format, and how its file is written: whole or not at all."""
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perfbench.errors import PerfbenchError, nearest
-from perfbench.report import columns, html, rows, table
+from perfbench.errors import PerfbenchError
+from perfbench.figures.metrics import named
+from perfbench.report import rows, table, tables
 from perfbench.report.read import Run
 from perfbench.report.steadiness import drift
 
-_SAMPLE_FIELDS = (
-    "process", "round", "unix_time_s", "total_ms", "ttft_ms", "itl_ms", "decode_tokens_per_s", "tokens_per_s",
-    "energy_mj", "sm_clock_mhz",
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class RunsReport:
+    """Several runs as a Subject of formats."""
+
+    runs: Sequence[Run]
+
+    def print(self, console: Any) -> None:
+        """The table of each."""
+        for run in self.runs:
+            for line in ([run.label] if len(self.runs) > 1 else []) + list(run.notices):
+                console.print(line, markup=False)
+            table.RunTable(run.manifest).print(console)
+
+    def markdown(self) -> str:
+        """Their tables for a pull request, with what is odd and whether the time between tokens was steady."""
+        lines = []
+        for run in self.runs:
+            lines += [f"### {tables.plain(run.label)}", ""] if len(self.runs) > 1 else []
+            lines += [f"> {tables.plain(notice)}\n" for notice in run.notices]
+            lines += [table.RunTable(run.manifest).markdown(), *_steadiness(run), ""]
+        return "\n".join(lines).rstrip() + "\n"
+
+    def records(self) -> list[dict[str, Any]]:
+        """A flat row for each case."""
+        return list(case_rows(self.runs))
+
+    def page(self) -> str:
+        """Verdicts, charts with intervals, environment."""
+        from perfbench.report import html
+
+        return html.render(self.runs)
 
 
-def render(runs: Sequence[Run], format: str, *, samples: bool = False) -> bytes:
-    """The report in one of FORMATS; with `samples`, csv and parquet have a row for each repetition, not each case.
+@dataclass(frozen=True)
+class SampleRows:
+    """The repetitions of several runs as a Subject that has rows alone."""
 
-    PerfbenchError on another format, on `samples` with html or markdown, and where parquet lacks its library.
-    """
-    if format not in FORMATS:
-        raise PerfbenchError(f"--format: unknown format {format!r}; {nearest(format, FORMATS)}")
-    if samples and format not in _ROW_FORMATS:
-        raise PerfbenchError(f"--samples: {format} shows figures of cases; expected --format csv or parquet")
-    if format in _ROW_FORMATS:
-        return _ROW_FORMATS[format](list(sample_rows(runs) if samples else case_rows(runs)))
-    return _PAGE_FORMATS[format](runs).encode()
+    runs: Sequence[Run]
+
+    def records(self) -> list[dict[str, Any]]:
+        """A flat row for each valid repetition."""
+        return list(sample_rows(self.runs))
+
+    def print(self, console: Any) -> None:
+        """Refused."""
+        raise _no_samples()
+
+    def markdown(self) -> str:
+        """Refused."""
+        raise _no_samples()
+
+    def page(self) -> str:
+        """Refused."""
+        raise _no_samples()
+
+
+def _no_samples() -> PerfbenchError:
+    return PerfbenchError("--samples: this format shows figures of cases; expected --format csv, json or parquet")
 
 
 def case_rows(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
@@ -54,21 +95,13 @@ def case_rows(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
 
 def sample_rows(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     """One flat row for each valid repetition; `itl_ms` is the list of its times between tokens."""
+    figures = (name for name, metric in named("sample").items() if metric.take is None)
+    fields = ("process", "round", "unix_time_s", *figures, "energy_mj", "sm_clock_mhz")
     for run in runs:
         for row in rows.rows(run.manifest):
             identity = {key: row[key] for key in ("comparison", "case", "arm", "method", "kernels")}
             for sample in run.samples[row["case"]]:
-                yield {"run": run.label} | identity | {field: sample[field] for field in _SAMPLE_FIELDS}
-
-
-def _markdown(runs: Sequence[Run]) -> str:
-    """The tables of the runs for a pull request, with what is odd and whether the time between tokens was steady."""
-    lines = []
-    for run in runs:
-        lines += [f"### {columns.plain(run.label)}", ""] if len(runs) > 1 else []
-        lines += [f"> {columns.plain(notice)}\n" for notice in run.notices]
-        lines += [table.render(run.manifest, "markdown") or "", *_steadiness(run), ""]
-    return "\n".join(lines).rstrip() + "\n"
+                yield {"run": run.label} | identity | {field: sample.get(field) for field in fields}
 
 
 def _steadiness(run: Run) -> Iterator[str]:
@@ -79,44 +112,7 @@ def _steadiness(run: Run) -> Iterator[str]:
         return
     shifted = [f"{row[0]} {row[1]}" for row in chart.rows if row[3] is not None and row[1].startswith("shifts")]
     of = f"{len(shifted)} of {len(chart.rows)} cases"
-    yield columns.plain(f"Time between tokens over the repetitions: the level of {of} shifts. {'; '.join(shifted)}")
-
-
-def _csv(rows: list[dict[str, Any]]) -> bytes:
-    """As CSV; a list becomes its values, separated by spaces."""
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            flat = {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()}
-            writer.writerow(flat)
-    return text.getvalue().encode()
-
-
-def _parquet(rows: list[dict[str, Any]]) -> bytes:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise PerfbenchError(
-            "--format parquet: needs pyarrow, which is not installed; pip install 'perfbench[parquet]', or use csv"
-        ) from None
-    columns = {name: _one_type([row[name] for row in rows]) for name in (rows[0] if rows else ())}
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
-    return buffer.getvalue()
-
-
-def _one_type(values: list[Any]) -> list[Any]:
-    """A figure may be whole in one row and broken in another: then all of its column is."""
-    broken = any(isinstance(value, float) for value in values)
-    return [float(value) if broken and value is not None else value for value in values]
-
-
-_PAGE_FORMATS: dict[str, Callable[[Sequence[Run]], str]] = {"html": html.render, "markdown": _markdown}
-_ROW_FORMATS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {"csv": _csv, "parquet": _parquet}
-FORMATS = (*_PAGE_FORMATS, *_ROW_FORMATS)
+    yield tables.plain(f"Time between tokens over the repetitions: the level of {of} shifts. {'; '.join(shifted)}")
 
 
 def write(path: Path, content: bytes) -> None:

@@ -15,13 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from perfbench import exit_codes
 from perfbench.errors import RunDirectoryError
-from perfbench.figures.metrics import energy_mj_per_token
+from perfbench.figures.metrics import PARTS, named, required_of_samples, sample_values, tails_of
 from perfbench.figures.roof import impossible
-from perfbench.figures.stats import Interval, median_interval, paired_ratios, summary
+from perfbench.figures.stats import TAILS, Interval, median_interval, paired_ratios, summary, tail
 from perfbench.files import strict_json
 from perfbench.files.run_lock import LOCK
-from perfbench.run_folder.run_schema import problem_of_run, problem_of_sample
+from perfbench.run_folder.run_schema import Case, Comparison, Manifest, Sample, problem_of_run, problem_of_sample
 
 SCHEMA_VERSION = 2
 STATUSES = ("pending", "ok", "check_failed", "check_void", "crashed", "out_of_memory")
@@ -31,11 +32,9 @@ _TEMPORARY = ".run.json.tmp"
 _ELSEWHERE = "run again with another --out"
 _SPEEDS = ("decode_tokens_per_s", "tokens_per_s")
 _SAMPLE_FIELDS = frozenset((
-    "case", "round", "process", "total_ms", "ttft_ms", "itl_ms", *_SPEEDS, "void", "sm_clock_mhz",
-    "throttle_reasons", "energy_mj", "unix_time_s",
+    "case", "round", "process", "void", "sm_clock_mhz", "throttle_reasons", "energy_mj", "unix_time_s",
+    *required_of_samples(),
 ))  # fmt: skip
-# Of workloads with a second turn only.
-_OPTIONAL_SAMPLE_FIELDS = frozenset(("follow_up_ttft_ms",))
 _MANIFEST_FIELDS = {
     "perfbench_version": str,
     "started_at": str,
@@ -61,7 +60,7 @@ def pending_case(
     case_id: str, comparison: str, arm: str, method: str, options: Mapping[str, Any], kernels: str
 ) -> dict[str, Any]:
     """The manifest's entry of a case that is not measured yet: every field is there, every figure is None."""
-    figures = ("reason", "check", "memory", "adapters", "exact", "summary", "kept", "versus_lora", "versus_plain")
+    figures = ("reason", "check", *PARTS, "summary", *named("ratio"))
     return {
         "id": case_id,
         "comparison": comparison,
@@ -88,18 +87,21 @@ _CASE_FIELDS = frozenset(pending_case("", "", "", "", {}, ""))
 
 
 class RunDirectory:
-    """One run on disk. Change `manifest`, then call `write_manifest()`; made by `create` or `open`."""
+    """One run on disk. Change `manifest`, then call `write_manifest()`; made by `create` or `open`, which check that
+    what they are given is a Manifest."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: Any) -> None:
         self.path = path
-        self.manifest = manifest
+        self.manifest: Manifest = manifest
         self.manifest_path = path / MANIFEST
         self.samples_path = path / SAMPLES
         # Until this process has looked, the last line may be torn by the kill of an earlier one.
         self._ends_whole = False
+        # Of samples.jsonl, once this process has written it.
+        self._size: int | None = None
 
     @classmethod
-    def create(cls, path: str | Path, manifest: dict[str, Any]) -> RunDirectory:
+    def create(cls, path: str | Path, manifest: Any) -> RunDirectory:
         """A new run in the folder `path`, which must be empty or not there yet.
 
         Raises RunDirectoryError where that is not so or it can't be written; then nothing is left behind.
@@ -170,7 +172,7 @@ class RunDirectory:
         Raises RunDirectoryError where it can't be written, with the file cut back to its last whole line;
         ValueError on a sample with other fields, of an unknown case or with a NaN (our fault).
         """
-        if wrong := (set(sample) - _OPTIONAL_SAMPLE_FIELDS) ^ _SAMPLE_FIELDS:
+        if wrong := _SAMPLE_FIELDS ^ (set(sample) - (named("sample").keys() - _SAMPLE_FIELDS)):
             raise ValueError(f"sample: missing or unknown fields: {sorted(wrong)}")
         if sample["case"] not in self.manifest["cases"]:
             raise ValueError(f"sample: unknown case {sample['case']!r}")
@@ -190,6 +192,7 @@ class RunDirectory:
     def _write_line(self, line: bytes) -> None:
         with self.samples_path.open("ab", buffering=0) as file:
             whole = os.fstat(file.fileno()).st_size
+            self._expect_size(whole)
             try:
                 written = 0
                 while written < len(line):  # a disk that fills up takes a part first, and only then fails
@@ -199,6 +202,19 @@ class RunDirectory:
                 with suppress(OSError):
                     os.ftruncate(file.fileno(), whole)
                 raise
+        self._size = whole + len(line)
+
+    def _expect_size(self, size: int) -> None:
+        """RunDirectoryError where the samples are not as this process left them: some are lost, or not its own."""
+        if self._size is not None and size != self._size:
+            raise RunDirectoryError(
+                f"{self.samples_path}: expected the {self._size:,} bytes that were written, got {size:,}: another "
+                f"program changed it during the run; {_ELSEWHERE}"
+            )
+
+    def samples_replaced(self) -> None:
+        """To be called by who wrote samples.jsonl anew."""
+        self._size = None
 
     def _cut_torn_line(self) -> None:
         """Cuts off what follows the last newline: the line that a kill tore."""
@@ -209,19 +225,21 @@ class RunDirectory:
                 os.ftruncate(file.fileno(), whole)
         self._ends_whole = True
 
-    def samples(self) -> list[dict[str, Any]]:
+    def samples(self) -> list[Sample]:
         """Every whole line of `samples.jsonl`, in order; a last line without its newline is ignored.
 
         Raises RunDirectoryError where the file can't be read, or, with its number, where a line is corrupt.
         """
         return list(self._read_samples())
 
-    def _read_samples(self) -> Iterator[dict[str, Any]]:
+    def _read_samples(self) -> Iterator[Sample]:
         summarised = any(case["summary"] for case in self.manifest["cases"].values())
         if not summarised and not self.samples_path.exists():
+            self._expect_size(0)
             return  # no sample was taken yet
         try:
             with self.samples_path.open("rb") as file:
+                self._expect_size(os.fstat(file.fileno()).st_size)
                 lines = file.read(os.fstat(file.fileno()).st_size).split(b"\n")[:-1]
         except OSError as error:
             raise RunDirectoryError(
@@ -248,10 +266,7 @@ class RunDirectory:
         Raises RunDirectoryError as `samples` does, and where a case has two samples in one turn.
         """
         cases = self.manifest["cases"]
-        valid: dict[str, list[dict[str, Any]]] = {case_id: [] for case_id in cases}
-        for sample in self.samples():
-            if sample["void"] is None and sample["case"] in valid:
-                valid[sample["case"]].append(sample)
+        valid = self.valid(self.samples())
         for comparison in self.manifest["comparisons"]:
             requests = comparison["workload"]["requests"]
             members = [cases[case_id] for case_id in comparison["case_ids"]]
@@ -260,28 +275,50 @@ class RunDirectory:
                 ok = case["status"] == "ok" and bool(own)
                 case["summary"] = _summarise_samples(own, requests) if ok else None
                 if (why := impossible(comparison, case)) is not None:
-                    case.update(status="check_failed", reason=why, summary=None)
+                    case["status"], case["reason"], case["summary"] = "check_failed", why, None
             for case in members:
-                for field, method in (("kept", "none"), ("versus_lora", "lora")):
-                    case[field] = self._versus(case, _reference(members, method, case["kernels"]), valid)
+                case["kept"] = self._versus(case, _reference(members, "none", case["kernels"]), valid)
+                case["versus_lora"] = self._versus(case, _reference(members, "lora", case["kernels"]), valid)
         for comparison in self.manifest["comparisons"]:
             plain = self._plain(comparison)
             for case in (cases[case_id] for case_id in comparison["case_ids"]):
                 case["versus_plain"] = self._versus(case, plain.get(case["arm"]), valid)
 
-    def _plain(self, comparison: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    def valid(self, samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+        """Case -> its samples that are not void."""
+        valid: dict[str, list[Sample]] = {case_id: [] for case_id in self.manifest["cases"]}
+        for sample in samples:
+            if sample["void"] is None and sample["case"] in valid:
+                valid[sample["case"]].append(sample)
+        return valid
+
+    def add_tails(self, samples: Iterable[Sample]) -> None:
+        """Fills the tails of the summaries of a run that an earlier perfbench wrote without them, in memory only;
+        those of a case whose `samples` are not all there stay unknown."""
+        for case_id, own in self.valid(samples).items():
+            case_summary = self.manifest["cases"][case_id]["summary"] or {}
+            for name, found in case_summary.items():
+                if missing := [key for key in tails_of(name) if key in TAILS and key not in found]:
+                    values = [value for one in own for value in sample_values(name, one, 1)]
+                    if len(values) == found["rounds"]:
+                        found.update({key: tail(values, key) for key in missing})
+
+    def _plain(self, comparison: Comparison) -> dict[str, Case]:
         """Arm -> its case on runtime transformers with kernels eager, everything else being as in `comparison`."""
-        same = ("backbone", "dtype", "device", "workload")
+
+        def shared(one: Comparison) -> tuple[Any, ...]:
+            return one["backbone"], one["dtype"], one["device"], one["workload"]
+
         return {
             case["arm"]: case
             for other in self.manifest["comparisons"]
-            if other["runtime"] == "transformers" and all(other[key] == comparison[key] for key in same)
+            if other["runtime"] == "transformers" and shared(other) == shared(comparison)
             for case in (self.manifest["cases"][case_id] for case_id in other["case_ids"])
             if case["kernels"] == "eager"
         }
 
     def _versus(
-        self, case: dict[str, Any], reference: dict[str, Any] | None, valid: dict[str, list[dict[str, Any]]]
+        self, case: Case, reference: Case | None, valid: Mapping[str, list[Sample]]
     ) -> dict[str, Interval] | None:
         """Speeds of `case` / those of `reference`; None: no such arm, itself, not ok, or no common round."""
         if reference is None or reference is case or case["summary"] is None or reference["summary"] is None:
@@ -305,27 +342,21 @@ class RunDirectory:
         statuses = {case["status"] for case in cases}
         unmeasured = any(case["status"] == "ok" and case["summary"] is None for case in cases)
         if unmeasured or statuses & {"pending", "crashed", "out_of_memory"}:
-            return 4
-        return 1 if statuses & {"check_failed", "check_void"} else 0
+            return exit_codes.FAULT
+        return exit_codes.FAILED if statuses & {"check_failed", "check_void"} else exit_codes.OK
 
 
-def _summarise_samples(samples: list[dict[str, Any]], requests: int) -> dict[str, Interval]:
-    """{metric: summary} of one case: `itl_ms` over the steps of all rounds, energy where it was measured."""
-    figures = {name: summary([one[name] for one in samples]) for name in ("total_ms", "ttft_ms", *_SPEEDS)}
-    figures["itl_ms"] = summary([itl_ms for one in samples for itl_ms in one["itl_ms"]])
-    if all("follow_up_ttft_ms" in one for one in samples):
-        figures["follow_up_ttft_ms"] = summary([one["follow_up_ttft_ms"] for one in samples])
-    energies = [
-        energy_mj_per_token(one["energy_mj"], requests, len(one["itl_ms"]) + 1)
-        for one in samples
-        if one["energy_mj"] is not None
-    ]
-    if energies:
-        figures["energy_mj_per_token"] = summary(energies)
+def _summarise_samples(samples: list[Sample], requests: int) -> dict[str, Interval]:
+    """{metric: summary and tails} of one case: of `itl_ms` over the steps of all rounds, of one that samples may lack
+    over those that have it."""
+    figures: dict[str, Interval] = {}
+    for name in named("sample"):
+        if values := [value for one in samples for value in sample_values(name, one, requests)]:
+            figures[name] = summary(values) | {key: tail(values, key) for key in tails_of(name) if key in TAILS}
     return figures
 
 
-def _reference(members: list[dict[str, Any]], method: str, kernels: str) -> dict[str, Any] | None:
+def _reference(members: list[Case], method: str, kernels: str) -> Case | None:
     """The first arm of `method` that ran with the same `kernels`."""
     return next((case for case in members if case["method"] == method and case["kernels"] == kernels), None)
 

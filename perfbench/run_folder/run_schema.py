@@ -7,9 +7,70 @@ are let through; `perfbench.run_folder.run_directory` checks first which fields 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NotRequired, TypedDict
+
+from perfbench.figures.metrics import PARTS, named, required_of_samples
+from perfbench.figures.stats import TAILS, Interval
 
 Schema = dict[str, Any]
+# One repetition, a line of samples.jsonl: the metrics of a source "sample" under their names, and whose it is.
+Sample = dict[str, Any]
+
+
+class Case(TypedDict):
+    """One case of run.json; None is what is not measured. The parts hold {metric: figure}, `summary` {metric:
+    summary of its samples}, the ratios {speed: interval}."""
+
+    id: str
+    comparison: str
+    arm: str
+    method: str
+    options: dict[str, Any]
+    kernels: str
+    status: str
+    reason: str | None
+    check: dict[str, Any] | None
+    memory: dict[str, Any] | None
+    adapters: dict[str, Any] | None
+    exact: dict[str, Any] | None
+    summary: dict[str, Interval] | None
+    kept: dict[str, Interval] | None
+    versus_lora: dict[str, Interval] | None
+    versus_plain: dict[str, Interval] | None
+
+
+class Comparison(TypedDict):
+    """Cases that are measured in turns, and what they share."""
+
+    id: str
+    backbone: str
+    dtype: str
+    device: str
+    runtime: str
+    workload: dict[str, Any]
+    case_ids: list[str]
+    backbone_parameters: NotRequired[int | None]
+    backbone_bytes: NotRequired[int | None]
+    roof: NotRequired[dict[str, Any] | None]
+
+
+class Manifest(TypedDict):
+    """run.json, as `RUN` below has it in more detail. `finished_at` is None while it is being written."""
+
+    schema_version: int
+    perfbench_version: str
+    started_at: str
+    finished_at: str | None
+    scenario: dict[str, Any]
+    environment: dict[str, Any]
+    processes: int
+    comparisons: list[Comparison]
+    cases: dict[str, Case]
+
+
+# Fields of a sample: numbers > 0, `itl_ms` being a list of them, and numbers >= 0 that may be null or absent.
+_NUMBERS = tuple(name for name in required_of_samples() if name != "itl_ms")
+_MAYBE_NUMBERS = ("sm_clock_mhz", "energy_mj", *(name for name in named("sample") if name not in required_of_samples()))
 
 # Within these a ratio of two figures, and the square of one, are finite; no machine comes near.
 LEAST, LARGEST = 1e-12, 1e24
@@ -36,7 +97,7 @@ _SCALAR = _or_null("string", "number", "boolean")
 _SUMMARY = _object(
     {
         **dict.fromkeys(("min", "max", "mean", "median", "iqr", "q1", "q3"), _SIZE),
-        "stddev": _FIGURE,
+        **dict.fromkeys(("stddev", *TAILS), _FIGURE),
         "rounds": _COUNT,
     },
     "median",
@@ -44,19 +105,6 @@ _SUMMARY = _object(
 )
 _RATIO = _object({"ratio": _FIGURE, "low": _FIGURE, "high": _FIGURE, "rounds": _MAYBE_COUNT})
 _RATIOS = _object({}, others=_RATIO, null=True)
-# Of these every known figure is a number; what else a version keeps beside them may be anything.
-_KNOWN_FIGURES: dict[str, tuple[str, ...]] = {
-    "memory": (
-        "peak_allocated_bytes", "peak_reserved_bytes", "peak_device_bytes", "peak_process_bytes",
-        "peak_resident_bytes", "adapter_bytes", "kv_cache_bytes", "tenants_that_fit",
-    ),
-    "adapters": ("parameters_per_tenant", "bytes_per_tenant", "admit_ms"),
-    "exact": (
-        "aten_ops_per_decode_step", "kernel_launches_per_decode_step", "flops_per_decode_step",
-        "bytes_per_decode_step", "least_flops_per_decode_step", "kept_bound",
-    ),
-}  # fmt: skip
-
 _CASE = _object(
     {
         **dict.fromkeys(("id", "comparison", "arm", "method", "kernels", "status"), _TEXT),
@@ -65,9 +113,10 @@ _CASE = _object(
         "check": _object(
             {"passed": {"type": "boolean"}, "ties": _MAYBE_COUNT, "requests": _MAYBE_COUNT}, "passed", null=True
         ),
-        **{part: _object(dict.fromkeys(known, _FIGURE), null=True) for part, known in _KNOWN_FIGURES.items()},
+        # Of these every figure that is declared is a number; what else a version keeps beside them may be anything.
+        **{part: _object(dict.fromkeys(named(part), _FIGURE), null=True) for part in PARTS},
         "summary": _object({"total_ms": _SUMMARY}, "total_ms", others=_SUMMARY, null=True),
-        **dict.fromkeys(("kept", "versus_lora", "versus_plain"), _RATIOS),
+        **dict.fromkeys(named("ratio"), _RATIOS),
     }
 )
 _WORKLOAD = _object(
@@ -168,7 +217,7 @@ def problem_of_sample(sample: Mapping[str, Any]) -> str | None:
 
 
 def _problems_of_sample(sample: Mapping[str, Any]) -> Iterator[str]:
-    for name in ("total_ms", "ttft_ms", "decode_tokens_per_s", "tokens_per_s"):
+    for name in _NUMBERS:
         if not _is_number(sample[name]) or not LEAST <= sample[name] <= LARGEST:
             yield _got(name, "a number > 0", sample[name])
             return
@@ -180,7 +229,7 @@ def _problems_of_sample(sample: Mapping[str, Any]) -> Iterator[str]:
     for name in ("round", "process"):
         if type(sample[name]) is not int or sample[name] < 0:
             yield _got(name, "an integer >= 0", sample[name])
-    for name in ("sm_clock_mhz", "energy_mj", "follow_up_ttft_ms"):
+    for name in _MAYBE_NUMBERS:
         value = sample.get(name)
         if value is not None and not (_is_number(value) and 0 <= value <= LARGEST):
             yield _got(name, "a number >= 0 or null", value)

@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from perfbench.errors import BackboneError
+from perfbench.methods import dtypes
 from perfbench.methods.shape import BackboneShape
 from perfbench.spec.backbone_config import BESIDE_AN_ADAPTER, find_config, is_named
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype.torch_name) for name, dtype in dtypes.DTYPES.items()}
 
 
 @dataclass

@@ -20,11 +20,13 @@ from typing import Any, NoReturn
 from perfbench.errors import PerfbenchError, ScenarioError
 from perfbench.files.paths import expanded
 from perfbench.files.yaml_source import Place, Source, assign, dotted, lay_over, of_values, parse, read
+from perfbench.methods.options import LAYERS
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
 from perfbench.spec import backbone_config, shipped
+from perfbench.spec.option_schema import schema_of
 from perfbench.spec.runtime_support import kernels_problem, serves, unsupported
-from perfbench.spec.scenario_schema import LAYERS, first_written, problems
+from perfbench.spec.scenario_schema import first_written, problems
 
 DEVICE_KINDS = ("cpu", "cuda")
 DEFAULT_ZIPF_EXPONENT = 1.1
@@ -386,8 +388,10 @@ def _unserved(source: Source, arms: Sequence[Arm], runtimes: Sequence[str]) -> I
 def _options(source: Source, path: Path, place: Place, method: str, options: dict[str, Any]) -> Any:
     """The options dataclass of `method`; paths are resolved, a FanLoRA setting's file is read."""
     values = {key: value for key, value in options.items() if key != "label"}
-    if values.get("alpha") is not None:
-        values["alpha"] = float(values["alpha"])
+    made_of = METHODS[method].options
+    for name, rules in schema_of(made_of).items():
+        if type(values.get(name)) is int and "number" in rules.get("type", ()):
+            values[name] = float(values[name])
     if values.get("adapters") is not None:
         values["adapters"] = _adapters(source, values["adapters"], path, *place, "adapters")
     if isinstance(values.get("setting"), str):
@@ -395,7 +399,10 @@ def _options(source: Source, path: Path, place: Place, method: str, options: dic
         values["setting"] = _read_setting(source, file, *place, "setting")
     if values.get("setting") is not None and not any(values["setting"]):
         _refuse(source, "expected at least one module in some layer, got none", *place, "setting")
-    return METHODS[method].options(**{key: frozen(value) for key, value in values.items()})
+    try:
+        return made_of(**{key: frozen(value) for key, value in values.items()})
+    except ValueError as error:
+        _refuse(source, str(error), *place)
 
 
 def _adapters(source: Source, value: Any, path: Path, *place: str | int) -> str | list[str]:

@@ -1,6 +1,7 @@
 """What a scenario may say: its JSON Schema (draft 2020-12), and its errors in one line each. Free of torch.
 
-`SCHEMA` is the only place that lists keys, types and ranges; `perfbench validate --schema` prints it.
+`schema()` is the only place that lists keys, types and ranges, those of a method's options being its dataclass's;
+`perfbench validate --schema` prints it.
 What depends on several fields at once is checked in `perfbench.spec.scenario`.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from jsonschema import Draft202012Validator, ValidationError, validators
@@ -16,10 +18,11 @@ from jsonschema import Draft202012Validator, ValidationError, validators
 from perfbench.errors import nearest
 from perfbench.files.plain_text import shown
 from perfbench.files.yaml_source import Place, Source
-from perfbench.methods.registry import METHODS
-from perfbench.methods.shape import MODULES
+from perfbench.methods.dtypes import DTYPES
+from perfbench.methods.options import NoOptions
+from perfbench.methods.registry import METHODS, Method
+from perfbench.spec.option_schema import schema_of
 
-DTYPES = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 
 # Name -> what it is. A runtime generates tokens, a kernel set does the adapters' arithmetic.
@@ -43,87 +46,40 @@ TENANT_MIXES = {
 
 Schema = dict[str, Any]
 
-_MODULE: Schema = {"type": "string", "enum": list(MODULES), "title": "module"}
 _NAME: Schema = {
     "type": "string",
     "pattern": r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$",
     "title": "a name of at most 40 letters, digits, '.', '_' and '-' that starts with a letter or digit",
 }
-_RANK: Schema = {"type": "integer", "minimum": 1, "maximum": 1024, "description": "rank R of the adapter"}
-_ALPHA: Schema = {
-    "type": ["number", "null"],
-    "exclusiveMinimum": 0,
-    "description": "the adapter is scaled by alpha / rank; null or absent: alpha = rank",
-}
-_ADAPTERS: Schema = {
-    "type": ["string", "array", "null"],
-    "minLength": 1,
-    "minItems": 1,
-    "items": {"type": "string", "minLength": 1},
-    "description": "trained adapters, one for each resident tenant: a folder of PEFT's, of a Trainer's or of what "
-    "`perfbench finetune` or `accuracy` wrote, or a list of folders; null or absent: random ones",
-}
-LAYERS: Schema = {
-    "type": "array",
-    "minItems": 1,
-    "items": {"type": "array", "items": _MODULE, "uniqueItems": True},
-    "description": "for each layer of the backbone the modules that are kept; may be empty for some layers",
-}
-_LORA: Schema = {
-    "rank": _RANK,
-    "alpha": _ALPHA,
-    "modules": {
-        "type": "array",
-        "items": _MODULE,
-        "minItems": 1,
-        "uniqueItems": True,
-        "description": "the linear modules of every layer that are adapted; default: all seven",
-    },
-    "adapters": _ADAPTERS,
-}
-
-# Method -> its options, field by field those of its dataclass in `perfbench.methods.registry`.
-METHOD_OPTIONS: dict[str, Schema] = {
-    "none": {},
-    "lora": _LORA,
-    "fanlora": {
-        "rank": _RANK,
-        "alpha": _ALPHA,
-        "setting": {
-            "anyOf": [LAYERS, {"type": "string", "minLength": 1}, {"type": "null"}],
-            "description": "the modules kept in each layer, or a JSON file with the key `layers`; "
-            "null or absent: FanLoRA's default",
-        },
-        "adapters": _ADAPTERS,
-    },
-    "ia3": {
-        "dim": {**_RANK, "description": "dimension of z in l = 1 + z P"},
-        "adapters": _ADAPTERS,
-    },
-    "ia3-original": {"adapters": _ADAPTERS},
-    "para": {
-        "rank": _RANK,
-        "pool": {
-            "type": "string",
-            "enum": ["residual", "normalised"],
-            "title": "pool",
-            "description": "what the generator reads: the residual stream (paper), or its norm",
-        },
-        "adapters": _ADAPTERS,
-    },
-    "peft": _LORA,
-    "peft-single": _LORA,
-}
+# What every arm but `none` may have beside its method's options.
+LABEL: Schema = {"label": {**_NAME, "description": "name of this arm; default: the method's"}}
 
 
-def _options(method: str) -> Schema:
-    """The options of `method`, and the label that every arm but `none` may have."""
-    named = {"label": {**_NAME, "description": "name of this arm; default: the method's"}}
+def _options(method: Method) -> Schema:
+    """The options of `method`, and the label."""
     return {
         "type": "object",
-        "properties": {**METHOD_OPTIONS[method], **({} if method == "none" else named)},
+        "properties": {**schema_of(method.options), **({} if method.options is NoOptions else LABEL)},
         "additionalProperties": False,
-        "description": METHODS[method].summary,
+        "description": method.summary,
+    }
+
+
+def _methods(known: dict[str, Method]) -> Schema:
+    """The arms of a scenario: names of `known` methods, with their options."""
+    with_options = {
+        "type": "object",
+        "properties": {name: _options(method) for name, method in known.items()},
+        "additionalProperties": False,
+        "minProperties": 1,
+        "maxProperties": 1,
+        "title": "method",
+    }
+    return {
+        "type": "array",
+        "minItems": 1,
+        "items": {"anyOf": [_one_of("method", known), with_options]},
+        "description": "the arms of each comparison: names, or {name: {options}}; `none` is always added",
     }
 
 
@@ -199,24 +155,6 @@ _FIELDS: Schema = {
     "dtype": _axis(_one_of("dtype", DTYPES), "type of the weights and of the arithmetic"),
     "runtime": _axis(_one_of("runtime", RUNTIMES), "how tokens are generated", default="transformers"),
     "kernels": _axis(_one_of("kernels", KERNELS), "how adapters are computed", default="eager"),
-    "methods": {
-        "type": "array",
-        "minItems": 1,
-        "items": {
-            "anyOf": [
-                _one_of("method", METHODS),
-                {
-                    "type": "object",
-                    "properties": {method: _options(method) for method in METHODS},
-                    "additionalProperties": False,
-                    "minProperties": 1,
-                    "maxProperties": 1,
-                    "title": "method",
-                },
-            ]
-        },
-        "description": "the arms of each comparison: names, or {name: {options}}; `none` is always added",
-    },
     "workload": _workload(WORKLOAD_REQUIRED),
     "warmup": {**_integer(1), "description": "untimed repetitions of each arm first", "default": 3},
     "repetitions": {**_integer(1), "description": "timed repetitions of each arm", "default": 100},
@@ -243,30 +181,38 @@ _FIELDS: Schema = {
     },
 }
 
-_OVERRIDE: Schema = {
-    "type": "object",
-    "properties": {**_FIELDS, "workload": _workload([])},
-    "additionalProperties": False,
-    "description": "what this kind of device changes: mappings merge, lists and scalars replace",
-}
 
-SCHEMA: Schema = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "description": "a perfbench scenario",
-    "type": "object",
-    "properties": {
-        **_FIELDS,
-        "device": {**_one_of("device", DEVICES), "description": "auto: cuda where it is", "default": "auto"},
-        "overrides": {
-            "type": "object",
-            "properties": {"cpu": _OVERRIDE, "cuda": _OVERRIDE},
-            "additionalProperties": False,
-            "description": "partial scenarios, each laid over the file on that kind of device",
+def schema() -> Schema:
+    """The schema of a scenario: with the methods that are known now, those of plugins included."""
+    return _schema(tuple(METHODS.items()))
+
+
+@lru_cache(maxsize=4)
+def _schema(known: tuple[tuple[str, Method], ...]) -> Schema:
+    fields = {**_FIELDS, "methods": _methods(dict(known))}
+    override = {
+        "type": "object",
+        "properties": {**fields, "workload": _workload([])},
+        "additionalProperties": False,
+        "description": "what this kind of device changes: mappings merge, lists and scalars replace",
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "description": "a perfbench scenario",
+        "type": "object",
+        "properties": {
+            **fields,
+            "device": {**_one_of("device", DEVICES), "description": "auto: cuda where it is", "default": "auto"},
+            "overrides": {
+                "type": "object",
+                "properties": {"cpu": override, "cuda": override},
+                "additionalProperties": False,
+                "description": "partial scenarios, each laid over the file on that kind of device",
+            },
         },
-    },
-    "required": ["backbone", "dtype", "methods", "workload"],
-    "additionalProperties": False,
-}
+        "required": ["backbone", "dtype", "methods", "workload"],
+        "additionalProperties": False,
+    }
 
 
 @dataclass(frozen=True)
@@ -296,9 +242,11 @@ _Validator = validators.extend(Draft202012Validator, {"pattern": _pattern}, type
 _MOST_UNKNOWN = 20
 
 
-def problems(value: Any, schema: Schema = SCHEMA) -> list[Problem]:
-    """All that is wrong with `value`, in no particular order; empty if nothing is."""
-    return [problem for error in _Validator(schema).iter_errors(value) for problem in _explain(error)]
+def problems(value: Any, rules: Schema | None = None) -> list[Problem]:
+    """All that is wrong with `value` by `rules` (None: those of a scenario), in no particular order; empty if nothing
+    is."""
+    validator = _Validator(schema() if rules is None else rules)
+    return [problem for error in validator.iter_errors(value) for problem in _explain(error)]
 
 
 def first_written(source: Source, found: Sequence[Problem]) -> Problem:

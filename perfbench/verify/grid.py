@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
@@ -118,7 +118,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def of_case(name: str, case: dict[str, Any]) -> Finding:
+def of_case(name: str, case: Mapping[str, Any]) -> Finding:
     """A case of scenario `name` with its speed; out of memory or time is no fault of the code, anything else is."""
     what = f"{name}: {case['id'].split('/', 1)[1]}"
     if case["status"] == "out_of_memory":

@@ -13,12 +13,47 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from perfbench import exit_codes
 from perfbench.errors import RunDirectoryError
+from perfbench.files import strict_json
+from perfbench.files.yaml_source import dotted
+from perfbench.run_folder.run_schema import ENVIRONMENT, LARGEST, Schema
+from perfbench.spec.scenario_schema import problems
 
 SCHEMA_VERSION = 1
 JSON, MARKDOWN = "verify.json", "verify.md"
 PASS, FAIL, SKIPPED = "pass", "FAIL", "skipped"
 _STYLES = {PASS: "green", FAIL: "bold red", SKIPPED: "yellow"}
+
+
+_TEXT: Schema = {"type": "string"}
+_FINDING: Schema = {
+    "type": "object",
+    "properties": {
+        "what": _TEXT,
+        "status": {"type": "string", "enum": [PASS, FAIL, SKIPPED]},
+        "finding": _TEXT,
+        "figures": {"type": "object"},
+    },
+    "required": ["what", "status", "finding"],
+}
+_SECTION: Schema = {
+    "type": "object",
+    "properties": {
+        "findings": {"type": "array", "items": _FINDING},
+        "seconds": {"type": "number", "minimum": 0, "maximum": LARGEST},
+    },
+    "required": ["findings", "seconds"],
+}
+# What --resume and the table trust.
+_SCHEMA: Schema = {
+    "type": "object",
+    "properties": {
+        "device": {"type": "object", "properties": {"name": _TEXT}, "required": ["name"]},
+        "environment": ENVIRONMENT,
+        "sections": {"type": "object", "properties": {}, "additionalProperties": _SECTION},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +89,7 @@ def verdict(found: dict[str, Any]) -> str:
 def exit_code(found: dict[str, Any]) -> int:
     """0 where no check failed and some passed (skips are named), else 1."""
     statuses = {finding["status"] for _, finding in _findings(found)}
-    return 0 if FAIL not in statuses and PASS in statuses else 1
+    return exit_codes.OK if FAIL not in statuses and PASS in statuses else exit_codes.FAILED
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -100,7 +135,7 @@ def read(folder: Path) -> dict[str, Any]:
     """What an earlier `perfbench verify --out` left. RunDirectoryError where that is nothing that can be read."""
     file = folder / JSON
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found: dict[str, Any] = strict_json.parse(file.read_bytes())
     except FileNotFoundError:
         raise RunDirectoryError(f"{folder}: has no {JSON} to go on with; leave --resume out") from None
     except (OSError, ValueError) as error:
@@ -109,6 +144,8 @@ def read(folder: Path) -> dict[str, Any]:
         raise RunDirectoryError(f"{file}: expected schema_version {SCHEMA_VERSION}; give another --out")
     if missing := {"device", "full", "environment", "sections"} - set(found):
         raise RunDirectoryError(f"{file}: lacks {', '.join(sorted(missing))}; give another --out")
+    for problem in problems(found, _SCHEMA):
+        raise RunDirectoryError(f"{file}: {dotted(problem.place)}: {problem.message}; give another --out")
     return found
 
 

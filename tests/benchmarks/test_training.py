@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from perfbench.finetune import trained
+from perfbench.finetune.trained_table import trainable
 from perfbench.runtimes import backbone
 from tests.benchmarks.conftest import DEVICE
 
@@ -21,7 +22,7 @@ def make_examples(vocab: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-@pytest.mark.parametrize("method", [name for name in trained.TRAINED if name != "full"])
+@pytest.mark.parametrize("method", [name for name in trainable() if name != "full"])
 @pytest.mark.benchmark(group="training: one step of 4 examples of 64 tokens")
 def test_training_step(benchmark: Any, base: backbone.Backbone, method: str) -> None:
     module = trained.attach(base.skeleton(), method, None, seed=0).train()

@@ -12,8 +12,11 @@ from perfbench.errors import AdapterError
 from perfbench.measure.on_device.arms import PLAN_ARMS
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
+from perfbench.methods.fanlora import FanLoraOptions
+from perfbench.methods.lora import LoraOptions
+from perfbench.methods.para import ParaOptions
 from perfbench.methods.plan import AdapterPlan, plan_bytes
-from perfbench.methods.registry import METHODS, FanLoraOptions, LoraOptions, ParaOptions
+from perfbench.methods.registry import METHODS
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Batch
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from perfbench import testing
 from perfbench.methods import fanlora, parameters
 from perfbench.methods.bank import Bank
-from perfbench.methods.registry import METHODS, FanLoraOptions
+from perfbench.methods.fanlora import FanLoraOptions
+from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Batch
@@ -30,11 +33,7 @@ PAPER_COUNTS = {
 }
 
 
-def test_every_served_method_has_a_count_to_meet() -> None:
-    assert set(PAPER_COUNTS) == set(SERVED)
-
-
-@pytest.mark.parametrize("method", SERVED)
+@pytest.mark.parametrize("method", PAPER_COUNTS)
 def test_parameters_on_llama2_7b_are_the_papers(method: str) -> None:
     assert parameters.parameter_count(method, LLAMA2_7B, METHODS[method].options()) == PAPER_COUNTS[method]
 
@@ -50,20 +49,10 @@ def test_the_bare_backbone_has_none() -> None:
         parameters.implementation("none")
 
 
+@pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("method", SERVED)
-def test_a_meta_plan_allocates_nothing(method: str) -> None:
-    plan = parameters.meta_plan(method, LLAMA2_7B, METHODS[method].options())
-    tensors = [t for layer in plan for t in layer.tensors()]
-    assert tensors
-    assert all(tensor.device.type == "meta" for tensor in tensors)
-
-
-@pytest.mark.parametrize("method", SERVED)
-def test_a_meta_plan_has_the_sizes_of_a_real_one(method: str) -> None:
-    options = METHODS[method].options()
-    real = parameters.implementation(method).plan(parameters.make(method, TINY, options, seed=1), TINY, options)
-    sizes = [[t.shape for t in layer.tensors()] for layer in real]
-    assert [[t.shape for t in layer.tensors()] for layer in parameters.meta_plan(method, TINY, options)] == sizes
+def test_it_keeps_the_contract(method: str, check: Callable[[str], None]) -> None:
+    check(method)
 
 
 @pytest.fixture(scope="module")
@@ -75,27 +64,6 @@ def logits(tiny: backbone.Backbone, bank: Bank | None) -> torch.Tensor:
     ids = torch.arange(3, 3 + 2 * 9).view(2, 9)
     batch = Batch(ids, torch.ones_like(ids), (0, 0) if bank else (-1, -1), beams=1, new_tokens=4)
     return PlanArm(tiny, bank, "eager").generate(batch, with_logits=True).logits
-
-
-@pytest.mark.parametrize("initial", [True, False], ids=["initial", "randomised"])
-@pytest.mark.parametrize("method", SERVED)
-def test_initial_values_are_the_identity_and_random_ones_are_not(
-    tiny: backbone.Backbone, method: str, initial: bool
-) -> None:
-    options = METHODS[method].options()
-    values = parameters.make(method, tiny.shape, options, seed=5, initial=initial)
-    bank = Bank(parameters.meta_plan(method, tiny.shape, options), 1, tiny.dtype, tiny.device)
-    bank.admit(parameters.implementation(method).plan(values, tiny.shape, options))
-    assert torch.equal(logits(tiny, bank), logits(tiny, None)) is initial
-
-
-@pytest.mark.parametrize("method", SERVED)
-def test_the_seed_decides_the_adapter(method: str) -> None:
-    options = METHODS[method].options()
-    one, again, other = (parameters.make(method, TINY, options, seed=seed) for seed in (1, 1, 2))
-    assert one.keys() == again.keys() == other.keys()
-    assert all(torch.equal(one[name], again[name]) for name in one)
-    assert not any(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("method", SERVED)

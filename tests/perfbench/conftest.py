@@ -1,9 +1,7 @@
-"""Shared by tests of commands: one real profile, made once; a real browser."""
+"""Shared by tests of commands: one real profile, made once."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
@@ -11,11 +9,21 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from perfbench.methods.registry import METHODS
 from perfbench.profiling import profile, profile_table
-from perfbench.spec import cases, scenario
-from tests.browser import Browser
+from perfbench.spec import cases, method_plugins, scenario
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def own_methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The test begins and ends with perfbench's own methods, whatever plugins it reads."""
+    monkeypatch.setattr(method_plugins, "_READ", {})
+    own = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(own)
 
 
 @pytest.fixture(scope="session")
@@ -30,16 +38,3 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     said = StringIO()
     profile_table.render(found, Console(width=100, file=said))
     return out, said.getvalue()
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """One browser for all tests; they are skipped where there is none."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("needs a browser: no chromium, chromium-browser or google-chrome on PATH")
-    # Its processes may write a last file while the folder is being removed.
-    with tempfile.TemporaryDirectory(prefix="perfbench-browser-", ignore_cleanup_errors=True) as profile:
-        found = Browser(program, Path(profile))
-        yield found
-        found.close()

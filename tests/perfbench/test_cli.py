@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from perfbench import exit_codes
 from perfbench.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,14 +81,14 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_list_names_every_method_and_scenario(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from perfbench.finetune.trained import TRAINED
+    from perfbench.finetune.trained_table import trainable
     from perfbench.methods.registry import METHODS
 
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["list"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in METHODS)
-    assert all(f" {name} " in said for name in TRAINED)
+    assert all(f" {name} " in said for name in trainable())
     files = [path.relative_to(ROOT / "scenarios") for path in (ROOT / "scenarios").rglob("*.yaml")]
     assert all(f" {path.with_suffix('').as_posix()} " in said for path in files)
 
@@ -98,6 +99,7 @@ def test_what_resumes_a_run_is_said_as_a_shell_takes_it(
     from perfbench.finetune import recipe
 
     def interrupted(*args: object, **kwargs: object) -> None:
+        (tmp_path / "my run" / "run.json").write_text("{}")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(recipe, "finetune", interrupted)
@@ -108,6 +110,20 @@ def test_what_resumes_a_run_is_said_as_a_shell_takes_it(
     assert shlex.split(said) == ["perfbench", *words, "--resume"]
 
 
+def test_where_nothing_is_left_it_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from perfbench.finetune import recipe
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "finetune", interrupted)
+    out = tmp_path / "gone"
+    assert main(["finetune", str(ROOT / "scenarios" / "finetune" / "skills_para.yaml"), "--out", str(out)]) == 130
+    assert capsys.readouterr().err == f"interrupted; {out} is not there, so there is nothing to go on with\n"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -115,9 +131,11 @@ def test_what_resumes_a_run_is_said_as_a_shell_takes_it(
         ["--version"],
         ["run", "--help"],
         ["validate", *map(str, SCENARIOS)],
+        ["list"],
+        ["params"],
         ["run", SMOKE, "--set", "device=cpu", "--dry-run"],
     ],
-    ids=["help", "version", "run-help", "validate", "dry-run"],
+    ids=["help", "version", "run-help", "validate", "list", "params", "dry-run"],
 )
 def test_asking_does_not_import_torch(arguments: list[str]) -> None:
     code = (
@@ -133,12 +151,40 @@ def test_asking_does_not_import_torch(arguments: list[str]) -> None:
     assert process.returncode == 0, process.stderr
 
 
-def test_no_command_and_an_unknown_one_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["rum"]):
-        with pytest.raises(SystemExit) as leave:
-            main(arguments)
-        assert leave.value.code == 2
-        assert "usage: perfbench" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "COMMAND"),
+        (["rnu"], "unknown command 'rnu'; did you mean 'run'?"),
+        (["fanlora", "serach"], "unknown command 'serach'; did you mean 'search'?"),
+        (["show", "RUN", "--format", "jsno"], "--format: unknown value 'jsno'; did you mean 'json'?"),
+        (["roof", "--dtype", "bf61"], "--dtype: unknown value 'bf61'; did you mean 'bf16'?"),
+        (["list", "--plugn", "x.py"], "unknown option '--plugn'; did you mean '--plugin'?"),
+        (["run", "a.yaml", "--resmue"], "unknown option '--resmue'; did you mean '--resume'?"),
+        (["list", "a", "b"], "unexpected argument 'b'"),
+        (["show", "RUN", "--format", "\x1b[31mx"], "unknown value '\\x1b[31mx'; known: csv"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_word_is_one_line_with_the_nearest(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit) as leave:
+        main(arguments)
+    assert leave.value.code == exit_codes.BAD_INPUT
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.startswith("perfbench")
+    assert said.count("\n") == 1
+
+
+def test_list_filters_by_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "FANLORA"]) == 0
+    said = capsys.readouterr().out
+    assert " fanlora " in said
+    assert "squad" not in said.replace("squad_fanlora", "")
+    assert main(["list", "no-such-word"]) == exit_codes.BAD_INPUT
+    assert "nothing contains 'no-such-word'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("form", "code"), [("csv", 141), ("table", 1)], ids=["ours", "rich's"])

@@ -23,14 +23,41 @@ from perfbench import __version__
 from perfbench.errors import RunDirectoryError
 from perfbench.files import strict_json
 from perfbench.files.run_lock import has_files
+from perfbench.files.yaml_source import dotted
 from perfbench.finetune.accuracy.accuracy_config import AccuracyConfig
 from perfbench.machine import environment
 from perfbench.report.write import write
+from perfbench.run_folder.run_schema import ENVIRONMENT, Schema
+from perfbench.spec import method_plugins
+from perfbench.spec.scenario_schema import problems
 
 KIND, SCHEMA_VERSION = "accuracy", 1
 MANIFEST, ITEMS, PAGE = "accuracy.json", "items.jsonl", "index.html"
 
 Item = dict[str, Any]
+
+
+def _by_name(inside: Schema) -> Schema:
+    return {"type": "object", "properties": {}, "additionalProperties": inside}
+
+
+_DONE: Schema = {
+    "type": "object",
+    "properties": {"items": {"type": "integer", "minimum": 0}, "identity": {"type": ["object", "null"]}},
+    "required": ["items"],
+}
+# What --resume and the page trust; paths: task -> path -> method -> what is done.
+_SCHEMA: Schema = {
+    "type": "object",
+    "properties": {
+        "config": {"type": "object"},
+        "environment": ENVIRONMENT,
+        "adapters": {"type": "object"},
+        "paths": _by_name(_by_name(_by_name(_DONE))),
+        "verdict": {"type": ["object", "null"]},
+    },
+    "required": ["config", "environment", "adapters", "left_out", "paths", "verdict"],
+}
 
 
 class AccuracyFolder:
@@ -63,6 +90,7 @@ class AccuracyFolder:
             "question": config.question,
             "config": resolved(config),
             "environment": environment.collect(device_kind, threads),
+            "plugins": method_plugins.as_json(),
             "adapters": {},
             "left_out": [],
             "paths": {},
@@ -88,6 +116,8 @@ class AccuracyFolder:
         version = manifest.get("schema_version") if isinstance(manifest, dict) else None
         if version != SCHEMA_VERSION or manifest.get("kind") != KIND:
             raise RunDirectoryError(f"{file}: expected an accuracy run of schema {SCHEMA_VERSION}; give another --out")
+        for problem in problems(manifest, _SCHEMA):
+            raise RunDirectoryError(f"{file}: {dotted(problem.place)}: {problem.message}; give another --out")
         return cls(path, manifest)
 
     def check_same(self, config: AccuracyConfig) -> None:
@@ -134,7 +164,7 @@ class AccuracyFolder:
         lines = self._answers().split(b"\n")[:-1]
         for number, line in enumerate(lines, start=1):
             try:
-                item = json.loads(line)
+                item = strict_json.parse(line)
                 if self.is_done(*_place(item)):
                     found.append(item)
             except (ValueError, KeyError, TypeError):

@@ -7,10 +7,16 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
+from perfbench import exit_codes
 from perfbench.finetune.accuracy.paired_statistics import Paired, compare, non_inferior
 
 # What a verdict can be, the worst first, and what each does to the exit code.
-EXIT_CODES = {"inferior": 1, "differs": 1, "inconclusive": 3, "pass": 0}
+EXIT_CODES = {
+    "inferior": exit_codes.FAILED,
+    "differs": exit_codes.FAILED,
+    "inconclusive": exit_codes.INCONCLUSIVE,
+    "pass": exit_codes.OK,
+}
 
 # Of one item: seed -> (prediction, score).
 Answers = dict[int, tuple[str, float]]
@@ -77,7 +83,7 @@ class Verdict:
         """1 wins over 3."""
         verdicts = [row.verdict for row in self.methods] + [row.verdict for row in self.paths]
         codes = {EXIT_CODES[verdict] for verdict in verdicts}
-        return 1 if 1 in codes else max(codes, default=3)
+        return exit_codes.FAILED if exit_codes.FAILED in codes else max(codes, default=exit_codes.INCONCLUSIVE)
 
     def to_json(self) -> dict[str, Any]:
         """As accuracy.json has it."""

@@ -159,7 +159,7 @@ def _joined(manifest: Mapping[str, Any], verdict: Verdict, task: str, run: Run) 
 
 
 def _point(row: MethodRow, arm: Mapping[str, Any], name: str) -> Point:
-    peak = arm["peak_allocated_bytes"] if arm["peak_allocated_bytes"] is not None else arm["peak_resident_bytes"]
+    peak = arm["peak_allocated_bytes"]
     return Point(name, row.test.median * 100, arm["decode_tokens_per_s"], None if peak is None else peak / _MIB)
 
 

@@ -5,10 +5,11 @@ Without biases, which gives the papers' count on LLaMA-2 7B: 9,437,184.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from perfbench.finetune.baselines.bottleneck import Bottleneck, device_of, first, plus
+from perfbench.methods.options import SIZE
 from perfbench.methods.shape import BackboneShape
 
 
@@ -16,7 +17,7 @@ from perfbench.methods.shape import BackboneShape
 class HoulsbyOptions:
     """`bottleneck`: its width."""
 
-    bottleneck: int = 18
+    bottleneck: int = field(default=18, metadata=SIZE)
 
 
 def attach(model: Any, shape: BackboneShape, options: HoulsbyOptions) -> Any:

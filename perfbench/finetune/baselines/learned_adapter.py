@@ -7,13 +7,14 @@ trains. Places and activations are given here, where the original searches them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from perfbench.finetune.baselines.bottleneck import Bottleneck, device_of, plus
+from perfbench.methods.options import SIZE
 from perfbench.methods.shape import BackboneShape
 
 # Fitted to GeLU by least squares on [-3, 3].
@@ -26,7 +27,7 @@ DENOMINATOR = (-0.06675, 0.17928, 0.03747, 0.00001)
 class LearnedAdapterOptions:
     """`bottleneck`: its width."""
 
-    bottleneck: int = 36
+    bottleneck: int = field(default=36, metadata=SIZE)
 
 
 class Rational(nn.Module):

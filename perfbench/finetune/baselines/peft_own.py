@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import peft
 import torch
-from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from peft import AdaLoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
-from perfbench.methods import ia3_original
-from perfbench.methods.registry import Ia3OriginalOptions, LoraOptions
+from perfbench.methods.options import SIZE
 from perfbench.methods.shape import MODULE_PATHS, MODULES, BackboneShape
 
 # AdaLoRA's phases as shares of all steps: all ranks are kept at first, and none is given up any more at last.
@@ -22,8 +21,8 @@ class AdaLoraOptions:
     """`initial_rank` on every linear; ranks are given up until `rank` of them are left on average. ValueError where
     that is not less."""
 
-    initial_rank: int = 8
-    rank: int = 4
+    initial_rank: int = field(default=8, metadata=SIZE)
+    rank: int = field(default=4, metadata=SIZE)
 
     def __post_init__(self) -> None:
         if self.rank >= self.initial_rank:  # PEFT fails on it only once it prunes
@@ -34,41 +33,22 @@ class AdaLoraOptions:
 class PromptTuningOptions:
     """`tokens`: soft tokens before the prompt."""
 
-    tokens: int = 64
+    tokens: int = field(default=64, metadata=SIZE)
 
 
 @dataclass(frozen=True)
 class PTuningOptions:
     """`tokens`: soft tokens before the prompt; `dim`: hidden size of the encoder that makes them."""
 
-    tokens: int = 64
-    dim: int = 36
+    tokens: int = field(default=64, metadata=SIZE)
+    dim: int = field(default=36, metadata=SIZE)
 
 
 @dataclass(frozen=True)
 class PTuningV2Options:
     """`tokens`: trained keys and values before the prompt's, in every layer."""
 
-    tokens: int = 64
-
-
-def _paths(modules: tuple[str, ...]) -> list[str]:
-    return [MODULE_PATHS[module] for module in modules]
-
-
-def lora_config(shape: BackboneShape, options: LoraOptions) -> LoraConfig:
-    """LoRA on the same modules of every layer."""
-    alpha: Any = options.rank if options.alpha is None else options.alpha
-    return LoraConfig(task_type="CAUSAL_LM", r=options.rank, lora_alpha=alpha, target_modules=_paths(options.modules))
-
-
-def ia3_original_config(shape: BackboneShape, options: Ia3OriginalOptions) -> IA3Config:
-    """(IA)3 on K, V and the input of down."""
-    return IA3Config(
-        task_type="CAUSAL_LM",
-        target_modules=_paths(ia3_original.IA3_MODULES),
-        feedforward_modules=_paths(("down",)),
-    )
+    tokens: int = field(default=64, metadata=SIZE)
 
 
 def adalora_config(shape: BackboneShape, options: AdaLoraOptions) -> AdaLoraConfig:
@@ -78,7 +58,7 @@ def adalora_config(shape: BackboneShape, options: AdaLoraOptions) -> AdaLoraConf
         init_r=options.initial_rank,
         target_r=options.rank,
         lora_alpha=options.initial_rank,
-        target_modules=_paths(MODULES),
+        target_modules=[MODULE_PATHS[module] for module in MODULES],
         total_step=1,
     )
 

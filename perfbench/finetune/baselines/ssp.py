@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch.nn.functional import linear
 
 from perfbench.finetune.baselines.bottleneck import Bottleneck, device_of, first, plus
 from perfbench.methods import parameters
-from perfbench.methods.registry import FanLoraOptions
+from perfbench.methods.fanlora import FanLoraOptions
+from perfbench.methods.options import SIZE
 from perfbench.methods.shape import MODULE_PATHS, BackboneShape
 
 # Louizos et al. (2018): temperature, and how far the distribution is stretched beyond 0 and 1.
@@ -35,10 +36,10 @@ class SspOptions:
     """`rank` of each LoRA and width of each `bottleneck` on offer; `budget`: parameters that stay at most (by default
     as many as FanLoRA has, as in the paper); `search_share` of the steps that the search takes."""
 
-    rank: int = 4
-    bottleneck: int = 18
-    budget: int | None = None
-    search_share: float = 0.3
+    rank: int = field(default=4, metadata=SIZE)
+    bottleneck: int = field(default=18, metadata=SIZE)
+    budget: int | None = field(default=None, metadata={"minimum": 1})
+    search_share: float = field(default=0.3, metadata={"minimum": 0.01, "maximum": 1})
 
 
 class _LowRank(nn.Module):

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 from perfbench.errors import FinetuneError
 from perfbench.methods import lora
+from perfbench.methods.lora import LoraOptions
 from perfbench.methods.plan import AdapterPlan
-from perfbench.methods.registry import LoraOptions
 from perfbench.methods.shape import MODULE_PATHS, MODULES, BackboneShape
 from perfbench.runtimes.backbone import Backbone
 

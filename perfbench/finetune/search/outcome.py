@@ -17,8 +17,7 @@ from perfbench.errors import FinetuneError
 from perfbench.finetune.search import pictures, setting
 from perfbench.finetune.search.scores import SCORES, Scores, mean, spearman
 from perfbench.finetune.search.search_config import SearchConfig
-from perfbench.methods.registry import Setting
-from perfbench.methods.shape import MODULES
+from perfbench.methods.shape import MODULES, Setting
 
 MANIFEST = "search.json"
 

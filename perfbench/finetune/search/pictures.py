@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from html import escape
 
 from perfbench.finetune.search.setting import share
-from perfbench.methods.registry import Setting
-from perfbench.methods.shape import MODULES
+from perfbench.methods.shape import MODULES, Setting
 
 ROW_PX, LEFT_PX, TOP_PX, MARGIN_PX = 26, 56, 66, 16
 # Columns are wide enough for a number up to so many layers; beyond, the number is in the cell's tooltip.

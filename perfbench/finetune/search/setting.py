@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from perfbench.errors import FinetuneError
-from perfbench.methods.registry import Setting
-from perfbench.methods.shape import MODULES
+from perfbench.methods.shape import MODULES, Setting
 
 
 def keep(values: Sequence[Sequence[float]], k_max: int) -> Setting:

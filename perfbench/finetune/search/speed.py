@@ -25,7 +25,7 @@ from perfbench.finetune.search.evaluate import Ablations, Batch, ablations, naiv
 from perfbench.finetune.search.gates import GatedModel
 from perfbench.finetune.search.scores import SCORES, ab_line, spearman
 from perfbench.methods import lora
-from perfbench.methods.registry import LoraOptions
+from perfbench.methods.lora import LoraOptions
 from perfbench.methods.shape import BackboneShape
 from perfbench.runtimes.backbone import DTYPES, Backbone
 from perfbench.spec.backbone_config import find_config

@@ -112,7 +112,7 @@ def read_hub(source: str, config: str | None, split: str) -> list[Record]:
         from datasets import load_dataset
     except ImportError:
         raise TaskError(
-            f"{source}: no such folder, and reading it from the hub needs `pip install perfbench[hub]`"
+            f"{source}: no such folder, and reading it from the hub needs `pip install adapter-perfbench[hub]`"
         ) from None
     try:
         rows = load_dataset(source, config, split=split)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import time
-from collections.abc import Callable, Iterable
+import tracemalloc
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -12,10 +15,12 @@ from statistics import median
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from perfbench.measure.on_device.adapter_folders import adapter_folders
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
+from perfbench.methods.checkpoints.adapter_folder import WEIGHTS
 from perfbench.methods.plan import AdapterPlan, plan_bytes
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
@@ -39,8 +44,7 @@ class BuiltArm:
     """An arm, its batch, and what its adapters are.
 
     plan: one tenant's, sizes only (None for the bare backbone); plan_of: slot -> the adapter that lies there, made
-    again from its seed or read again from its folder (None likewise); adapters: `parameters_per_tenant`,
-    `bytes_per_tenant`, `admit_ms`.
+    again from its seed or read again from its folder (None likewise); adapters: as `_figures` has them.
     """
 
     arm: Arm
@@ -58,13 +62,42 @@ def build(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int
     served_by = METHODS[case.method].served_by
     if case.method == "none":
         bare = _plan_arm(case, backbone, None, batch)
-        return BuiltArm(bare, batch, None, None, dict.fromkeys(ADAPTER_FIGURES))
+        return BuiltArm(bare, batch, None, None, dict.fromkeys(_figures([0], [0], 0, 0.0)))
     if served_by == "plan":
         return _build_plan(case, backbone, batch, resident, seed, scratch)
     return _build_peft(case, backbone, batch, resident, seed, scratch)
 
 
-ADAPTER_FIGURES = ("parameters_per_tenant", "bytes_per_tenant", "admit_ms")
+def _figures(
+    parameters_of: Sequence[int], bytes_of: Sequence[int], resident_bytes: int, admit_ms: float
+) -> dict[str, Any]:
+    """What is known of the adapters of an arm, from each tenant's trained parameters and bytes when it is served:
+    `parameters_per_tenant`, `bytes_per_tenant` (the means), `of_tenants` (None where all tenants are alike),
+    `resident_bytes_per_tenant` (what one more takes; a slot of the bank has room for the largest), `admit_ms`."""
+    differ = len(set(parameters_of)) > 1 or len(set(bytes_of)) > 1
+    return {
+        "parameters_per_tenant": _mean(parameters_of),
+        "bytes_per_tenant": _mean(bytes_of),
+        "of_tenants": {"parameters": _spread(parameters_of), "bytes": _spread(bytes_of)} if differ else None,
+        "resident_bytes_per_tenant": resident_bytes,
+        "admit_ms": admit_ms,
+    }
+
+
+def _mean(counts: Sequence[int]) -> float:
+    total = sum(counts)
+    return total // len(counts) if total % len(counts) == 0 else total / len(counts)
+
+
+def _spread(counts: Sequence[int]) -> dict[str, float]:
+    return {"least": min(counts), "median": median(counts), "most": max(counts)}
+
+
+def _trained(folder: Path) -> int:
+    """The numbers in an adapter's file, which are those that were trained."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        names = file.keys()
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
 
 def read_adapter(case: Case, shape: BackboneShape, resident: int, tenant: int) -> AdapterPlan:
@@ -107,17 +140,19 @@ def _build_plan(case: Case, backbone: Backbone, batch: Batch, resident: int, see
     method = parameters.implementation(case.method)
     plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
     if case.options.adapters is not None:
+        folders = adapter_folders(case.options.adapters, case.method, resident)
         read = [plan_of(tenant) for tenant in range(resident)]
         plans: Iterable[AdapterPlan] = read
-        layout, cold = union_layout(read), adapter_folders(case.options.adapters, case.method, 1)[0]
-        trained = sum(t.numel() for layer in read[0] for t in layer.tensors())
+        layout, cold = union_layout(read), folders[0]
+        trained, held = [_trained(folder) for folder in folders], [plan_bytes(plan, backbone.dtype) for plan in read]
     else:
         layout, cold = parameters.meta_plan(case.method, backbone.shape, case.options), scratch / "cold"
         first = _random(case, backbone, seed, 0)
         method.save(first, backbone.shape, case.options, cold, backbone.name)
         # Made one by one as they are admitted: not all of them at once, in fp32, beside the bank.
         plans = chain([_plan(case, backbone, first)], map(plan_of, range(1, resident)))
-        trained = parameters.parameter_count(case.method, backbone.shape, case.options)
+        trained = [parameters.parameter_count(case.method, backbone.shape, case.options)]
+        held = [plan_bytes(layout, backbone.dtype)]
     bank = Bank(layout, resident, backbone.dtype, backbone.device)
     for plan in plans:
         bank.admit(plan)
@@ -127,11 +162,7 @@ def _build_plan(case: Case, backbone: Backbone, batch: Batch, resident: int, see
 
     # The first resident leaves and comes back: the last slot freed is the first to be taken.
     admit_ms = _timed(admit, before=lambda: bank.evict(0), device=backbone.device)
-    figures = {
-        "parameters_per_tenant": trained,
-        "bytes_per_tenant": bank.bytes_per_slot,
-        "admit_ms": admit_ms,
-    }
+    figures = _figures(trained, held, bank.bytes_per_slot, admit_ms)
     return BuiltArm(_plan_arm(case, backbone, bank, batch), batch, layout, plan_of, figures)
 
 
@@ -146,26 +177,27 @@ def _build_peft(case: Case, backbone: Backbone, batch: Batch, resident: int, see
     method = parameters.implementation(case.method)
     if case.options.adapters is not None:
         folders = adapter_folders(case.options.adapters, case.method, resident)
-        layout = union_layout([_load(case, backbone.shape, folder) for folder in folders])
+        plans = [_load(case, backbone.shape, folder) for folder in folders]
+        layout, held = union_layout(plans), [plan_bytes(plan, backbone.dtype) for plan in plans]
     else:
         folders = [scratch / f"tenant{tenant}" for tenant in range(resident)]
         for tenant, folder in enumerate(folders):
             values = _random(case, backbone, seed, tenant)
             method.save(values, backbone.shape, case.options, folder, backbone.name)
         layout = parameters.meta_plan(case.method, backbone.shape, case.options)
+        held = [plan_bytes(layout, backbone.dtype)]
     single = METHODS[case.method].served_by == "peft-single"
     arm: PeftMixedArm | PeftSingleArm
     with unchanged(backbone, f"{folders[0]} to {folders[-1]}" if len(folders) > 1 else str(folders[0])):
         arm = PeftSingleArm(backbone, folders) if single else PeftMixedArm(backbone, folders)
-        figures = {
-            "parameters_per_tenant": sum(t.numel() for layer in layout for t in layer.tensors()),
-            "bytes_per_tenant": plan_bytes(layout, backbone.dtype),
-            "admit_ms": _timed(
-                lambda: admit_peft(arm.model, folders[0], "cold", backbone.dtype, backbone.device),
-                after=lambda: arm.model.delete_adapter("cold"),
-                device=backbone.device,
-            ),
-        }
+        admit_ms = _timed(
+            lambda: admit_peft(arm.model, folders[0], "cold", backbone.dtype, backbone.device),
+            after=lambda: arm.model.delete_adapter("cold"),
+            device=backbone.device,
+        )
+        modules = _beside_its_tensors(arm.model, folders[0], backbone)
+    trained = [_trained(folder) for folder in folders]
+    figures = _figures(trained, held, sum(held) // len(held) + modules, admit_ms)
     if single:
         slot = next((slot for slot in batch.slots if slot != -1), -1)
         batch = replace(batch, slots=(slot,) * len(batch.slots))
@@ -173,15 +205,27 @@ def _build_peft(case: Case, backbone: Backbone, batch: Batch, resident: int, see
     return BuiltArm(arm, batch, layout, plan_of, figures)
 
 
-def _nothing() -> None:
-    return None
+def _beside_its_tensors(model: Any, folder: Path, backbone: Backbone) -> int:
+    """Bytes of the host that PEFT's modules of one more adapter take, as much as the numbers of a small one. Python's
+    allocations, since those of the process depend on what earlier arms left free; on a GPU none of them lie there."""
+    if backbone.device.type != "cpu":
+        return 0
+    gc.collect()
+    tracemalloc.start()
+    try:
+        admit_peft(model, folder, "cold", backbone.dtype, backbone.device)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+        model.delete_adapter("cold")
 
 
 def _timed(
     action: Callable[[], None],
     *,
-    before: Callable[[], None] = _nothing,
-    after: Callable[[], None] = _nothing,
+    before: Callable[[], None] = lambda: None,
+    after: Callable[[], None] = lambda: None,
     device: torch.device,
 ) -> float:
     """Median milliseconds of `action` over ADMISSIONS turns; `before` and `after` each turn are not timed."""

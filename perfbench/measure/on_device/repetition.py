@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import time
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 
 from perfbench.figures.metrics import contradiction, sample_metrics
+from perfbench.machine import timer
 from perfbench.machine.nvml import Nvml
 from perfbench.runtimes.generation import Arm, Batch, Generation, StepClock
 from perfbench.runtimes.static.arm import StaticArm
@@ -115,18 +115,16 @@ def repetition(arm: Arm, batch: Batch, device: torch.device, nvml: Nvml | None) 
     return Repetition(sample, generated.tokens.cpu())
 
 
-def clock_resolution_s(longest_s: float = 0.1) -> float:
-    """The least step of the clock that times a CPU: the smallest difference of marks made in a row, `longest_s` where
-    none is seen within so long."""
+def clock_fault() -> str | None:
+    """Why the clock that times a CPU can't be trusted, in a line; None where it can."""
     clock = StepClock(torch.device("cpu"))
-    end = time.monotonic() + longest_s
-    while time.monotonic() < end:
-        for _ in range(50):
-            clock.mark()
-        steps = [after - before for before, after in pairwise([0.0, *clock.elapsed_ms()]) if after > before]
-        if steps:
-            return min(steps) / 1e3
-    return longest_s
+    clock.mark()
+
+    def now() -> float:
+        clock.mark()
+        return clock.elapsed_ms()[-1] / 1e3
+
+    return timer.fault(now)
 
 
 def _second_turn(arm: Arm, first: Generation, device: torch.device) -> dict[str, float]:

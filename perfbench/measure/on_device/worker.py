@@ -20,8 +20,6 @@ from typing import Any, TextIO
 
 Emit = Callable[..., None]
 
-# A coarser clock can't tell a token from the next.
-COARSEST_CLOCK_S = 1e-4
 # Rounds of each case whose tokens are made again after the timing.
 PROVED_ROUNDS = 2
 
@@ -72,8 +70,9 @@ def _write(events: TextIO, event: dict[str, Any]) -> None:
 
 def _run(job: dict[str, Any], emit: Emit) -> None:
     from perfbench.measure.on_device import measured_roof
-    from perfbench.spec import cases
+    from perfbench.spec import cases, method_plugins
 
+    method_plugins.load_again(job["plugins"])
     comparisons = [cases.from_json(comparison) for comparison in job["comparisons"]]
     session = open_session(job, comparisons[0], emit)
     backbone = session.backbone
@@ -85,6 +84,7 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
     # Counting needs caches of other sizes: beside all the arms that were timed there may be no room for them.
     for case_id in list(built):
         built.pop(case_id).arm.close()
+    session.prove_read(passed)
     session.count(passed)
 
 
@@ -100,11 +100,8 @@ def open_session(job: dict[str, Any], first: Any, emit: Emit) -> Session:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(job["threads"])
-    if (resolution_s := repetition.clock_resolution_s()) > COARSEST_CLOCK_S:
-        raise PerfbenchError(
-            f"the clock: expected steps of at most {COARSEST_CLOCK_S * 1e6:.0f} us, got {resolution_s * 1e3:.1f} ms; "
-            f"times of this machine would be made of steps"
-        )
+    if (fault := repetition.clock_fault()) is not None:
+        raise PerfbenchError(f"the clock: {fault}")
     emit("phase", case=None, text=f"loading {first.backbone}")
     backbone = backbones.load(first.backbone, first.dtype, first.device, job["seed"])
     batch = workload.make(first.workload, backbone, job["seed"])
@@ -144,7 +141,7 @@ class Session:
         peaks = memory.peaks(arm, batch, held, device, self.nvml)
         free = memory.free_bytes(device, peaks["peak_allocated_bytes"] - held)
         parts = memory.parts(arm, batch, self.backbone.bytes)
-        per_tenant = built.adapters["bytes_per_tenant"]
+        per_tenant = built.adapters["resident_bytes_per_tenant"]
         self.emit(
             "case",
             case=case.id,
@@ -174,26 +171,28 @@ class Session:
             own.arm.close()
 
     def _least(self, built: Any) -> dict[str, Any]:
-        """What the last decode step must at least read and compute."""
+        """What the first and the last decode step must at least read and compute."""
         from perfbench.figures.roof import decode_step
 
-        batch, dtype = built.batch, self.dtype
-        own, bare = (
+        batch = built.batch
+        first, last, bare = (
             decode_step(
                 self.backbone.model.config.to_dict(),
-                dtype,
+                self.dtype,
                 prompt_tokens=batch.attention_mask.sum(dim=1).tolist(),
-                generated_tokens=batch.new_tokens - 2,
+                generated_tokens=generated,
                 beams=batch.beams,
                 plan=plan,
                 served=[slot for slot in batch.slots if slot != -1],
             )
-            for plan in (built.plan, None)
+            for generated, plan in ((0, built.plan), (batch.new_tokens - 2, built.plan), (batch.new_tokens - 2, None))
         )
         return {
-            "bytes_per_decode_step": own.bytes,
-            "least_flops_per_decode_step": own.flops,
-            "kept_bound": bare.bytes / own.bytes,
+            "bytes_per_first_decode_step": first.bytes,
+            "least_flops_per_first_decode_step": first.flops,
+            "bytes_per_decode_step": last.bytes,
+            "least_flops_per_decode_step": last.flops,
+            "kept_bound": bare.bytes / last.bytes,
         }
 
     def time(self, cases: list[Any]) -> dict[str, Any]:
@@ -238,6 +237,31 @@ class Session:
             self.emit("proved", case=case.id, rounds=drawn, reason=fault)
             if case.id not in built:
                 own.arm.close()
+
+    def prove_read(self, cases: list[Any]) -> None:
+        """That adapters out of folders are those that PEFT reads there, one request of each sampled tenant; with no
+        arm resident, since the weights are loaded once more for it."""
+        from functools import partial
+
+        from perfbench.measure.on_device import arms
+        from perfbench.measure.on_device.adapter_folders import adapter_folders
+        from perfbench.proof import by_peft, check
+        from perfbench.runtimes import backbone as backbones
+
+        fresh = None
+        for case in cases:
+            if getattr(case.options, "adapters", None) is None or case.id in self.job["proved"]:
+                continue
+            self.emit("phase", case=case.id, text="reading the adapters with PEFT")
+            own = self.backbone
+            fresh = fresh or backbones.load(own.name, self.dtype, str(own.device), self.job["seed"])
+            every = adapter_folders(case.options.adapters, case.method, self.resident)
+            sampled = check.sample(self.batch.slots, self.job["seed"])[: check.SAMPLED_REQUESTS]
+            asked = {i: every[self.batch.slots[i]] for i in sampled if self.batch.slots[i] != -1}
+            folders = {i: folder for i, folder in asked.items() if by_peft.is_known(folder)}
+            plan_of = partial(arms.plan_of_tenant, case, own, self.resident, self.job["seed"])
+            fault = by_peft.fault_of(fresh, own, self.batch, folders, plan_of)
+            self.emit("proved", case=case.id, rounds=[], read_by_peft=len(folders), reason=fault)
 
     def warm_up(self, cases: list[Any]) -> dict[str, Any]:
         """{case id: its arm, built, warm and resident}."""

@@ -51,11 +51,12 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
     from perfbench.profiling import breakdown
     from perfbench.profiling.on_device import probes
     from perfbench.runtimes import backbone as backbones
-    from perfbench.spec import cases
+    from perfbench.spec import cases, method_plugins
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(job["threads"])
+    method_plugins.load_again(job["plugins"])
     comparison = cases.from_json(job["comparison"])
     emit("phase", case=None, text=f"loading {comparison.backbone}")
     backbone = backbones.load(comparison.backbone, comparison.dtype, comparison.device, job["seed"])

@@ -23,13 +23,13 @@ from perfbench.methods import parameters
 from perfbench.methods.bank import Bank
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
-from perfbench.runtimes.backbone import Backbone
+from perfbench.runtimes.backbone import DTYPES, Backbone
 from perfbench.runtimes.generation import Batch
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.static.capture import Step
 from perfbench.spec.backbone_config import NAMED_CONFIGS
 from perfbench.verify.on_device.kernel_cases import CASES
-from perfbench.verify.on_device.kernel_check import DTYPES, Setting
+from perfbench.verify.on_device.kernel_check import Setting
 
 SERVED = tuple(name for name, method in METHODS.items() if method.served_by == "plan")
 # As scenarios/multitenant.yaml has them on a GPU.

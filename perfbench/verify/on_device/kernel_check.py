@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMS = ("eager", "triton")
 FAULT_FACTOR = 10
 

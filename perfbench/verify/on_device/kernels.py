@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterator
 
 from perfbench.machine import triton_interpreter
+from perfbench.runtimes.backbone import DTYPES
 from perfbench.verify.on_device.kernel_cases import CASES
-from perfbench.verify.on_device.kernel_check import DTYPES, FORMS, KernelCase, Setting, judge
+from perfbench.verify.on_device.kernel_check import FORMS, KernelCase, Setting, judge
 from perfbench.verify.verify_report import FAIL, PASS, SKIPPED, Finding
 
 

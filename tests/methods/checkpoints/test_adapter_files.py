@@ -16,8 +16,11 @@ from perfbench.errors import AdapterError
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.checkpoints.adapter_folder import CONFIG, WEIGHTS
+from perfbench.methods.fanlora import FanLoraOptions
+from perfbench.methods.lora import LoraOptions
+from perfbench.methods.para import ParaOptions
 from perfbench.methods.plan import AdapterPlan
-from perfbench.methods.registry import METHODS, FanLoraOptions, LoraOptions, ParaOptions
+from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Batch

@@ -219,7 +219,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (lambda f: edit_tensors(f, lambda t: {}), NOT_WHOLE),
     "a layer less": (without_layer(1), NOT_WHOLE),
     "the last layer less": (without_layer(2), f"the first 2 layers only: it is not whole, or was {OTHER}"),
-    "complex": (with_all(lambda t: t.to(torch.complex64)), "expected one of fp64, fp32, fp16, bf16, got complex64"),
+    "complex": (with_all(lambda t: t.to(torch.complex64)), "expected one of fp64, fp32, bf16, fp16, got complex64"),
     "float8": (with_all(lambda t: t.to(torch.float8_e4m3fn)), "got float8_e4m3fn"),
     "integers": (with_all(lambda t: t.to(torch.int8)), "got int8"),
     "beyond fp32": (with_one(lambda t: t.double() * 1e300), "expected finite values"),

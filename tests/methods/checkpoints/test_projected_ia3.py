@@ -14,7 +14,7 @@ from perfbench.errors import AdapterError
 from perfbench.methods import ia3, parameters
 from perfbench.methods.checkpoints import adapter_folder
 from perfbench.methods.checkpoints.adapter_folder import CONFIG, WEIGHTS
-from perfbench.methods.registry import Ia3Options
+from perfbench.methods.ia3 import Ia3Options
 from perfbench.methods.shape import BackboneShape
 from perfbench.spec.backbone_config import find_config
 

@@ -11,7 +11,17 @@ from rich.console import Console
 
 from perfbench.commands.roof_table import Question, bounds, render
 from perfbench.errors import PerfbenchError
-from perfbench.figures.roof import DEVICES, Device, Work, decode_step, find_device, impossible, known_device
+from perfbench.figures.roof import (
+    DEVICES,
+    Device,
+    Work,
+    decode_step,
+    find_device,
+    impossible,
+    known_device,
+    least_ms,
+    least_s_of_step,
+)
 from perfbench.methods import parameters
 from perfbench.methods.registry import METHODS
 from perfbench.runtimes import backbone
@@ -22,14 +32,14 @@ QUESTION = Question("llama2-7b", "bf16", (1, 64), None, 274, 32, 1)
 
 def test_the_papers_roof_on_an_a40_is_52_tokens_per_s() -> None:
     """DIGEST: 696 GB/s over the bf16 weights that one step reads."""
-    work = bounds(QUESTION, 1)["none"]
+    _, work = bounds(QUESTION, 1)["none"]
     assert 1 / work.least_s(DEVICES["a40"], "bf16") == pytest.approx(52, abs=1)
     assert work.bound_by(DEVICES["a40"], "bf16") == "memory"
 
 
 def test_what_is_kept_at_64_requests_is_what_the_bytes_allow() -> None:
     work = bounds(QUESTION, 64)
-    least_s = {name: step.least_s(DEVICES["a40"], "bf16") for name, step in work.items()}
+    least_s = {name: last.least_s(DEVICES["a40"], "bf16") for name, (_, last) in work.items()}
     kept = {name: least_s["none"] / seconds for name, seconds in least_s.items()}
     assert kept["none"] == 1.0
     assert kept["lora"] == pytest.approx(0.947, abs=0.01)
@@ -110,7 +120,7 @@ def test_the_table_names_the_device_and_every_method() -> None:
     render(QUESTION, DEVICES["a40"], Console(file=out, width=80))
     text = out.getvalue()
     assert "…" not in text, "a terminal of 80 columns shows every figure"
-    for word in ("NVIDIA A40", "datasheet", "requests 64", "fanlora", "kept %"):
+    for word in ("NVIDIA A40", "datasheet", "requests 64", "fanlora", "kept", "memory"):
         assert word in text
 
 
@@ -134,13 +144,14 @@ def measured(itl_ms: float, memory_bytes: int | None, **load: Any) -> tuple[dict
 @pytest.mark.parametrize(
     ("itl_ms", "memory_bytes", "load", "fails"),
     [
-        (0.8, 2**30, {}, False),  # the first step may have needed 96 / 128 of the last one's
-        (0.7, 2**30, {}, True),
-        (0.7, 2**30, {"beams": 3}, False),  # each beam adds its own
-        (0.4, 2**30, {"beams": 3}, True),
-        (0.7, 2**30, {"prompts": "f.txt"}, False),  # of unknown length
+        # The first step may have needed 96 / 128 of the last one's, the middle one 112 / 128.
+        (0.88, 2**30, {}, False),
+        (0.87, 2**30, {}, True),
+        (0.76, 2**30, {"beams": 3}, False),  # each beam adds its own
+        (0.74, 2**30, {"beams": 3}, True),
+        (0.6, 2**30, {"prompts": "f.txt"}, False),  # of unknown length
         (0.3, None, {}, False),  # a measured roof may be a bad moment's
-        (0.2, None, {}, True),
+        (0.28, None, {}, True),
     ],
 )
 def test_a_step_faster_than_what_it_reads_is_impossible(
@@ -149,6 +160,47 @@ def test_a_step_faster_than_what_it_reads_is_impossible(
     found = impossible(*measured(itl_ms, memory_bytes, **load))
     assert (found is not None) is fails
     assert found is None or found.startswith(f"a step took {itl_ms:.3g} ms, and what it must read takes")
+
+
+def test_the_bound_of_a_run_is_that_of_all_its_steps() -> None:
+    """The last step's bound was printed as one that nothing can beat, and the mean of a run beat it by x 1.56 at 64
+    requests of 16 + 1,024 tokens: a device that takes each step's least time exactly reaches 100% and no more."""
+    question = Question("llama2-7b", "bf16", (64,), None, 16, 1024, 1)
+    first, last = bounds(question, 64)["none"]
+    device, steps = DEVICES["a40"], question.new_tokens - 1
+    ideal_s = [
+        decode_step(
+            NAMED_CONFIGS["llama2-7b"], "bf16",
+            prompt_tokens=[16] * 64, generated_tokens=step, beams=1, plan=None, served=[],
+        ).least_s(device, "bf16")
+        for step in range(steps)
+    ]  # fmt: skip
+    found_s = [least_s_of_step(first, last, step, steps, device, "bf16") for step in range(steps)]
+    assert found_s == pytest.approx(ideal_s)
+    assert last.least_s(device, "bf16") / (sum(ideal_s) / steps) == pytest.approx(1.56, abs=0.01), "the old bound"
+    out = io.StringIO()
+    render(question, device, Console(file=out, width=80))
+    none = next(line for line in out.getvalue().splitlines() if line.strip().startswith("none"))
+    assert f"{64 * steps / sum(ideal_s):,.0f}" in none.split()
+    exact = {
+        "bytes_per_first_decode_step": first.bytes,
+        "least_flops_per_first_decode_step": first.flops,
+        "bytes_per_decode_step": last.bytes,
+        "least_flops_per_decode_step": last.flops,
+    }
+    load = {"prompts": "f.txt", "new_tokens": question.new_tokens, "beams": 1}
+    comparison = {"roof": vars(device), "dtype": "bf16", "workload": load}
+    median_ms = sorted(ideal_s)[steps // 2] * 1e3
+    assert least_ms(comparison, {"exact": exact}) == pytest.approx(median_ms)
+    for slower, fails in ((1.0001, False), (0.9999, True)):
+        case = {"exact": exact, "summary": {"itl_ms": {"median": median_ms * slower}}}
+        assert (impossible(comparison, case) is not None) is fails
+
+
+def test_of_an_older_run_only_the_cache_can_have_been_smaller() -> None:
+    comparison, case = measured(0.6, 2**30)
+    assert least_ms(comparison, case) == pytest.approx(1 - 0.25 / 2)
+    assert least_ms(comparison, case | {"memory": {"kv_cache_bytes": 10**8}}) == pytest.approx(1 - 0.025 / 2)
 
 
 def test_what_was_not_measured_is_not_impossible() -> None:

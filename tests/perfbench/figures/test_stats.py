@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from perfbench.figures.stats import median_bounds, median_interval, overlap, paired_ratios, summary
+from perfbench.figures.stats import median_bounds, median_interval, overlap, paired_ratios, summary, tail
 
 
 def sample(case: str, process: int, round_: int, value: float, void: str | None = None) -> dict[str, Any]:
@@ -49,6 +49,16 @@ def test_one_value_has_no_spread() -> None:
 def test_summary_refuses_what_it_cannot_sum_up(values: list[float]) -> None:
     with pytest.raises(ValueError, match="summary: expected"):
         summary(values)
+
+
+@pytest.mark.parametrize(("key", "least", "value"), [("p95", 100, 95.05), ("p99", 1000, 990.01), ("median", 1, 1.0)])
+def test_a_tail_is_told_from_enough_values_on(key: str, least: int, value: float) -> None:
+    """Of the numbers from 1 on, in any order."""
+    values = [float(number) for number in range(least, 0, -1)]
+    assert tail(values, key) == pytest.approx(value)
+    assert tail(values[1:], key) is None
+    assert tail([5.0] * least, key) == 5.0
+    assert tail(values, "p95") != max(values) or least < 100
 
 
 def test_ratios_pair_within_a_round_of_a_process_only() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from perfbench.cli import main
 from perfbench.files.plain_text import one_line, printable, printable_tree
-from perfbench.report.columns import plain
+from perfbench.report.tables import plain
 from perfbench.run_folder.run_directory import MANIFEST, SAMPLES
 
 RESULTS = Path(__file__).parents[3] / "results"

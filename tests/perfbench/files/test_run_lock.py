@@ -103,6 +103,7 @@ def test_a_lock_of_a_process_that_was_killed_stops_nobody(tmp_path: Path) -> Non
         ('{"pid": 1', True),
         ('{"pid": "x", "host": 3}', True),
     ],
+    ids=["alive", "another-start", "no-such-pid", "no-pid", "another-host", "ourselves", "empty", "torn", "not-ours"],
 )
 def test_which_locks_are_stale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, stale: bool, system_locks: bool

@@ -13,7 +13,7 @@ from perfbench.finetune import trained
 from perfbench.finetune.baselines.learned_adapter import Rational
 from perfbench.finetune.baselines.ssp import SspOptions
 from perfbench.methods import fanlora, parameters
-from perfbench.methods.registry import FanLoraOptions
+from perfbench.methods.fanlora import FanLoraOptions
 from perfbench.spec.backbone_config import find_config
 from tests.perfbench.finetune.models import examples, other_llama, train
 

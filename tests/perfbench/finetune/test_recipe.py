@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from perfbench.cli import main
 from perfbench.errors import PerfbenchError, RunDirectoryError, TaskError
-from perfbench.finetune import recipe, trained
+from perfbench.finetune import checkpoint, recipe, trained, trainer
 from perfbench.finetune.encoding import Collator
 from perfbench.finetune.finetune_config import FinetuneConfig, TaskSource
 from perfbench.finetune.finetune_folder import FinetuneFolder
@@ -202,6 +203,85 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert losses(tmp_path / "killed") == losses(whole), "each evaluation stands there once"
 
 
+@pytest.fixture(scope="session")
+def stopped(config: FinetuneConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after step 10, with the checkpoints of steps 6 and 8."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    step = trainer.AdapterTrainer.training_step
+
+    def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 10:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.AdapterTrainer, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            recipe.finetune(config, out)
+    return out
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return list(checkpoint.all_in(run / "seed0" / "checkpoints"))
+
+
+# Each damage of one file; the last is what a stranger would put there.
+DAMAGES: dict[str, Any] = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:50]),
+    "empty": lambda file: file.write_bytes(b""),
+    "gone": Path.unlink,
+    "one bit": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
+    "deep": lambda file: file.write_text("[" * 100_000),
+    "nothing": lambda file: file.write_text("{}"),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "pickle": lambda file: file.write_bytes(pickle.dumps(print)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_that_was_damaged_is_torn(stopped: Path, tmp_path: Path, damage: str) -> None:
+    """Whatever was done to whichever of its files; one that was only copied is whole."""
+    before, last = checkpoints(stopped)
+    assert [path.name for path in (before, last)] == ["checkpoint-6", "checkpoint-8"]
+    assert checkpoint.fault_of(last) is None
+    names = sorted(path.name for path in last.iterdir())
+    assert not [name for name in names if not name.endswith((".json", ".safetensors"))], "no pickle"
+    for name in names:
+        copy = tmp_path / name / "checkpoint-8"
+        shutil.copytree(last, copy)
+        DAMAGES[damage](copy / name)
+        assert checkpoint.last_whole(copy.parent)[0] is None, name
+    moved = shutil.copytree(before, tmp_path / "moved" / "checkpoint-8")
+    assert checkpoint.fault_of(moved) == "complete.json is that of step 6"
+
+
+@pytest.mark.parametrize(("torn", "said"), [(1, "goes on from step 6"), (2, "goes on from its beginning")])
+def test_it_goes_on_from_the_one_before_to_the_same_bytes(
+    config: FinetuneConfig,
+    done: tuple[Path, Any],
+    stopped: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    torn: int,
+    said: str,
+) -> None:
+    """Deleting the optimiser's state once gave another adapter, exit code 0. Nothing on the way is pickle."""
+    for function in ("load", "save"):
+        monkeypatch.setattr(torch, function, lambda *args, **kwargs: pytest.fail("pickle"))
+    run = shutil.copytree(stopped, tmp_path / "run")
+    for path in checkpoints(run)[-torn:]:
+        (path / "optimiser.safetensors").unlink()
+    (run / "seed0" / "checkpoints" / "checkpoint-99").write_text("no folder")
+    with (tmp_path / "said").open("w") as out:
+        recipe.finetune(config, run, resume=True, console=Console(file=out))
+    lines = (tmp_path / "said").read_text()
+    assert lines.count("torn: optimiser.safetensors can't be read (No such file or directory); seed 0 " + said) == torn
+    assert (run / "seed0" / WEIGHTS).read_bytes() == (done[0] / "seed0" / WEIGHTS).read_bytes()
+    steps = [json.loads(line)["step"] for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert steps == [json.loads(line)["step"] for line in (done[0] / "samples.jsonl").read_text().splitlines()]
+
+
 def test_what_ended_by_patience_is_not_trained_further(
     config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,7 +359,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_what_was_good(
     assert seed["reason"] in said
     kept = load_file(out / "seed3" / WEIGHTS)
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
-    assert list((out / "seed3" / "checkpoints").glob("*/complete"))
+    assert list((out / "seed3" / "checkpoints").glob(f"*/{checkpoint.MANIFEST}"))
 
 
 def test_a_dev_loss_that_is_not_a_number_stops_it_too(config: FinetuneConfig, poisoned: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from perfbench.finetune import recipe
 from perfbench.finetune.finetune_config import load
 from perfbench.finetune.small_backbone import SMALL_BACKBONES
 from perfbench.finetune.tasks.registry import TASKS
-from perfbench.finetune.trained import TRAINED, parameter_count
+from perfbench.finetune.trained import parameter_count
+from perfbench.finetune.trained_table import trainable
 from perfbench.spec.backbone_config import find_config
 from tests.perfbench.finetune.made_up import WRITERS
 
@@ -25,7 +26,7 @@ LARGE = [path for path in RECIPES if load(path).backbone not in SMALL_BACKBONES]
 def test_there_are_recipes_of_every_task_and_served_method_of_the_papers() -> None:
     loaded = [load(path) for path in LARGE]
     assert {config.task.name for config in loaded} == set(WRITERS) <= set(TASKS)
-    assert {config.method for config in loaded} == {"lora", "fanlora", "ia3", "para"} <= set(TRAINED)
+    assert {config.method for config in loaded} == {"lora", "fanlora", "ia3", "para"} <= set(trainable())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

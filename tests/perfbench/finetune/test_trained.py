@@ -13,13 +13,16 @@ import torch
 
 from perfbench.errors import AdapterError, FinetuneError
 from perfbench.finetune import trained
-from perfbench.finetune.trained import TRAINED
+from perfbench.finetune.trained_table import BASELINES, trainable
 from perfbench.methods.checkpoints.adapter_folder import CONFIG, WEIGHTS
-from perfbench.methods.registry import METHODS, FanLoraOptions, LoraOptions, ParaOptions
+from perfbench.methods.fanlora import FanLoraOptions
+from perfbench.methods.lora import LoraOptions
+from perfbench.methods.para import ParaOptions
+from perfbench.methods.registry import METHODS
 from perfbench.spec.backbone_config import find_config
 from tests.perfbench.finetune.models import examples, other_llama, run, train
 
-METHOD_NAMES = tuple(TRAINED)
+METHOD_NAMES = tuple(trainable())
 # Soft tokens that are not there at first change the output from the start.
 SOFT = ("prompt-tuning", "p-tuning", "p-tuning-v2")
 
@@ -59,8 +62,9 @@ def logits(module: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def test_the_table_has_every_method_that_is_served_and_says_so() -> None:
     served = {name for name, method in METHODS.items() if method.served_by == "plan" and name != "none"}
-    assert {name for name, method in TRAINED.items() if method.served} == served
-    assert all(TRAINED[name].options is METHODS[name].options for name in served)
+    assert trainable().keys() - BASELINES.keys() == served
+    assert not BASELINES.keys() & METHODS.keys()
+    assert all(trained.find(name).options is METHODS[name].options for name in served)
 
 
 @pytest.mark.parametrize("name", METHOD_NAMES)

@@ -309,6 +309,15 @@ def test_bad_options_are_refused_before_anything_is_measured(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tail_is_refused_before_anything_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A block has some steps; a tail takes a hundred."""
+    (tmp_path / "policy.yaml").write_text("timed: {primary: [{figure: itl_p95_ms}]}")
+    assert ab("again", tmp_path / "out", "--policy", str(tmp_path / "policy.yaml")) == 2
+    said = capsys.readouterr().out
+    assert "itl_p95_ms: expected a figure of every repetition (did you mean 'itl_ms'" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_used_out_and_a_missing_scenario_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x").write_text("mine")
     assert ab("again", tmp_path) == 2

@@ -8,7 +8,7 @@ import pytest
 
 from perfbench.errors import PolicyError
 from perfbench.gate import policy
-from perfbench.gate.figures import COMPILED, EXACT
+from perfbench.gate.figures import compiled, exact
 
 
 def load(tmp_path: Path, text: str) -> policy.Policy:
@@ -19,7 +19,7 @@ def load(tmp_path: Path, text: str) -> policy.Policy:
 
 def test_the_default_gates_every_exact_figure_by_equality() -> None:
     found = policy.load(None)
-    assert found.tolerances == dict.fromkeys((*EXACT, *COMPILED), 0.0)
+    assert found.tolerances == dict.fromkeys((*exact(), *compiled()), 0.0)
     assert [(one.figure, one.cases, one.least_effect) for one in found.primary] == [("decode_tokens_per_s", "*", 0.03)]
 
 

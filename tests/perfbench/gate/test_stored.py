@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 
 from perfbench.errors import ComparisonError, PerfbenchError, RunDirectoryError
 from perfbench.gate import policy, stored
-from perfbench.gate.formats import FORMATS
+from perfbench.gate.formats import names, written
 from perfbench.gate.gate_report import Report
+from perfbench.gate.machines import machine_differences
 from perfbench.run_folder.run_directory import MANIFEST, SAMPLES
 from tests.perfbench.gate import runs
 
@@ -72,6 +74,27 @@ def test_one_less_is_better_and_told(tmp_path: Path) -> None:
     report = compared(runs.COMMITTED, runs.copy_of(tmp_path / "run", manifest=plant), exact_only=True)
     assert report.exit_code == 0
     assert "renew the baseline" in of(report, "aten_ops_per_decode_step")[0].note
+
+
+@pytest.mark.parametrize(
+    ("part", "figure", "value", "why"),
+    [
+        ("exact", "flops_per_decode_step", 0, "nothing is left of what the baseline has"),
+        ("exact", "flops_per_decode_step", 1, "fewer than the .* that the step can't do without"),
+        ("memory", "peak_allocated_bytes", 0, "nothing is left"),
+        ("exact", "kept_bound", 1.01, "no arm reads less than the bare backbone"),
+    ],
+)
+def test_a_fall_that_can_t_be_is_not_called_better(
+    tmp_path: Path, part: str, figure: str, value: float, why: str
+) -> None:
+    def plant(manifest: dict[str, Any]) -> None:
+        manifest["cases"][runs.LORA][part][figure] = value
+
+    report = compared(runs.COMMITTED, runs.copy_of(tmp_path / "run", manifest=plant), exact_only=True)
+    assert report.exit_code == 1
+    (found,) = report.of("fail")
+    assert re.search(f"contradictory: .* -> .*, {why}", found.note)
 
 
 def test_a_figure_that_vanished_fails(tmp_path: Path) -> None:
@@ -220,12 +243,49 @@ def test_another_machine_is_refused_and_named(tmp_path: Path, plant: Any, word: 
         assert word in report.notes[0]
 
 
+@pytest.mark.parametrize("how", [{"exact_only": True}, {"other_machine": True}])
+def test_peak_bytes_are_exact_on_one_machine_only(tmp_path: Path, how: dict[str, bool]) -> None:
+    """One commit on one core and on two took 37,398,840 and 37,530,552 bytes; what threads don't change is judged."""
+
+    def plant(manifest: dict[str, Any]) -> None:
+        manifest["environment"]["cpu"]["threads"] = 1
+        manifest["cases"][runs.LORA]["memory"]["peak_allocated_bytes"] += 131_712
+
+    run = runs.copy_of(tmp_path / "run", manifest=plant)
+    report = compared(runs.COMMITTED, run, **how)
+    assert report.exit_code == 0
+    (peak,) = of(report, "peak_allocated_bytes")
+    assert (peak.status, peak.note) == ("shown", "not gated: it depends on the machine (threads 2 and 1)")
+    assert of(report, "aten_ops_per_decode_step")[0].status == "pass"
+    manifest = json.loads((run / MANIFEST).read_text())
+    manifest["environment"]["cpu"]["threads"] = 2
+    (run / MANIFEST).write_text(json.dumps(manifest))
+    assert [one.figure for one in compared(runs.COMMITTED, run, **how).of("fail")] == ["peak_allocated_bytes"]
+
+
+def test_tails_are_shown_and_judged_where_the_policy_names_them(tmp_path: Path, baseline: Path) -> None:
+    """A process of 8 repetitions has 120 steps, enough for a p95 of these, and 8 times to the first token."""
+    run = runs.half_of(tmp_path / "run", 1, sample=runs.slower_by(0.1, quiet=True))
+    report = compared(baseline, run)
+    assert [one.status for one in of(report, "itl_p95_ms")] == ["shown"]
+    assert not of(report, "itl_p99_ms")
+    assert not of(report, "ttft_p95_ms")
+    assert not [one for one in report.of("fail") if "_p95_" in one.figure]
+    judged = compared(baseline, run, rules="timed: {primary: [{figure: itl_p95_ms}]}", tmp_path=tmp_path)
+    assert judged.verdict == "regression"
+    assert "itl_p95_ms: slower by" in judged.reason
+    few = compared(baseline, run, rules="timed: {primary: [{figure: ttft_p95_ms}]}", tmp_path=tmp_path)
+    assert few.exit_code == 1
+    assert "too few repetitions of a process" in few.reason
+    assert "from 100 repetitions on" in few.reason
+
+
 def test_another_driver_is_another_machine() -> None:
     gpu = {"name": "G", "driver": "1", "max_sm_clock_mhz": 1000, "power_limit_watts": 300, "memory_bytes": 1}
     one = {"gpus": [gpu]}
-    assert stored.machine_differences(one, {"gpus": [{**gpu, "sm_clock_mhz": 5}]}) == []
+    assert machine_differences(one, {"gpus": [{**gpu, "sm_clock_mhz": 5}]}) == []
     for key in ("driver", "max_sm_clock_mhz", "power_limit_watts", "name"):
-        assert key in stored.machine_differences(one, {"gpus": [{**gpu, key: "other"}]})[0]
+        assert key in machine_differences(one, {"gpus": [{**gpu, key: "other"}]})[0]
 
 
 def test_a_gpu_that_ran_at_another_clock_is_refused(tmp_path: Path) -> None:
@@ -240,8 +300,8 @@ def test_a_gpu_that_ran_at_another_clock_is_refused(tmp_path: Path) -> None:
 
 
 def test_memory_that_a_boot_changed_is_the_same_machine() -> None:
-    assert stored.machine_differences({"cpu": {"memory_bytes": 100_000}}, {"cpu": {"memory_bytes": 100_400}}) == []
-    assert stored.machine_differences({"cpu": {"memory_bytes": 100_000}}, {"cpu": {"memory_bytes": 200_000}})
+    assert machine_differences({"cpu": {"memory_bytes": 100_000}}, {"cpu": {"memory_bytes": 100_400}}) == []
+    assert machine_differences({"cpu": {"memory_bytes": 100_000}}, {"cpu": {"memory_bytes": 200_000}})
 
 
 def test_other_versions_and_settings_are_told(tmp_path: Path) -> None:
@@ -340,7 +400,7 @@ def test_a_change_too_large_for_a_number_fails_and_is_written(tmp_path: Path) ->
     ]
     report = compared(*sides, exact_only=True)
     assert report.exit_code == 1
-    assert json.loads(FORMATS["json"](report))["verdict"] == "regression"
+    assert json.loads(written(report, "json"))["verdict"] == "regression"
 
 
 def test_a_run_still_being_written_is_refused(tmp_path: Path) -> None:
@@ -402,8 +462,8 @@ def test_no_mangled_run_is_a_traceback(tmp_path: Path) -> None:
         target[place[-1]] = draw.choice(junk)
         try:
             report = compared(good, write(tmp_path / "bad", manifest, samples))
-            for text in FORMATS.values():
-                text(report)
+            for name in names():
+                written(report, name)
         except PerfbenchError as error:
             refusals.append(str(error))
     assert len(refusals) > 100

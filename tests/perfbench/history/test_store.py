@@ -14,6 +14,7 @@ import pytest
 
 from perfbench.cli import main
 from perfbench.errors import PerfbenchError
+from perfbench.figures.metrics import METRICS
 from perfbench.history.store import find_runs, open_store
 
 ROOT = Path(__file__).parents[3]
@@ -75,6 +76,21 @@ def test_a_resumed_run_takes_the_place_of_its_former_self(tmp_path):
         assert store.add(path) == "changed"
         (series,) = store.series("decode_tokens_per_s", STATIC)
         assert [point.value for point in series.points] == [1.5]
+
+
+def test_a_metric_declared_since_is_imported_from_runs_that_are_there(tmp_path, monkeypatch):
+    path = run_of(tmp_path, 1)
+    with open_store(tmp_path / "s", create=True) as store:
+        assert store.add(path) == "new"
+        monkeypatch.setitem(METRICS, "slow_step_ms", METRICS["itl_p95_ms"])
+        assert store.add(path) == "changed"
+        (series,) = store.series("slow_step_ms", STATIC)
+        samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
+        steps = sorted(ms for one in samples if one["case"] == STATIC for ms in one["itl_ms"])
+        assert len(steps) == 300
+        assert steps[284] <= series.points[0].value <= steps[285]
+        with pytest.raises(PerfbenchError, match="no run has itl_p99_ms"):
+            store.series("itl_p99_ms", STATIC)
 
 
 def test_a_planted_slow_down_is_marked_where_it_is(slower, tmp_path, capsys):

@@ -8,7 +8,7 @@ import pytest
 
 from perfbench.measure import inputs
 from perfbench.methods import parameters
-from perfbench.methods.registry import LoraOptions
+from perfbench.methods.lora import LoraOptions
 from perfbench.methods.shape import BackboneShape
 from perfbench.runtimes import backbone
 from perfbench.spec import cases, scenario

@@ -307,6 +307,14 @@ def test_a_killed_worker_costs_only_the_case_in_flight(scenario: Path, tmp_path:
     shown = perfbench("show", out)
     assert shown.returncode == 4
     assert "SIGKILL" in shown.stdout
+    again = perfbench("run", scenario, "--out", out, "--set", f"repetitions={LONG}", "--resume")
+    assert again.returncode == 4, "one stray kill is for good"
+    again = perfbench("run", scenario, "--out", out, "--set", f"repetitions={LONG}", "--resume", "--retry-failed")
+    assert again.returncode == 0, again.stderr
+    assert {case["status"] for case in manifest_of(out)["cases"].values()} == {"ok"}
+    assert set(Counter(sample["case"] for sample in samples_of(out)).values()) == {LONG}
+    alone = perfbench("run", scenario, "--retry-failed")
+    assert (alone.returncode, alone.stderr.count("\n")) == (2, 1)
 
 
 def test_out_of_memory_is_a_row(scenario: Path, tmp_path: Path) -> None:
@@ -358,8 +366,9 @@ def test_an_isolated_run_that_was_killed_is_resumed(scenario: Path, tmp_path: Pa
     turns = Counter((sample["case"].rsplit("/", 1)[-1], sample["round"]) for sample in samples_of(out))
     for arm, times in (("lora-eager", 1), ("ia3-eager", 1), ("none-eager", 2)):
         assert [turns[arm, number] for number in range(LONG)] == [times] * LONG
-    for arm in ("lora", "ia3"):
-        assert by_arm(out)[arm]["kept"]["decode_tokens_per_s"]["rounds"] == LONG
+    # The kill may tear one round: its arms were then timed by two processes, and are never compared with each other.
+    paired = [by_arm(out)[arm]["kept"]["decode_tokens_per_s"]["rounds"] for arm in ("lora", "ia3")]
+    assert sum(paired) in (2 * LONG - 1, 2 * LONG)
 
 
 def test_a_run_that_was_killed_while_it_prepared_is_resumed(scenario: Path, tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from perfbench.finetune import trained
 from perfbench.kernels import row_scale
 from perfbench.measure.on_device.arms import PLAN_ARMS
-from perfbench.methods import parameters
+from perfbench.methods import fanlora, parameters
 from perfbench.methods.bank import Bank, union_layout
-from perfbench.methods.registry import METHODS, FanLoraOptions
+from perfbench.methods.fanlora import FanLoraOptions
+from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
-from perfbench.peft.fanlora import fanlora_config
+from perfbench.peft import low_rank
 from perfbench.peft.para import ParaConfig, ParaLayer, last_prompt_token
 from perfbench.peft.projected_ia3 import ProjectedIa3Config
 from perfbench.runtimes import backbone
@@ -32,7 +33,7 @@ Config = Callable[[Any, int], peft.PeftConfig]
 
 
 def _fanlora(model: Any, rank: int) -> peft.PeftConfig:
-    return fanlora_config(BackboneShape.of_config(model.config.to_dict()), FanLoraOptions(rank=rank))
+    return low_rank.config(fanlora, BackboneShape.of_config(model.config.to_dict()), FanLoraOptions(rank=rank))
 
 
 TYPES: dict[str, Config] = {

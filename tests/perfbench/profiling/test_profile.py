@@ -120,7 +120,7 @@ def test_a_case_that_fails_its_check_is_profiled_with_a_warning(
 ) -> None:
     """Two tenants with one and the same adapter: shifted slots change nothing, so that the check is void."""
     from perfbench.methods import lora, parameters
-    from perfbench.methods.registry import LoraOptions
+    from perfbench.methods.lora import LoraOptions
     from perfbench.methods.shape import BackboneShape
     from perfbench.spec.backbone_config import find_config
 

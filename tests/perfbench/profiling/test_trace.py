@@ -82,6 +82,23 @@ def test_what_is_no_trace_is_refused_in_one_line(tmp_path: Path, content: bytes,
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        (b"config.py(0):\x01\x02", "config.py(0):\x01\x02"),
+        (b"lib = f(\n(1): <module>", "lib = f(\n(1): <module>"),
+        (b"config.py(0): \xb0\xff", "config.py(0): \ufffd\ufffd"),
+        (rb"torch\cuda\__init__.py\n\u00e9\\", "torch\\cuda\\__init__.py\n\u00e9\\"),
+        (rb"C:\users\\a", "C:\\users\\a"),
+    ],
+)
+def test_a_name_is_shown_as_far_as_it_can_be(tmp_path: Path, written: bytes, shown: str) -> None:
+    """As torch's profiler has been known to write names of files and of arguments."""
+    file = tmp_path / "a.trace.json"
+    file.write_bytes(WHOLE.encode().replace(b"aten::mm", written))
+    assert [event["name"] for event in trace.read(file).events] == [shown]
+
+
 def test_a_torn_packed_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "torn.trace.json.gz"
     for content in (gzip.compress(WHOLE.encode())[:-12], b"not packed at all"):

@@ -241,6 +241,21 @@ def test_the_browser_check_fails_for_a_page_that_loads_from_elsewhere(
             assert elsewhere.url.rstrip("/") in browse(server.url, tmp_path)[2]
 
 
+def test_a_bad_trace_does_not_hide_the_good_ones(traces: Path) -> None:
+    good = (traces / "a&b.pt.trace.json").read_bytes()
+    (traces / "Z<b>.trace.json").write_bytes(good[:-20])
+    with serving(traces) as server:
+        _, page = get(server, "/")
+        assert "a&amp;b" in page
+        assert "Not shown: " in page
+        assert "Z&lt;b&gt;.trace.json: not a whole JSON file" in page
+        for address in re.findall(r'(?:src|href)="([^"]+)"', page):
+            assert get(server, address.split("#")[0])[0].status == 200, address
+    (traces / "a&b.pt.trace.json").unlink()
+    with pytest.raises(TraceError, match="not a whole JSON file"):
+        view.pages(traces)
+
+
 @pytest.mark.parametrize("wrong", [None, "x", -1, True, [], {}, 1e300, {"a": {}}], ids=repr)
 def test_anything_in_the_place_of_anything_in_a_profile_is_one_line(
     profiled: tuple[Path, str], tmp_path: Path, wrong: Any

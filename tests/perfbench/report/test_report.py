@@ -20,6 +20,7 @@ import pytest
 from perfbench.cli import main
 from perfbench.errors import PerfbenchError, RunDirectoryError
 from perfbench.report import html, write
+from perfbench.report.formats import rendered
 from perfbench.report.page import SCRIPTS
 from perfbench.report.read import read_runs
 from perfbench.run_folder.run_directory import RunDirectory
@@ -88,6 +89,18 @@ def test_the_answer_comes_first_and_is_the_tables():
     assert answer < page.index("<table")
     assert "A tenant costs least with ia3: 37.5 KiB." in page
     assert "<td>96.8 [95.0, 98.2]</td>" in page
+
+
+def test_the_page_has_the_tails_with_a_dash_where_samples_are_too_few():
+    page = page_of(REAL)
+    assert page.count("A p95 takes 100 of them, a p99 1,000.") == 2
+    table = page[page.index("Tails of the times of a call") :]
+    heads = re.findall(r"<th scope=.col.>(.*?)</th>", table[: table.index("</thead>")], re.DOTALL)
+    assert [" ".join(head.split()) for head in heads] == [
+        f"{name} p{share} ms" for name in ("ttft", "itl") for share in (50, 95, 99)
+    ]
+    cells = re.findall(r"<td>(.*?)</td>", table[: table.index("</tr>", table.index("<tbody>"))])
+    assert [cell == "-" for cell in cells] == [False, False, True, False, False, False]
 
 
 def test_every_chart_of_the_issue_is_there_with_its_unit():
@@ -418,23 +431,23 @@ def test_csv_has_a_row_for_each_case_or_each_repetition(capsys):
     assert len(repetitions) == 1200
     assert len(repetitions[0]["itl_ms"].split(" ")) == 15
     assert main(["report", str(REAL), "--samples"]) == 2
-    assert "expected --format csv or parquet" in capsys.readouterr().err
+    assert "expected --format csv, json or parquet" in capsys.readouterr().err
 
 
 def test_parquet_without_its_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(PerfbenchError, match=r"pip install 'perfbench\[parquet\]'"):
-        write.render(read_runs([REAL]), "parquet")
+    with pytest.raises(PerfbenchError, match=r"pip install 'adapter-perfbench\[parquet\]'"):
+        rendered(write.RunsReport(read_runs([REAL])), "parquet")
 
 
 def test_parquet_reads_back(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'perfbench[parquet]'")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow: pip install 'adapter-perfbench[parquet]'")
     runs = read_runs([REAL])
-    (tmp_path / "cases.parquet").write_bytes(write.render(runs, "parquet"))
+    (tmp_path / "cases.parquet").write_bytes(rendered(write.RunsReport(runs), "parquet"))
     cases = parquet.read_table(tmp_path / "cases.parquet").to_pylist()
     assert [row["case"] for row in cases] == [row["case"] for row in write.case_rows(runs)]
     assert cases[1]["kept_decode_tokens_per_s"] == pytest.approx(0.8879, abs=1e-4)
-    (tmp_path / "samples.parquet").write_bytes(write.render(runs, "parquet", samples=True))
+    (tmp_path / "samples.parquet").write_bytes(rendered(write.SampleRows(runs), "parquet"))
     samples = parquet.read_table(tmp_path / "samples.parquet").to_pylist()
     assert len(samples) == 1200
     assert samples == list(write.sample_rows(runs))

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from perfbench.errors import PerfbenchError, ScenarioError
 from perfbench.figures.stats import median_interval, summary
+from perfbench.report.formats import FORMATS, WIDTH
 from perfbench.report.rows import rows
-from perfbench.report.table import FORMATS, WIDTH, render
+from perfbench.report.table import render
 from perfbench.run_folder.run_directory import SCHEMA_VERSION, pending_case
 
 MIB = 2**20
@@ -48,6 +49,8 @@ def case(
         "adapters": {"parameters_per_tenant": 100, "bytes_per_tenant": tenant_bytes, "admit_ms": 2.0},
         "exact": {
             "aten_ops_per_decode_step": 777,
+            "bytes_per_first_decode_step": 5_000_000,
+            "least_flops_per_first_decode_step": 1_000_000,
             "bytes_per_decode_step": 5_000_000,
             "least_flops_per_decode_step": 1_000_000,
             "kept_bound": 0.97,
@@ -76,6 +79,7 @@ def manifest(*members: dict[str, Any], device: str = "cpu", paper: str | None = 
     scenario = {"name": "demo", "question": "Which one?", "notes": ["chose the CPU"], "paper": paper}
     return {
         "schema_version": SCHEMA_VERSION,
+        **{"perfbench_version": "0", "started_at": "2026-01-01", "finished_at": "2026-01-01", "processes": 1},
         "scenario": {**scenario, "repetitions": ROUNDS},
         "environment": {"cpu": {"model": "Abacus 3000", "threads": 2}, "gpus": [{"name": "Vector 9"}]},
         "comparisons": [comparison],
@@ -176,12 +180,20 @@ def test_what_the_workloads_differ_in_is_in_the_titles() -> None:
     assert "without_adapter" not in printed(manifest(NONE))
 
 
-def test_host_memory_is_called_so_where_that_of_tensors_is_not_known() -> None:
+def test_a_mean_of_tenants_that_differ_is_marked() -> None:
+    adapters = {"bytes_per_tenant": 512 * 1024, "of_tenants": {"bytes": {"least": 1, "median": 2, "most": 3}}}
+    text = render(manifest(NONE, case("lora", (0.9, 0.88, 0.92), adapters=adapters)), "markdown")
+    assert text is not None
+    assert "| ~512.0 KiB |" in text
+
+
+def test_memory_of_the_process_is_not_shown_as_an_arm_s() -> None:
+    """It rises with the order of the arms."""
     memory = {"peak_allocated_bytes": None, "peak_resident_bytes": 900 * MIB, "tenants_that_fit": None}
     text = render(manifest(case("none", memory=memory)), "markdown")
     assert text is not None
-    assert "| host MiB |" in text
-    assert "| 900 | - | - |" in text
+    assert "| peak MiB |" in text
+    assert "900" not in text
 
 
 @pytest.mark.parametrize(
@@ -310,6 +322,7 @@ def test_json_is_the_rows() -> None:
 
 
 def test_a_run_without_cases_still_renders() -> None:
+    pytest.importorskip("pyarrow")
     console = Console(file=io.StringIO())
     texts = {format: render(manifest(), format, console) for format in FORMATS}
     assert texts.pop("table") is None

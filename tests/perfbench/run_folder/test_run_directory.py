@@ -269,7 +269,7 @@ def test_a_corrupt_line_elsewhere_is_named(run: RunDirectory, line: bytes) -> No
     lines = run.samples_path.read_bytes().splitlines(keepends=True)
     run.samples_path.write_bytes(lines[0] + line + b"\n" + lines[1])
     with pytest.raises(RunDirectoryError, match=r"samples\.jsonl:2: .*; delete that line"):
-        run.samples()
+        RunDirectory.open(run.path).samples()
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, which Linux has")
@@ -355,6 +355,37 @@ def test_summaries_are_of_the_samples(run: RunDirectory) -> None:
     assert lora["versus_lora"] is None
     run.write_manifest()
     assert read(run.manifest_path)["cases"]["c/lora"]["kept"]["tokens_per_s"]["rounds"] == 3
+
+
+def test_tails_are_those_of_all_steps_and_of_all_repetitions(run: RunDirectory) -> None:
+    """50 repetitions have 100 steps, and are too few for a tail of their 50 times to the first token."""
+    for round_ in range(50):
+        run.append_sample(sample("lora", round_, 1 + round_))
+    run.append_sample(sample("lora", 50, 1000.0, void="compiled in the window"))
+    run.summarise()
+    found = run.manifest["cases"]["c/lora"]["summary"]
+    assert found["itl_ms"]["p95"] == pytest.approx(950.0, abs=10)  # steps of 20, 20, 40, 40 ... 1,000, 1,000 ms
+    assert found["itl_ms"]["p99"] is None
+    assert found["ttft_ms"]["p95"] is None
+    assert "p95" not in found["total_ms"]
+
+
+def test_a_run_without_tails_is_given_them_from_its_samples(run: RunDirectory) -> None:
+    for round_ in range(50):
+        run.append_sample(sample("lora", round_, 1 + round_))
+    run.summarise()
+    found = run.manifest["cases"]["c/lora"]["summary"]
+    whole = json.loads(json.dumps(found))
+    for name in found:
+        found[name] = {key: value for key, value in found[name].items() if not key.startswith("p9")}
+    run.write_manifest()
+    old = RunDirectory.open(run.path)
+    old.add_tails(old.samples())
+    assert old.manifest["cases"]["c/lora"]["summary"] == whole
+    # Of a part of the samples they would be other figures.
+    part = RunDirectory.open(run.path)
+    part.add_tails(part.samples()[:-1])
+    assert "p95" not in part.manifest["cases"]["c/lora"]["summary"]["itl_ms"]
 
 
 def test_void_samples_count_for_nothing(run: RunDirectory) -> None:
@@ -443,3 +474,15 @@ def test_a_case_with_nothing_but_void_samples_was_not_measured(run: RunDirectory
     run.summarise()
     assert run.manifest["cases"]["c/para"]["summary"] is None
     assert run.exit_code() == 4
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-40])])
+def test_samples_that_vanish_during_the_run_are_noticed(run: RunDirectory, change: Any) -> None:
+    """At the next sample, and at the latest where they are summed up."""
+    run.append_sample(sample("none", 0))
+    run.append_sample(sample("none", 1))
+    change(run.samples_path)
+    with pytest.raises(RunDirectoryError, match="another program changed it during the run"):
+        run.summarise()
+    with pytest.raises(RunDirectoryError, match="another program changed it during the run"):
+        run.append_sample(sample("none", 2))

@@ -15,7 +15,10 @@ from perfbench.kernels import vector_generator
 from perfbench.measure.on_device.arms import PLAN_ARMS
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank
-from perfbench.methods.registry import METHODS, FanLoraOptions, LoraOptions, ParaOptions
+from perfbench.methods.fanlora import FanLoraOptions
+from perfbench.methods.lora import LoraOptions
+from perfbench.methods.para import ParaOptions
+from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import MODULE_PATHS
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Arm, Batch

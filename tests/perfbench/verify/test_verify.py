@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from perfbench.cli import main
+from perfbench.errors import RunDirectoryError
 from perfbench.kernels import residual_rmsnorm, row_scale
 from perfbench.runtimes import backbone
 from perfbench.runtimes.static.adapters import Adapters
@@ -164,6 +165,18 @@ def test_the_json_and_the_markdown_agree(tmp_path: Path) -> None:
     assert "<script>" not in text
     assert "defaults (a card)" in text
     assert text.startswith("**FAILED on a card: 2 passed; failed: kernels: a \\| b; 1 skipped: kernels: d**")
+
+
+@pytest.mark.parametrize("wrong", [None, "x", 3, [], {"findings": [{}]}, {"findings": "x", "seconds": 1}], ids=repr)
+def test_a_report_of_other_types_is_one_line(tmp_path: Path, wrong: Any) -> None:
+    found = report_of({"kernels": [vars(Finding("c", PASS, "fine"))]})
+    verify_report.write(found, tmp_path)
+    file = tmp_path / verify_report.JSON
+    for damaged in (found | {"sections": {"kernels": wrong}}, found | {"device": wrong}, found | {"sections": [wrong]}):
+        file.write_text(json.dumps(damaged))
+        with pytest.raises(RunDirectoryError) as refused:
+            verify_report.read(tmp_path)
+        assert "\n" not in str(refused.value)
 
 
 def test_a_second_run_goes_on_where_the_first_one_failed(

@@ -221,7 +221,7 @@ def test_a_missing_adapter_is_one_line(finished: Finished, tmp_path: Path, capsy
 def test_an_adapter_of_another_backbone_is_one_line(finished: Finished, tmp_path: Path, capsys: Any) -> None:
     path, out = copied(finished, tmp_path)
     from perfbench.methods import parameters
-    from perfbench.methods.registry import LoraOptions
+    from perfbench.methods.lora import LoraOptions
     from perfbench.methods.shape import BackboneShape
     from perfbench.spec.backbone_config import NAMED_CONFIGS
 

@@ -31,7 +31,8 @@ from perfbench.finetune.predict import choice_scores, predict
 from perfbench.finetune.tasks.registry import TASKS
 from perfbench.finetune.tasks.task import Example, Task
 from perfbench.methods import parameters
-from perfbench.methods.registry import METHODS, ParaOptions
+from perfbench.methods.para import ParaOptions
+from perfbench.methods.registry import METHODS
 from perfbench.runtimes import backbone
 from tests.perfbench.finetune.made_up import write_copa
 

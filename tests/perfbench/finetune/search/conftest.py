@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from perfbench.finetune.encoding import IGNORED
 from perfbench.finetune.search.evaluate import Batch
 from perfbench.methods import lora
-from perfbench.methods.registry import LoraOptions
+from perfbench.methods.lora import LoraOptions
 from perfbench.runtimes import backbone
 from perfbench.runtimes.backbone import Backbone
 from perfbench.spec.backbone_config import shape_of

@@ -169,7 +169,7 @@ def test_a_source_that_is_not_there(source, says, boolq_folder, monkeypatch):
 
 def test_the_hub_without_datasets_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(TaskError, match=r"google/boolq: no such folder.*pip install perfbench\[hub\]"):
+    with pytest.raises(TaskError, match=r"google/boolq: no such folder.*pip install adapter-perfbench\[hub\]"):
         find("boolq").load("google/boolq", "train")
 
 

@@ -13,8 +13,9 @@ import torch
 
 from perfbench.kernels import residual_rmsnorm, row_scale
 from perfbench.kernels.settings import DEFAULTS
+from perfbench.runtimes.backbone import DTYPES
 from perfbench.verify.on_device.kernel_cases import CASES
-from perfbench.verify.on_device.kernel_check import DTYPES, FORMS, KernelCase, Setting, judge
+from perfbench.verify.on_device.kernel_check import FORMS, KernelCase, Setting, judge
 
 TRITON = importlib.util.find_spec("triton") is not None
 MARKS = {"eager": (), "triton": pytest.mark.interpreter}

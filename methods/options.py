@@ -1,0 +1,54 @@
+"""What a served method can be told: each field of its frozen dataclass is an option of a scenario. Free of torch.
+
+A field says all there is to say of the option, and `perfbench.spec.option_schema` makes the JSON Schema of it: the
+annotation gives the types (int, float, bool, str, None, a Literal, tuples of these), the default is the default, and
+the field's metadata are JSON Schema's own words, such as {"minimum": 1, "description": "..."}.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from perfbench.methods.shape import MODULES
+
+Rules = dict[str, Any]
+
+MODULE: Rules = {"type": "string", "enum": list(MODULES), "title": "module"}
+RANK: Rules = {"minimum": 1, "maximum": 1024, "description": "rank R of the adapter"}
+SIZE: Rules = {"minimum": 1, "maximum": 1 << 16}
+ALPHA: Rules = {
+    "exclusiveMinimum": 0,
+    "description": "the adapter is scaled by alpha / rank; null or absent: alpha = rank",
+}
+# One list of modules for each layer, as a search for FanLoRA's setting writes it.
+LAYERS: Rules = {
+    "type": "array",
+    "minItems": 1,
+    "items": {"type": "array", "items": MODULE, "uniqueItems": True},
+    "description": "for each layer of the backbone the modules that are kept; may be empty for some layers",
+}
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A method without options."""
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What every method with adapters can be told. A method's own options are fields of a subclass, `Options` of its
+    file, each with a default; __post_init__ may raise ValueError where they exclude each other."""
+
+    adapters: str | tuple[str, ...] | None = field(
+        default=None,
+        kw_only=True,
+        metadata={
+            "type": ["string", "array", "null"],
+            "minLength": 1,
+            "minItems": 1,
+            "items": {"type": "string", "minLength": 1},
+            "description": "trained adapters, one for each resident tenant: a folder of PEFT's, of a Trainer's or of "
+            "what `perfbench finetune` or `accuracy` wrote, or a list of folders; null or absent: random ones",
+        },
+    )

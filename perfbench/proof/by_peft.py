@@ -1,0 +1,62 @@
+"""An oracle from outside for adapters that come in folders: PEFT itself reads them, onto weights of its own.
+
+The oracle of `perfbench.proof.oracle` is given the layer plan that our reader made of a folder. Were that wrong, every
+runtime would agree on the wrong adapter; so PEFT's forward pass is held against it, on weights that were loaded for
+this alone, since some adapters make PEFT write into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from perfbench.methods.checkpoints import adapter_folder
+from perfbench.proof import oracle
+from perfbench.proof.best_choices import PlanOf, served
+from perfbench.proof.check import NOISE_FACTORS, relative_difference
+from perfbench.runtimes.backbone import Backbone
+from perfbench.runtimes.generation import Batch
+
+
+def is_known(folder: Path) -> bool:
+    """Whether PEFT has this kind of adapter of its own; others it knows from perfbench alone."""
+    return adapter_folder.peft_type(folder) in ("LORA", "IA3")
+
+
+def fault_of(
+    fresh: Backbone, backbone: Backbone, batch: Batch, folders: Mapping[int, Path], plan_of: PlanOf
+) -> str | None:
+    """Why an adapter is not read as PEFT reads it, in a line; None where each is.
+
+    fresh: the backbone loaded again; folders: request of `batch` -> the folder of its tenant's adapter. The tokens
+    after each prompt are its own first ones: any will do.
+    """
+    for request, folder in folders.items():
+        own = batch.input_ids[request][batch.attention_mask[request].bool()]
+        asked = served(batch, request, own[: batch.new_tokens].repeat(batch.new_tokens)[: batch.new_tokens], plan_of)
+        found = _logits(fresh, folder, asked)
+        expected, rounded = (
+            oracle.logits(backbone, [asked], dtype)[0] for dtype in (oracle.WIDER[backbone.dtype], backbone.dtype)
+        )
+        difference, noise = relative_difference(found, expected), relative_difference(rounded, expected)
+        # Twice the factor, as for any single request.
+        if not difference <= 2 * NOISE_FACTORS[backbone.dtype] * noise:
+            return (
+                f"{folder}: PEFT gives logits that differ by {difference:.1e} from what was served, where rounding "
+                f"leaves {noise:.1e}"
+            )
+    return None
+
+
+def _logits(fresh: Backbone, folder: Path, asked: oracle.Served) -> torch.Tensor:
+    """[N, V]: PEFT's, in the dtype of the backbone. Afterwards `fresh` is as it was, unless the adapter changed it."""
+    options: dict[str, Any] = {"autocast_adapter_dtype": False, "torch_device": str(fresh.device)}
+    model: Any = PeftModel.from_pretrained(fresh.skeleton(), str(folder), **options).eval().to(fresh.dtype)
+    tokens = torch.cat([asked.prompt, asked.chosen[:-1]])[None]
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits[0, len(asked.prompt) - 1 :]
+    return logits

@@ -1,0 +1,209 @@
+"""What README and the documentation show of results and of the code: marked blocks, each of which is made again here.
+
+    <!-- table: results/cpu-multitenant/run.json -->
+    ...
+    <!-- /table -->
+
+`python -m tests.documents` writes every block anew; the tests only compare. A number within a sentence is a block
+inside the line: <!-- fact: least-effect -->3%<!-- /fact -->.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from perfbench.figures import papers
+from perfbench.files.plain_text import format_bytes
+from perfbench.gate import policy, power
+from perfbench.history import store
+from perfbench.report.table import render
+from perfbench.report.words import LEAST_ROUNDS
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"<!-- (\w+): (\S+) -->(\n?)(.*?)(\n?)<!-- /\1 -->", re.DOTALL)
+NAMES = {"lora": "LoRA", "fanlora": "FanLoRA", "ia3": "(IA)3", "ia3-original": "(IA)3, original", "para": "PARA"}
+
+
+def pages() -> list[Path]:
+    """README, how to contribute, and every page of the documentation that is written by hand."""
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def stale(text: str) -> list[str]:
+    """`KIND: ARGUMENT` of each block of a page which is not what its source gives today."""
+    return [
+        f"{kind}: {argument}" for kind, argument, _, shown, _ in BLOCK.findall(text) if shown != made(kind, argument)
+    ]
+
+
+def made(kind: str, argument: str) -> str:
+    """What a block holds."""
+    return KINDS[kind](argument).strip()
+
+
+def renewed(text: str) -> str:
+    """The page with every block made again."""
+
+    def block(found: re.Match[str]) -> str:
+        kind, argument, line = found[1], found[2], found[3]
+        return f"<!-- {kind}: {argument} -->{line}{made(kind, argument)}{line}<!-- /{kind} -->"
+
+    return BLOCK.sub(block, text)
+
+
+def _json(path: str) -> Any:
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def _rows(path: str) -> list[dict[str, Any]]:
+    """One mapping for each case that was measured, as `perfbench show --format json` prints them."""
+    flat = json.loads(render(_json(path), "json") or "")
+    return [row for row in flat if row["decode_tokens_per_s"] is not None]
+
+
+def whole_table(path: str) -> str:
+    """A run's tables as `perfbench show --format markdown` prints them."""
+    return render(_json(path), "markdown") or ""
+
+
+def short_table(path: str) -> str:
+    """The table of README: one line for each method of a run with one comparison, in the words of the field, and above
+    it the workload and the machine."""
+    heads = ("method", "tokens/s", "speed, baseline = 100%", "memory of a tenant", "free tenant slots")
+    lines = [[*heads, "share of the bandwidth limit"], ["---", *["---:"] * 5]]
+    for row in _rows(path):
+        ends = [row[f"kept_decode_tokens_per_s{end}"] for end in ("", "_low", "_high")]
+        bare = row["method"] == "none"
+        lines.append(
+            [
+                "baseline: no adapter" if bare else NAMES[row["method"]],
+                f"{row['decode_tokens_per_s']:,.0f}",
+                "100%" if bare else f"{ends[0]:.1%} [{100 * ends[1]:.1f}, {100 * ends[2]:.1f}]",
+                "–" if bare else format_bytes(row["bytes_per_tenant"]),
+                "–" if bare else f"{row['tenants_that_fit']:,}",
+                f"{row['roof_share']:.0%}",
+            ]
+        )
+    (comparison,) = _json(path)["comparisons"]
+    load, machine = comparison["workload"], _json(path)["environment"]["gpus"][0]["name"]
+    above = (
+        f"{comparison['backbone']} in {comparison['dtype']} on {machine}: {load['requests']} requests of "
+        f"{load['tenants']} tenants in one batch, {load['prompt_tokens']} tokens of prompt and {load['new_tokens']} "
+        "new ones"
+    )
+    return above + ":\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def sweep_table(path: str) -> str:
+    """The speed against the baseline, in percent with its interval, over the one field in which the comparisons of a
+    run differ."""
+    loads = {one["id"]: one["workload"] for one in _json(path)["comparisons"]}
+    (axis,) = [field for field in next(iter(loads.values())) if len({load[field] for load in loads.values()}) > 1]
+    rows = [row for row in _rows(path) if row["method"] != "none"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = [f"| {axis} | {' | '.join(NAMES[method] for method in methods)} |", f"|{' ---: |' * (len(methods) + 1)}"]
+    for name, load in loads.items():
+        own = {row["method"]: row for row in rows if row["comparison"] == name}
+        cells = [
+            [own[method][f"kept_decode_tokens_per_s{end}"] * 100 for end in ("", "_low", "_high")] for method in methods
+        ]
+        lines.append(
+            f"| {load[axis]} | {' | '.join(f'{mid:.1f} [{low:.1f}, {high:.1f}]' for mid, low, high in cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def answer(path: str) -> str:
+    """The sentences under the last table of a run, as they are printed."""
+    lines = whole_table(path).splitlines()
+    (start,) = [place for place, line in enumerate(lines) if line.startswith("On ")][-1:]
+    return "```text\n" + "\n".join(lines[start : lines.index("", start)]) + "\n```"
+
+
+def power_table(path: str) -> str:
+    """What the gate sees, and what it cries wolf at."""
+    return power.render(_json(path))
+
+
+def accuracy_table(path: str) -> str:
+    """Each method's test score over the seeds, and against LoRA's."""
+    found = _json(path)
+    lines = ["| method | trained parameters | test %, median (lowest to highest seed) | points to LoRA | verdict |"]
+    lines.append("| --- | ---: | ---: | ---: | --- |")
+    for row in found["verdict"]["methods"]:
+        trained = found["adapters"][row["task"]][row["method"]]["0"]["trainable_parameters"]
+        low, median, high = (100 * of(row["test"]["seeds"]) for of in (min, statistics.median, max))
+        versus = row["versus"].get("as-trained-fp32")
+        points = [f"{100 * versus[key]:+.1f}" for key in ("difference", "low", "high")] if versus else []
+        shown = f"{points[0]} [{points[1]}, {points[2]}]" if points else "the reference"
+        test = f"{median:.1f} ({low:.1f} to {high:.1f})"
+        lines.append(f"| {row['method']} | {trained:,} | {test} | {shown} | {row['verdict'] if points else '-'} |")
+    return "\n".join(lines)
+
+
+def parameter_table(_: str) -> str:
+    """Trained parameters of one adapter of LLaMA-2 7B, as the papers print them and to the last one."""
+    lines = ["| method | the papers | trained here | |", "| --- | ---: | ---: | --- |"]
+    lines += [
+        f"| {NAMES[name]} | {one.printed} | {one.exact:,} | {one.note} |" for name, one in papers.PARAMETERS.items()
+    ]
+    return "\n".join(lines)
+
+
+def paper_table(name: str) -> str:
+    """The speeds and the memory that a paper prints."""
+    lines = ["| method | beams | tokens/s | MiB |", "| --- | ---: | ---: | ---: |"]
+    for (method, beams), row in papers.PAPERS[name].rows.items():
+        lines.append(f"| {NAMES[method]} | {beams} | {row.tokens_per_s or 'illegible'} | {row.mib:,} |")
+    return "\n".join(lines)
+
+
+def fact(name: str) -> str:
+    """A number of a sentence."""
+    return FACTS[name]()
+
+
+def _found(path: str, *keys: str) -> Any:
+    value = _json(path)
+    for key in keys:
+        value = value[key]
+    return value
+
+
+ACCURACY = "results/cpu-accuracy/accuracy.json"
+_POLICY = policy.load(None)
+FACTS: dict[str, Callable[[], str]] = {
+    "least-effect": lambda: f"{_POLICY.primary[0].least_effect:.0%}",
+    "least-processes": lambda: str(policy.LEAST_PROCESSES),
+    "implausible-gain": lambda: f"{_POLICY.implausible_gain:.0%}",
+    "least-rounds": lambda: str(LEAST_ROUNDS),
+    "least-change": lambda: f"{store.LEAST_CHANGE:.0%}",
+    "accuracy-margin": lambda: f"{100 * _found(ACCURACY, 'config', 'margin'):.0f}",
+}
+KINDS: dict[str, Callable[[str], str]] = {
+    "table": whole_table,
+    "short": short_table,
+    "sweep": sweep_table,
+    "answer": answer,
+    "power": power_table,
+    "accuracy": accuracy_table,
+    "parameters": parameter_table,
+    "paper": paper_table,
+    "fact": fact,
+}
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(kind, argument) of each block of a page."""
+    for kind, argument, *_ in BLOCK.findall(text):
+        yield kind, argument
+
+
+if __name__ == "__main__":
+    for page in pages():
+        page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,29 @@
+"""accuracy.json is read strictly: what is no perfbench's is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perfbench.errors import RunDirectoryError
+from perfbench.finetune.accuracy.accuracy_folder import MANIFEST, AccuracyFolder
+
+GOOD: dict[str, Any] = {"kind": "accuracy", "schema_version": 1, "config": {}, "environment": {}, "adapters": {}}
+GOOD |= {"left_out": [], "paths": {"boolq": {"trained": {"lora": {"items": 3, "identity": None}}}}, "verdict": None}
+
+
+@pytest.mark.parametrize("field", sorted(set(GOOD) - {"left_out"}))
+@pytest.mark.parametrize("wrong", ["x", 3, [], {"a": 3}], ids=repr)
+def test_another_type_is_one_line(tmp_path: Path, field: str, wrong: Any) -> None:
+    (tmp_path / MANIFEST).write_text(json.dumps(GOOD))
+    assert AccuracyFolder.open(tmp_path).is_done("boolq", "trained", "lora")
+    if isinstance(wrong, dict) and field != "paths" and isinstance(GOOD[field], dict | None):
+        return  # may have more fields
+    (tmp_path / MANIFEST).write_text(json.dumps(GOOD | {field: wrong}))
+    with pytest.raises(RunDirectoryError) as refused:
+        AccuracyFolder.open(tmp_path)
+    assert "\n" not in str(refused.value)
+    assert MANIFEST in str(refused.value)

@@ -1,0 +1,49 @@
+"""PEFT's own reading of an adapter's folder is held against ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from perfbench.methods import parameters
+from perfbench.methods.registry import METHODS
+from perfbench.proof import by_peft
+from perfbench.runtimes import backbone
+from perfbench.runtimes.generation import Batch
+
+OPTIONS = METHODS["lora"].options(rank=4, alpha=8)
+
+
+@pytest.fixture(scope="module")
+def base() -> backbone.Backbone:
+    return backbone.load("llama-tiny", "fp32", "cpu", seed=0)
+
+
+def save(base: backbone.Backbone, folder: Path, seed: int) -> Path:
+    values = parameters.make("lora", base.shape, OPTIONS, seed=seed)
+    parameters.implementation("lora").save(values, base.shape, OPTIONS, folder, base.name)
+    return folder
+
+
+@pytest.mark.parametrize("fault", [None, "alpha", "another tenant"])
+def test_what_is_read_otherwise_than_by_peft_is_found(
+    base: backbone.Backbone, tmp_path: Path, fault: str | None
+) -> None:
+    """(alpha / r) squared, or the next tenant's adapter, on every runtime alike: they would all agree."""
+    folders = [save(base, tmp_path / f"t{tenant}", tenant) for tenant in range(2)]
+    ids = torch.arange(3, 19).view(2, 8)
+    batch = Batch(ids, torch.ones_like(ids), (0, 1), 1, 4)
+    plans = [parameters.implementation("lora").load(folder, base.shape, OPTIONS) for folder in folders]
+    if fault == "another tenant":
+        plans.reverse()
+    if fault == "alpha":
+        config = folders[1] / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 16}))
+    fresh = backbone.load("llama-tiny", "fp32", "cpu", seed=0)
+    found = by_peft.fault_of(fresh, base, batch, dict(enumerate(folders)), lambda slot: plans[slot])
+    assert (found is None) is (fault is None), found
+    if found is not None:
+        assert str(folders[1 if fault == "alpha" else 0]) in found
