@@ -65,9 +65,10 @@ class Run:
         return RunDirectory(self.path, self.manifest).exit_code()
 
     def rows(self, *, samples: bool = False) -> list[dict[str, Any]]:
-        """One flat mapping for each case: what it is, then the median of each figure under its metric's name, which
-        says the unit (`ttft_ms`, `peak_allocated_bytes`); None where it was not measured. `check` is "ok", or why no
-        figure stands there. `samples`: one for each valid repetition instead; `itl_ms` is then a list."""
+        """One flat mapping for each case: which run and what case it is, then the median of each figure under its
+        metric's name, which says the unit (`ttft_ms`, `peak_allocated_bytes`); None where it was not measured. `check`
+        is "ok", or why no figure stands there. `samples`: one for each valid repetition instead; `itl_ms` is then a
+        list."""
         from perfbench.report.write import RunsReport, SampleRows
 
         return (SampleRows if samples else RunsReport)([self._read]).records()
@@ -78,7 +79,7 @@ class Run:
             import pandas
         except ImportError:
             raise PerfbenchError(
-                "to_pandas: needs pandas, which is not installed; pip install pandas (the extra `pandas`)"
+                "to_pandas: needs pandas, which is not installed; pip install 'adapter-perfbench[pandas]'"
             ) from None
         return pandas.DataFrame(self.rows(samples=samples))
 
@@ -197,9 +198,9 @@ def run(
     scenario: a YAML file, the name of one that comes with perfbench ("multitenant"; `perfbench list` has them), or a
     mapping with what such a file holds. set: changes to it, {"workload.tenants": 4} or ["workload.tenants=4"].
     case: a glob; only cases whose id matches, and the bare backbone beside them. out: the new folder of results, by
-    default runs/<scenario>-<UTC time>; with `resume` what was begun there goes on, and with `retry_failed` the cases
-    that crashed are measured again. plugins: files of methods, as with `--plugin`. large: lifts the limits on cases,
-    turns and bytes on disk. say: is given each note, in a line; by default they go to standard error.
+    default runs/<scenario>-<UTC time>; with `resume` what was begun there goes on, and with `retry_failed` too, the
+    cases that crashed are measured again. plugins: files of methods, as with `--plugin`. large: lifts the limits on
+    cases, turns and bytes on disk. say: is given each note, in a line; by default they go to standard error.
 
     A case that fails its check, crashes or runs out of memory is no exception: it is in the run's rows, and in its
     `exit_code`. PerfbenchError, in one line, for everything that can be mended: ScenarioError, BackboneError,

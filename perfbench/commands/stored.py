@@ -26,8 +26,9 @@ def is_training(path: Path) -> bool:
 
 
 def show(path: Path, format: str) -> int:
-    """Prints the table as it was printed at the end; the exit code is that of the command which wrote the folder.
-    RunDirectoryError where what is in it is damaged or not finished, PerfbenchError on a `format` but table."""
+    """Prints the table as it was printed at the end, an accuracy run judged again from its answers; the exit code is
+    that of the command which wrote the folder. RunDirectoryError where what is in it is damaged or not finished,
+    PerfbenchError on a `format` but table."""
     what = "an accuracy run" if is_accuracy(path) else "a fine-tuning"
     if format != "table":
         raise PerfbenchError(f"--format: expected table, all there is of {what}, got {format}")
@@ -55,17 +56,11 @@ def page(path: Path, format: str) -> bytes:
 
 
 def _judged(path: Path) -> tuple[AccuracyFolder, Verdict]:
-    """The folder and its verdict; every answer is read, so that a damaged file of them is refused."""
-    from perfbench.finetune.accuracy.accuracy_folder import MANIFEST, AccuracyFolder
-    from perfbench.finetune.accuracy.verdict import Verdict
+    """The folder and the verdict on its answers."""
+    from perfbench.finetune.accuracy.accuracy_folder import AccuracyFolder
 
     folder = AccuracyFolder.open(path)
-    folder.items()
-    if folder.manifest.get("verdict") is None:
-        raise RunDirectoryError(
-            f"{path}: not finished, there is no verdict yet; go on with perfbench accuracy --resume"
-        )
     try:
-        return folder, Verdict.from_json(folder.manifest["verdict"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RunDirectoryError(f"{path / MANIFEST}: verdict: damaged ({error}); restore the file") from None
+        return folder, folder.judge()
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunDirectoryError(f"{path}: can't be judged ({error}); restore the folder") from None

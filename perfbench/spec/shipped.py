@@ -32,7 +32,11 @@ def find(given: str | Path) -> tuple[Path, str | None]:
         note = f"{given}: no such file here; taken is the scenario {name} that comes with perfbench"
         return FOLDER / f"{name}.yaml", None if str(given) == name else note
     close = get_close_matches(name, known, n=1)
-    # Where other scenarios lie beside it, its reader names the nearest of those.
-    if close and not path.exists() and not any(path.parent.glob("*.yaml")):
+    # Where a file beside it is meant, its reader names that.
+    if (
+        close
+        and not path.exists()
+        and not get_close_matches(path.name, [one.name for one in path.parent.glob("*.yaml")])
+    ):
         raise ScenarioError(f"{given}: no such file, and no scenario of that name; did you mean {close[0]!r}?")
     return path, None

@@ -89,29 +89,6 @@ class Verdict:
         """As accuracy.json has it."""
         return {"exit_code": self.exit_code, **asdict(self)}
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Verdict:
-        """What `to_json` gave. KeyError or TypeError where a field is missing or another."""
-        return cls(
-            tuple(_method_row(row) for row in data["methods"]),
-            tuple(
-                PathRow(**{**row, "test": _read_scores(row["test"]), "versus": Paired(**row["versus"])})
-                for row in data["paths"]
-            ),
-            data["margin"],
-            data["reference"],
-        )
-
-
-def _method_row(row: Mapping[str, Any]) -> MethodRow:
-    versus = {path: Paired(**paired) for path, paired in row["versus"].items()}
-    dev = None if row["dev"] is None else _read_scores(row["dev"])
-    return MethodRow(**{**row, "dev": dev, "test": _read_scores(row["test"]), "versus": versus})
-
-
-def _read_scores(data: Mapping[str, Any]) -> Scores:
-    return Scores(tuple(data["seeds"]), data["items"])
-
 
 def judge(
     items: Iterable[Mapping[str, Any]],
