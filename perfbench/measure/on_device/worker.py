@@ -120,6 +120,7 @@ class Session:
         self.emit = emit
         self.nvml = _nvml(backbone.device)
         self.timed: dict[str, dict[int, Any]] = {}  # case id -> round -> the tokens that it made
+        self.kept: Any = None  # what the oracle has answered
 
     def prepare(self, case: Any) -> bool:
         """Check and memory of one case, with only its arm resident. True where it may be timed.
@@ -135,7 +136,8 @@ class Session:
         built = self._build(case)
         arm, batch, device = built.arm, built.batch, self.backbone.device
         self.emit("phase", case=case.id, text="checking")
-        found = check.check(arm, batch, self.resident, self.backbone, self.job["seed"], built.plan_of)
+        ask = self._oracle_of(case)
+        found = check.check(arm, batch, self.resident, self.backbone, self.job["seed"], built.plan_of, ask)
         self.emit("phase", case=case.id, text="measuring memory")
         held = memory.resident_bytes(arm)
         peaks = memory.peaks(arm, batch, held, device, self.nvml)
@@ -290,6 +292,15 @@ class Session:
         from perfbench.measure.on_device import workload
 
         return workload.fresh(built.batch, self.job["seed"], turn)
+
+    def _oracle_of(self, case: Any) -> Any:
+        """The oracle, which knows what it has answered of an earlier arm with the same adapters: one of the same
+        method's file and options, since nothing else makes them, whatever serves them."""
+        from perfbench.methods.registry import METHODS
+        from perfbench.proof.answers import Kept, Oracle
+
+        self.kept = self.kept or Kept()
+        return Oracle(self.backbone, (METHODS[case.method].module, case.options), self.kept)
 
     def _build(self, case: Any) -> Any:
         from perfbench.measure.on_device import arms
