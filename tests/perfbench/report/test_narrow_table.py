@@ -1,4 +1,4 @@
-"""From 50 columns on every piece of the table names each arm and shows its check: a figure without its proof is none."""
+"""From 50 columns on every piece of the table names each arm and shows its check."""
 
 from __future__ import annotations
 
