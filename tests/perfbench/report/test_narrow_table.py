@@ -1,4 +1,4 @@
-"""From 50 columns on every piece of the table names each arm and shows its check."""
+"""From 50 columns on every piece of the table names each arm and shows its check: no figure without its proof."""
 
 from __future__ import annotations
 
