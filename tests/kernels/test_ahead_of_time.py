@@ -14,6 +14,8 @@ pytest.importorskip("triton", reason="triton is not there for this platform")
 
 from perfbench.kernels import ahead_of_time, decode_attention_triton
 
+pytestmark = pytest.mark.thorough
+
 # At odd sizes nothing is aligned, and ptxas would rather spill a few registers than use more of them; no model has such
 # sizes, and at those of LLaMA-2 7B nothing may spill (test_resources).
 SPILL_BYTES_AT_ODD_SIZES = 64

@@ -25,7 +25,8 @@ RESET_SLACK_BYTES = 2**22
 
 
 def peaks(arm: Arm, batch: Batch, resident_bytes: int, device: torch.device, nvml: Nvml | None) -> dict[str, Any]:
-    """Peak bytes while `arm` (alone on the device with the backbone) generates; None where a figure does not exist.
+    """Peak bytes while `arm` (alone on the device with the backbone) generates, and `kv_cache_bytes`, those of the KV
+    cache after the last step, when it is full; None where a figure does not exist.
 
     `resident_bytes`: weights and adapters that are there before the call, which the CPU's allocator does not count.
     Every figure is reset before. The caching allocator gives nothing back to the driver within the call, so that
@@ -38,10 +39,11 @@ def peaks(arm: Arm, batch: Batch, resident_bytes: int, device: torch.device, nvm
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     resettable = reset_peak_resident()
-    arm.generate(batch)
+    cache_bytes = _full_cache_bytes(arm, batch)
     if on_gpu:
         torch.cuda.synchronize()
     found: dict[str, Any] = {
+        "kv_cache_bytes": cache_bytes,
         "peak_resident_bytes": peak_resident_bytes() if resettable else None,
         "peak_device_bytes": nvml.device_used_bytes() if nvml else None,
         "peak_process_bytes": nvml.process_used_bytes(os.getpid()) if nvml else None,
@@ -55,20 +57,18 @@ def peaks(arm: Arm, batch: Batch, resident_bytes: int, device: torch.device, nvm
     return found
 
 
-def parts(arm: Arm, batch: Batch, weight_bytes: int) -> dict[str, int]:
-    """Bytes of all resident adapters, and of the KV cache when it is full: after the last step of this batch.
+def adapter_bytes(arm: Arm, weight_bytes: int) -> int:
+    """Bytes of all resident adapters.
 
-    What is left of the peak beside these and the `weight_bytes` of the backbone is the call's workspace.
+    What is left of the peak beside these, the KV cache and the `weight_bytes` of the backbone is the call's workspace.
     """
     if isinstance(arm, (PlanArm, StaticArm)):
-        adapters = sum(t.nbytes for t in arm.bank.tensors()) if arm.bank else 0
-    else:
-        adapters = tensor_bytes(arm.model) - weight_bytes
-    return {"adapter_bytes": adapters, "kv_cache_bytes": _full_cache_bytes(arm, batch)}
+        return sum(t.nbytes for t in arm.bank.tensors()) if arm.bank else 0
+    return tensor_bytes(arm.model) - weight_bytes
 
 
 def _full_cache_bytes(arm: Arm, batch: Batch) -> int:
-    """The cache that `static` keeps, or what Hugging Face's cache held after its last step."""
+    """Generates once: the cache that `static` keeps, or what Hugging Face's cache held after its last step."""
     found = 0
 
     def see(_module: Any, _args: Any, output: Any) -> None:

@@ -142,7 +142,7 @@ class Session:
         held = memory.resident_bytes(arm)
         peaks = memory.peaks(arm, batch, held, device, self.nvml)
         free = memory.free_bytes(device, peaks["peak_allocated_bytes"] - held)
-        parts = memory.parts(arm, batch, self.backbone.bytes)
+        adapter_bytes = memory.adapter_bytes(arm, self.backbone.bytes)
         per_tenant = built.adapters["resident_bytes_per_tenant"]
         self.emit(
             "case",
@@ -150,7 +150,8 @@ class Session:
             status=found.status,
             reason=found.reason,
             check=found.to_json(),
-            memory=peaks | parts | {"tenants_that_fit": free // per_tenant if per_tenant else None},
+            memory=peaks
+            | {"adapter_bytes": adapter_bytes, "tenants_that_fit": free // per_tenant if per_tenant else None},
             adapters=built.adapters,
         )
         arm.close()

@@ -179,8 +179,9 @@ def test_memory_counts_the_cache_with_each_arm(base: backbone.Backbone) -> None:
     """What an arm needs is the same whether or not others share the cache."""
     batch = make_batch()
 
-    def needs(arm: StaticArm) -> tuple[dict[str, int], int]:
-        return memory.parts(arm, batch, base.bytes), memory.resident_bytes(arm)
+    def needs(arm: StaticArm) -> tuple[int, int, int]:
+        cache = memory.peaks(arm, batch, memory.resident_bytes(arm), base.device, None)["kv_cache_bytes"]
+        return memory.adapter_bytes(arm, base.bytes), cache, memory.resident_bytes(arm)
 
     alone = []
     for method in METHODS:
@@ -191,7 +192,7 @@ def test_memory_counts_the_cache_with_each_arm(base: backbone.Backbone) -> None:
     for arm in arms:
         arm.generate(batch)
     assert [needs(arm) for arm in arms] == alone
-    assert all(parts["kv_cache_bytes"] == held_bytes([cache_of(arms[0])]) for parts, _ in alone)
+    assert all(cache == held_bytes([cache_of(arms[0])]) for _, cache, _ in alone)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,13 +23,14 @@ def tiny() -> backbone.Backbone:
     return backbone.load("llama-tiny", "fp32", "cpu", seed=0)
 
 
-def parts(tiny, scratch, runtime: str, method: str, beams: int) -> tuple[dict[str, int], arms.BuiltArm]:
+def parts(tiny, scratch, runtime: str, method: str, beams: int) -> tuple[dict[str, Any], arms.BuiltArm]:
     ids = torch.arange(3, 3 + TENANTS * PROMPT).view(TENANTS, PROMPT)
     slots = (-1, -1) if method == "none" else (0, 1)
     batch = Batch(ids, torch.ones_like(ids), slots, beams, NEW)
     case = Case("c", method, method, METHODS[method].options(), runtime, "eager")
     built = arms.build(case, tiny, batch, TENANTS, 0, scratch)
-    return memory.parts(built.arm, batch, tiny.bytes), built
+    found = memory.peaks(built.arm, batch, memory.resident_bytes(built.arm), tiny.device, None)
+    return found | {"adapter_bytes": memory.adapter_bytes(built.arm, tiny.bytes)}, built
 
 
 def token_bytes(tiny: backbone.Backbone) -> int:

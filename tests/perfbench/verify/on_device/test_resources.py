@@ -18,6 +18,8 @@ from perfbench.kernels.settings import DEFAULTS
 from perfbench.verify.on_device import resources
 from perfbench.verify.on_device.call_sites import SERVED
 
+pytestmark = pytest.mark.thorough
+
 Table = dict[str, dict[str, dict[str, int]]]
 
 
