@@ -18,6 +18,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -126,6 +127,24 @@ def after_step(module: Any, step: int) -> None:
     ssp.after_step(module, step)
 
 
+def settled_at(module: Any, steps: int) -> int:
+    """After which of `steps` optimiser steps the method is as large as it will be served; 0 where it always is.
+
+    Before, AdaLoRA has more ranks than its budget and SSP is still searching: no adapter to choose.
+    """
+    return max(peft_own.settled_at(module, steps), ssp.settled_at(module, steps))
+
+
+def penalty(module: Any, share: float) -> AbstractContextManager[None]:
+    """Within it what a method adds to the loss of the answer (AdaLoRA's orthogonality) counts `share` of its weight."""
+    return peft_own.penalty(module, share)
+
+
+def kept_parameters(module: Any) -> int:
+    """Trainable parameters that are saved: without those that a method has given up in training."""
+    return sum(p.numel() for p in _trainable(module).values()) - peft_own.given_up(module)
+
+
 def training_state(module: Any) -> dict[str, torch.Tensor]:
     """All that must be kept of the module, beside the optimiser's state, to go on later as if nothing had happened."""
     return {**_trainable(module), **peft_own.extra_state(module), **ssp.extra_state(module)}
@@ -170,8 +189,12 @@ def save(module: Any, folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Without being told PEFT would ask the hub whether the vocabulary has grown.
-        module.save_pretrained(str(temporary), save_embedding_layers=False)
+        with warnings.catch_warnings():
+            # PEFT takes a module that AdaLoRA has left no rank for one whose weights were not gathered.
+            if module.active_peft_config.peft_type == PeftType.ADALORA:
+                warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape")
+            # Without being told PEFT would ask the hub whether the vocabulary has grown.
+            module.save_pretrained(str(temporary), save_embedding_layers=False)
         for file in (adapter_folder.WEIGHTS, adapter_folder.CONFIG):
             (temporary / file).replace(folder / file)
     except OSError as error:
@@ -258,4 +281,4 @@ def parameter_count(name: str, config: Mapping[str, Any], options: Any = None) -
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
         module = attach(model, name, options, seed=0)
-    return sum(p.numel() for p in _trainable(module).values())
+    return kept_parameters(module)
