@@ -248,7 +248,7 @@ def _load_ours(model: Any, folder: Path, trainable: bool) -> Any:
 
 
 # PEFT's type of a served adapter -> the method whose reader checks it.
-_SERVED = {"LORA": "lora", "PARA": "para", "PROJECTED_IA3": "ia3", "IA3": "ia3-original"}
+_SERVED = {"LORA": "lora", "ADALORA": "lora", "PARA": "para", "PROJECTED_IA3": "ia3", "IA3": "ia3-original"}
 
 
 def _check(folder: Path, kind: Any, shape: BackboneShape) -> None:
@@ -257,22 +257,13 @@ def _check(folder: Path, kind: Any, shape: BackboneShape) -> None:
         name = _SERVED[kind]
         parameters.implementation(name).load(folder, shape, METHODS[name].options())
         return
-    if kind not in PeftType.__members__:
+    if kind not in _SOFT_TOKENS:
         raise AdapterError(f"{folder / adapter_folder.CONFIG}: peft_type: got {kind!r}, which can't be loaded")
     config, tensors = adapter_folder.read(folder, kind)
-    path = folder / adapter_folder.WEIGHTS
-    if "prompt_embeddings" in tensors:
-        kv = 2 * shape.layers * shape.kv_heads * shape.head_dim
-        width = kv if kind == PeftType.PREFIX_TUNING else shape.hidden
-        size = (int(config.get("num_virtual_tokens") or 0), width)
-        adapter_folder.expect_size(path, "prompt_embeddings", tensors["prompt_embeddings"], size)
-        return
+    kv = 2 * shape.layers * shape.kv_heads * shape.head_dim
+    size = (int(config.get("num_virtual_tokens") or 0), kv if kind == PeftType.PREFIX_TUNING else shape.hidden)
     for name, tensor in tensors.items():
-        _, module, rest = adapter_folder.place_of(name, path, shape)
-        d_in, d_out = shape.features(module)
-        rank = tensor.shape[1] if rest == "lora_B" else tensor.shape[0]
-        size = {"lora_A": (rank, d_in), "lora_B": (d_out, rank)}.get(rest, (rank, 1))
-        adapter_folder.expect_size(path, name, tensor, size)
+        adapter_folder.expect_size(folder / adapter_folder.WEIGHTS, name, tensor, size)
 
 
 def parameter_count(name: str, config: Mapping[str, Any], options: Any = None) -> int:
