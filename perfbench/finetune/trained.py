@@ -242,9 +242,14 @@ def _load_ours(model: Any, folder: Path, trainable: bool) -> Any:
         raise AdapterError(f"{path}: {tensor}: expected on one side only; the adapter was made for another backbone")
     for tensor, size in sizes.items():
         adapter_folder.expect_size(path, tensor, tensors[tensor], size)
+    loaded_in = {weight: parameter.dtype for weight, parameter in model.named_parameters()}
     module = attach(model, name, options, seed=0)
     restore_training_state(module, tensors)
-    return module if trainable else module.requires_grad_(False)
+    if trainable:
+        return module
+    for weight, parameter in module.named_parameters():  # full fine-tuning's are in fp32 as long as they are trained
+        parameter.data = parameter.data.to(loaded_in.get(weight, parameter.dtype))
+    return module.requires_grad_(False)
 
 
 # PEFT's type of a served adapter -> the method whose reader checks it.

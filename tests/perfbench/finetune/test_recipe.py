@@ -228,6 +228,30 @@ def test_what_is_chosen_is_within_its_budget(config: FinetuneConfig, tmp_path: P
     assert result.trainable_parameters == sum(tensor.numel() for tensor in kept.values())
 
 
+def test_full_fine_tuning_in_bf16_learns_as_in_fp32(config: FinetuneConfig, tmp_path: Path) -> None:
+    """Without fp32 masters a step is lost in the rounding of the weights: 6.71 where fp32 reached 3.55."""
+    losses, moved = {}, {}
+    task = replace(config.task, test_examples=0)
+    for dtype in ("fp32", "bf16"):
+        full = replace(config, method="full", options={}, dtype=dtype, learning_rate=1e-4, epochs=4, task=task)
+        (result,) = recipe.finetune(full, tmp_path / dtype)
+        losses[dtype] = result.best_dev_loss
+        before = dict(backbone.load(config.backbone, dtype, "cpu", 0).model.named_parameters())
+        after = load_file(result.adapter / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+        same = sum(int((after[name] == before[name].float()).sum()) for name in after)
+        moved[dtype] = 1 - same / sum(tensor.numel() for tensor in after.values())
+        loaded = trained.load(backbone.load(config.backbone, dtype, "cpu", 0).model, result.adapter)
+        assert {p.dtype for p in loaded.parameters()} == {{"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]}
+    bare = backbone.load(config.backbone, "fp32", "cpu", 0).model
+    data = recipe.read_data(config, config.backbone, backbone.tokenizer_of(config.backbone))
+    with torch.inference_mode():
+        start = bare(**Collator(0)(data.dev)).loss.item()
+    assert start - losses["fp32"] > 0.01, "something has to be learnt"
+    assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.1 * (start - losses["fp32"]))
+    assert moved["bf16"] == pytest.approx(moved["fp32"], abs=0.05)
+
+
 def test_a_seed_decides_everything(
     config: FinetuneConfig, done: tuple[Path, recipe.SeedResult], tmp_path: Path
 ) -> None:
