@@ -38,6 +38,16 @@ def add(commands: Any) -> None:
     accuracy.add_argument("--run", type=Path, metavar="RUN", help="a run directory with these methods' speeds")
     accuracy.set_defaults(command=_accuracy)
 
+    about = "Makes a backbone of what others have packed."
+    backbone = commands.add_parser("backbone", help="a backbone from a GGUF file", description=about)
+    from_file = backbone.add_subparsers(metavar="STEP", required=True).add_parser(
+        "import", help="a folder of safetensors from a GGUF file", description=_import_backbone.__doc__
+    )
+    from_file.add_argument("file", type=Path, help="a GGUF file of a Llama-family model")
+    from_file.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, for `backbone: DIR`")
+    from_file.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of the weights (default: bf16)")
+    from_file.set_defaults(command=_import_backbone)
+
     about = "Writes a model's answers to MT-Bench, and has a judge rate them."
     mtbench = commands.add_parser("mtbench", help="MT-Bench's answers and ratings", description=about)
     _add_mtbench_options(mtbench)
@@ -107,6 +117,16 @@ def _accuracy(arguments: argparse.Namespace) -> int:
     verdict_table.render(folder.manifest, verdict)
     print(f"results: {out}; the page: {out / PAGE}", file=sys.stderr)
     return verdict.exit_code
+
+
+def _import_backbone(arguments: argparse.Namespace) -> int:
+    """Writes the model, the tokenizer and the chat template of a GGUF file as a folder that every command takes as
+    backbone; quantised weights are widened. Needs the extra `gguf`. Exit code 0, or 2 for bad input."""
+    from perfbench.finetune import gguf_import
+
+    parameters = gguf_import.import_file(arguments.file, arguments.out, arguments.dtype)
+    print(f"{arguments.out}: {parameters:,} parameters in {arguments.dtype}")
+    return 0
 
 
 def _add_mtbench_options(parser: argparse.ArgumentParser) -> None:
