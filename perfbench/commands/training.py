@@ -38,6 +38,22 @@ def add(commands: Any) -> None:
     accuracy.add_argument("--run", type=Path, metavar="RUN", help="a run directory with these methods' speeds")
     accuracy.set_defaults(command=_accuracy)
 
+    evaluate = commands.add_parser("evaluate", help="an adapter on a task", description=_evaluate.__doc__)
+    evaluate.add_argument("backbone", help="a folder or hub id with weights and tokenizer")
+    evaluate.add_argument("--task", required=True, metavar="NAME", help="such as mmlu; `perfbench list task` has all")
+    evaluate.add_argument("--source", default="", metavar="DIR", help="the task's data, a folder or hub id")
+    about = "an adapter folder, perfbench's or PEFT's; may be repeated"
+    evaluate.add_argument("--adapter", action="append", default=[], metavar="DIR", help=about)
+    evaluate.add_argument("--split", choices=("dev", "test"), default="test")
+    evaluate.add_argument("--metric", metavar="NAME", help="of task `own`")
+    evaluate.add_argument("--examples", type=positive, metavar="N", help="at most (default: all)")
+    evaluate.add_argument("--beams", type=positive, default=1, metavar="N", help="of generation (default: 1)")
+    evaluate.add_argument("--batch", type=positive, default=8, metavar="N", help="rows of one call (default: 8)")
+    evaluate.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
+    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="default: runs/evaluate-<task>-<time>")
+    evaluate.set_defaults(command=_evaluate)
+
     about = "Makes a backbone of what others have packed."
     backbone = commands.add_parser("backbone", help="a backbone from a GGUF file", description=about)
     from_file = backbone.add_subparsers(metavar="STEP", required=True).add_parser(
@@ -117,6 +133,20 @@ def _accuracy(arguments: argparse.Namespace) -> int:
     verdict_table.render(folder.manifest, verdict)
     print(f"results: {out}; the page: {out / PAGE}", file=sys.stderr)
     return verdict.exit_code
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    """Asks the bare backbone and each adapter every test item of a task, as trained, and prints the scores with the
+    paired difference to the bare backbone. Every answer is in items.jsonl, the scores in evaluation.json. Exit code 0,
+    or 2 for bad input."""
+    from perfbench.finetune import evaluation
+
+    fields = ("backbone", "task", "source", "split", "metric", "examples", "dtype", "device", "batch", "beams")
+    chosen = {name: getattr(arguments, name) for name in fields}
+    out = arguments.out or stamped(f"evaluate-{arguments.task}")
+    evaluation.evaluate(evaluation.Asked(**chosen, adapters=tuple(arguments.adapter)), out)
+    print(f"results: {out}", file=sys.stderr)
+    return 0
 
 
 def _import_backbone(arguments: argparse.Namespace) -> int:

@@ -179,7 +179,7 @@ def save(module: Any, folder: Path) -> None:
         if not _trainable(module):
             raise AdapterError(f"{folder}: nothing of the module is trainable; load it with trainable=True to save it")
         config = {
-            "peft_type": _OURS,
+            "peft_type": OURS,
             "method": name,
             "options": dataclasses.asdict(options),
             "base_model_name_or_path": module.config.name_or_path,
@@ -210,7 +210,7 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     """
     folder = Path(folder)
     kind = adapter_folder.peft_type(folder)
-    if kind == _OURS:
+    if kind == OURS:
         return _load_ours(model, folder, trainable)
     _check(folder, kind, BackboneShape.of_config(model.config.to_dict()))
     if trainable and kind in _SOFT_TOKENS:
@@ -225,11 +225,11 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
 _SOFT_TOKENS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
 
 # `peft_type` of the baselines that PEFT does not know.
-_OURS = "PERFBENCH"
+OURS = "PERFBENCH"
 
 
 def _load_ours(model: Any, folder: Path, trainable: bool) -> Any:
-    config, tensors = adapter_folder.read(folder, _OURS)
+    config, tensors = adapter_folder.read(folder, OURS)
     path = folder / adapter_folder.WEIGHTS
     if config.get("method") not in BASELINES:
         raise AdapterError(f"{folder / adapter_folder.CONFIG}: method: got {config.get('method')!r}, which is unknown")
