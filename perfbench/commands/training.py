@@ -185,7 +185,8 @@ def _add_mtbench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _mtbench_answer(arguments: argparse.Namespace) -> int:
-    """Answers MT-Bench's two-turn questions with beam search and writes them in FastChat's answer format."""
+    """Answers MT-Bench's two-turn questions with beam search and writes them in FastChat's answer format. Given again
+    after a kill, it goes on."""
     from perfbench.finetune.mt_bench import questions
     from perfbench.machine.device import device_kind
     from perfbench.runtimes import backbone
@@ -200,7 +201,8 @@ def _mtbench_answer(arguments: argparse.Namespace) -> int:
         model = trained.load(model, arguments.adapter)
     settings = {"beams": arguments.beams, "new_tokens": arguments.new_tokens, "batch": arguments.batch}
     name = arguments.model_id or arguments.out.stem
-    count = questions.answer_with(model, tokenizer, arguments.questions, arguments.out, name, **settings)
+    whose = f"{arguments.backbone} {arguments.adapter} {arguments.dtype}"
+    count = questions.answer_with(model, tokenizer, arguments.questions, arguments.out, name, whose, **settings)
     print(f"{arguments.out}: {count} answers of {name}")
     return 0
 

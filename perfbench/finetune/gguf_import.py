@@ -81,9 +81,10 @@ def _read(file: Path) -> tuple[Any, Any]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(file.parent), gguf_file=file.name, dtype=torch.float32, output_loading_info=True
         )
+        model, info = loaded
     except Exception as error:  # of a quantisation that it does not know, of a tokenizer that is not there, ...
         raise BackboneError(f"{file}: transformers can't read it ({_line(error)})") from None
     missing = sorted(info["missing_keys"])

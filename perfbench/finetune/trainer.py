@@ -137,7 +137,8 @@ class AdapterTrainer(Trainer):
         split into batches and processes."""
         model = self.accelerator.unwrap_model(self.model).eval()
         processes = self.accelerator.num_processes
-        own = self.eval_dataset[self.accelerator.process_index :: processes]
+        examples: Any = self.eval_dataset
+        own = examples[self.accelerator.process_index :: processes]
         size = self.args.per_device_eval_batch_size
         total = torch.zeros(2, dtype=torch.float64)  # loss, tokens
         with torch.no_grad(), trained.penalty(self.model, 0):
@@ -146,7 +147,8 @@ class AdapterTrainer(Trainer):
                 tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
                 total += torch.tensor([float(model(**batch).loss) * tokens, tokens], dtype=torch.float64)
         loss, tokens = torch.tensor(gather_object([total.tolist()]), dtype=torch.float64).sum(0).tolist()
-        return EvalLoopOutput(None, None, {"eval_loss": loss / tokens}, len(self.eval_dataset))
+        nothing: Any = None
+        return EvalLoopOutput(nothing, None, {"eval_loss": loss / tokens}, len(examples))
 
     def go_on(self, start: Path | None) -> None:
         """Trains, from the checkpoint `start` where there is one; nothing is left to do where it ended by patience."""
