@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from perfbench.errors import AdapterError
-from perfbench.methods.checkpoints import adapter_folder, peft_fields, peft_targets
+from perfbench.methods.checkpoints import adalora, adapter_folder, peft_fields, peft_targets
 from perfbench.methods.checkpoints.adapter_folder import CONFIG, PEFT_PREFIX, WEIGHTS, module_name
 from perfbench.methods.shape import BackboneShape
 
@@ -54,7 +54,12 @@ def save(parameters: Parameters, alpha: float | None, folder: Path, backbone: st
 
 
 def load(folder: Path, shape: BackboneShape) -> Parameters:
-    """`layers.<i>.<module>.a` [R, D_in] and `.b` [D_out, R], with PEFT's scale folded into b. Raises AdapterError."""
+    """`layers.<i>.<module>.a` [R, D_in] and `.b` [D_out, R], with PEFT's scale folded into b. Raises AdapterError.
+
+    A checkpoint of AdaLoRA is read as well: its pairs are of uneven rank, and modules without a rank are not there.
+    """
+    if adapter_folder.peft_type(folder) == adalora.PEFT_TYPE:
+        return adalora.load(folder, shape)
     config, tensors = adapter_folder.read(folder, "LORA")
     path, described = folder / WEIGHTS, folder / CONFIG
     peft_fields.check(config, described, peft_fields.LORA)

@@ -83,6 +83,24 @@ LORA = Fields(
         "velora_config": None,
     },
 )
+# Its reader takes the rank and the scale from init_r, lora_alpha and rank_pattern alone, as PEFT's model does.
+ADALORA = Fields(
+    served=frozenset(
+        {
+            "init_r",
+            "lora_alpha",
+            "rank_pattern",
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+        }
+    ),
+    without_effect=LORA.without_effect
+    | {"r", "use_rslora", "alpha_pattern", "init_lora_weights", "lora_dropout"}
+    | {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"},
+    fixed={**LORA.fixed, "target_parameters": None},
+)
 IA3 = Fields(
     served=frozenset({"target_modules", "exclude_modules", "feedforward_modules"}),
     without_effect=frozenset({"init_ia3_weights"}),

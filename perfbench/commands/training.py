@@ -42,6 +42,32 @@ def add(commands: Any) -> None:
     accuracy.add_argument("--run", type=Path, metavar="RUN", help="a run directory with these methods' speeds")
     accuracy.set_defaults(command=_accuracy)
 
+    evaluate = commands.add_parser("evaluate", help="an adapter on a task", description=_evaluate.__doc__)
+    evaluate.add_argument("backbone", help="a folder or hub id with weights and tokenizer")
+    evaluate.add_argument("--task", required=True, metavar="NAME", help="such as mmlu; `perfbench list task` has all")
+    evaluate.add_argument("--source", default="", metavar="DIR", help="the task's data, a folder or hub id")
+    about = "an adapter folder, perfbench's or PEFT's; may be repeated"
+    evaluate.add_argument("--adapter", action="append", default=[], metavar="DIR", help=about)
+    evaluate.add_argument("--split", choices=("dev", "test"), default="test")
+    evaluate.add_argument("--metric", metavar="NAME", help="of task `own`")
+    evaluate.add_argument("--examples", type=positive, metavar="N", help="at most (default: all)")
+    evaluate.add_argument("--beams", type=positive, default=1, metavar="N", help="of generation (default: 1)")
+    evaluate.add_argument("--batch", type=positive, default=8, metavar="N", help="rows of one call (default: 8)")
+    evaluate.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
+    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="default: runs/evaluate-<task>-<time>")
+    evaluate.set_defaults(command=_evaluate)
+
+    about = "Makes a backbone of what others have packed."
+    backbone = commands.add_parser("backbone", help="a backbone from a GGUF file", description=about)
+    from_file = backbone.add_subparsers(metavar="STEP", required=True).add_parser(
+        "import", help="a folder of safetensors from a GGUF file", description=_import_backbone.__doc__
+    )
+    from_file.add_argument("file", type=Path, help="a GGUF file of a Llama-family model")
+    from_file.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, for `backbone: DIR`")
+    from_file.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of the weights (default: bf16)")
+    from_file.set_defaults(command=_import_backbone)
+
     about = "Writes a model's answers to MT-Bench, and has a judge rate them."
     mtbench = commands.add_parser("mtbench", help="MT-Bench's answers and ratings", description=about)
     _add_mtbench_options(mtbench)
@@ -112,6 +138,30 @@ def _accuracy(arguments: argparse.Namespace) -> int:
     return found.verdict.exit_code
 
 
+def _evaluate(arguments: argparse.Namespace) -> int:
+    """Asks the bare backbone and each adapter every test item of a task, as trained, and prints the scores with the
+    paired difference to the bare backbone. Every answer is in items.jsonl, the scores in evaluation.json. Exit code 0,
+    or 2 for bad input."""
+    from perfbench.finetune import evaluation
+
+    fields = ("backbone", "task", "source", "split", "metric", "examples", "dtype", "device", "batch", "beams")
+    chosen = {name: getattr(arguments, name) for name in fields}
+    out = arguments.out or stamped(f"evaluate-{arguments.task}")
+    evaluation.evaluate(evaluation.Asked(**chosen, adapters=tuple(arguments.adapter)), out)
+    print(f"results: {out}", file=sys.stderr)
+    return 0
+
+
+def _import_backbone(arguments: argparse.Namespace) -> int:
+    """Writes the model, the tokenizer and the chat template of a GGUF file as a folder that every command takes as
+    backbone; quantised weights are widened. Needs the extra `gguf`. Exit code 0, or 2 for bad input."""
+    from perfbench.finetune import gguf_import
+
+    parameters = gguf_import.import_file(arguments.file, arguments.out, arguments.dtype)
+    print(f"{arguments.out}: {parameters:,} parameters in {arguments.dtype}")
+    return 0
+
+
 def _add_mtbench_options(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_subparsers(metavar="STEP", required=True)
     answer = steps.add_parser("answer", help="write a model's answers", description=_mtbench_answer.__doc__)
@@ -138,7 +188,8 @@ def _add_mtbench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _mtbench_answer(arguments: argparse.Namespace) -> int:
-    """Answers MT-Bench's two-turn questions with beam search and writes them in FastChat's answer format."""
+    """Answers MT-Bench's two-turn questions with beam search and writes them in FastChat's answer format. Given again
+    after a kill, it goes on."""
     from perfbench.finetune.mt_bench import questions
     from perfbench.machine.device import device_kind
     from perfbench.runtimes import backbone
@@ -153,7 +204,8 @@ def _mtbench_answer(arguments: argparse.Namespace) -> int:
         model = trained.load(model, arguments.adapter)
     settings = {"beams": arguments.beams, "new_tokens": arguments.new_tokens, "batch": arguments.batch}
     name = arguments.model_id or arguments.out.stem
-    count = questions.answer_with(model, tokenizer, arguments.questions, arguments.out, name, **settings)
+    whose = f"{arguments.backbone} {arguments.adapter} {arguments.dtype}"
+    count = questions.answer_with(model, tokenizer, arguments.questions, arguments.out, name, whose, **settings)
     print(f"{arguments.out}: {count} answers of {name}")
     return 0
 

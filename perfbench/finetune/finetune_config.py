@@ -51,7 +51,8 @@ class FinetuneConfig:
 
     `batch`: examples of an optimizer step, over all devices and all `accumulate` pieces of it; `warmup_share`: of all
     steps; `evaluate_every`: optimizer steps between evaluations on the dev set, each epoch's end not counted;
-    `patience`: evaluations without a lower dev loss after which a seed stops; `beams`: in prediction on the test set.
+    `patience`: evaluations without a lower dev loss after which a seed stops, those that only an epoch's end asked for
+    not counted; `beams`: in prediction on the test set.
     `options` are those of the method, as plain JSON values.
     """
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils.peft_types import PeftType
 from transformers import GenerationConfig
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
@@ -145,15 +146,22 @@ def _log_probabilities(model: Any, rows: Sequence[tuple[list[int], list[int]]]) 
         ids[row, :end] = torch.tensor(prompt + choice)
         mask[row, :end] = 1
         labels[row, len(prompt) : end] = torch.tensor(choice)
-    # The labels tell PARA where each prompt ends.
     ids, labels = ids.to(model.device), labels.to(model.device)
-    logits = model(input_ids=ids, attention_mask=mask.to(model.device), labels=labels, use_cache=False).logits
+    # The labels tell PARA where each prompt ends. AdaLoRA would add its orthogonality term to the loss that they give,
+    # which PEFT can't do for an adapter that is not trained.
+    given = {} if _is(model, PeftType.ADALORA) else {"labels": labels}
+    logits = model(input_ids=ids, attention_mask=mask.to(model.device), use_cache=False, **given).logits
     # Soft prompts put logits of their own in front; the logits of a token are those of the place before it.
     counted = labels[:, 1:] != IGNORED
     chosen = logits[:, -longest:][:, :-1][counted].float().log_softmax(dim=-1)
     values = chosen.gather(1, labels[:, 1:][counted][:, None])[:, 0]
     lengths = counted.sum(dim=1).tolist()
     return [float(part.sum()) for part in values.split(lengths)]
+
+
+def _is(model: Any, kind: PeftType) -> bool:
+    """Whether PEFT's active adapter on the model is of this type."""
+    return isinstance(model, PeftModel) and model.active_peft_config.peft_type == kind
 
 
 def _is_soft(model: Any) -> bool:

@@ -237,7 +237,7 @@ class _Seed:
             time_to_best_s=best["elapsed_s"],
             tokens_per_s=trainer.state.num_input_tokens_seen / trainer.train_seconds(),
             peak_bytes=_peak_bytes(self.kind) if resettable else None,
-            trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            trainable_parameters=trained.kept_parameters(model),
         )
         if self.processes.is_main_process:
             self.folder.write()

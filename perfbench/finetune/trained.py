@@ -18,6 +18,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -126,6 +127,24 @@ def after_step(module: Any, step: int) -> None:
     ssp.after_step(module, step)
 
 
+def settled_at(module: Any, steps: int) -> int:
+    """After which of `steps` optimiser steps the method is as large as it will be served; 0 where it always is.
+
+    Before, AdaLoRA has more ranks than its budget and SSP is still searching: no adapter to choose.
+    """
+    return max(peft_own.settled_at(module, steps), ssp.settled_at(module, steps))
+
+
+def penalty(module: Any, share: float) -> AbstractContextManager[None]:
+    """Within it what a method adds to the loss of the answer (AdaLoRA's orthogonality) counts `share` of its weight."""
+    return peft_own.penalty(module, share)
+
+
+def kept_parameters(module: Any) -> int:
+    """Trainable parameters that are saved: without those that a method has given up in training."""
+    return sum(p.numel() for p in _trainable(module).values()) - peft_own.given_up(module)
+
+
 def training_state(module: Any) -> dict[str, torch.Tensor]:
     """All that must be kept of the module, beside the optimiser's state, to go on later as if nothing had happened."""
     return {**_trainable(module), **peft_own.extra_state(module), **ssp.extra_state(module)}
@@ -160,7 +179,7 @@ def save(module: Any, folder: Path) -> None:
         if not _trainable(module):
             raise AdapterError(f"{folder}: nothing of the module is trainable; load it with trainable=True to save it")
         config = {
-            "peft_type": _OURS,
+            "peft_type": OURS,
             "method": name,
             "options": dataclasses.asdict(options),
             "base_model_name_or_path": module.config.name_or_path,
@@ -170,8 +189,12 @@ def save(module: Any, folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Without being told PEFT would ask the hub whether the vocabulary has grown.
-        module.save_pretrained(str(temporary), save_embedding_layers=False)
+        with warnings.catch_warnings():
+            # PEFT takes a module that AdaLoRA has left no rank for one whose weights were not gathered.
+            if module.active_peft_config.peft_type == PeftType.ADALORA:
+                warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape")
+            # Without being told PEFT would ask the hub whether the vocabulary has grown.
+            module.save_pretrained(str(temporary), save_embedding_layers=False)
         for file in (adapter_folder.WEIGHTS, adapter_folder.CONFIG):
             (temporary / file).replace(folder / file)
     except OSError as error:
@@ -187,7 +210,7 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     """
     folder = Path(folder)
     kind = adapter_folder.peft_type(folder)
-    if kind == _OURS:
+    if kind == OURS:
         return _load_ours(model, folder, trainable)
     _check(folder, kind, BackboneShape.of_config(model.config.to_dict()))
     if trainable and kind in _SOFT_TOKENS:
@@ -202,11 +225,11 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
 _SOFT_TOKENS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
 
 # `peft_type` of the baselines that PEFT does not know.
-_OURS = "PERFBENCH"
+OURS = "PERFBENCH"
 
 
 def _load_ours(model: Any, folder: Path, trainable: bool) -> Any:
-    config, tensors = adapter_folder.read(folder, _OURS)
+    config, tensors = adapter_folder.read(folder, OURS)
     path = folder / adapter_folder.WEIGHTS
     if config.get("method") not in BASELINES:
         raise AdapterError(f"{folder / adapter_folder.CONFIG}: method: got {config.get('method')!r}, which is unknown")
@@ -219,13 +242,18 @@ def _load_ours(model: Any, folder: Path, trainable: bool) -> Any:
         raise AdapterError(f"{path}: {tensor}: expected on one side only; the adapter was made for another backbone")
     for tensor, size in sizes.items():
         adapter_folder.expect_size(path, tensor, tensors[tensor], size)
+    loaded_in = {weight: parameter.dtype for weight, parameter in model.named_parameters()}
     module = attach(model, name, options, seed=0)
     restore_training_state(module, tensors)
-    return module if trainable else module.requires_grad_(False)
+    if trainable:
+        return module
+    for weight, parameter in module.named_parameters():  # full fine-tuning's are in fp32 as long as they are trained
+        parameter.data = parameter.data.to(loaded_in.get(weight, parameter.dtype))
+    return module.requires_grad_(False)
 
 
 # PEFT's type of a served adapter -> the method whose reader checks it.
-_SERVED = {"LORA": "lora", "PARA": "para", "PROJECTED_IA3": "ia3", "IA3": "ia3-original"}
+_SERVED = {"LORA": "lora", "ADALORA": "lora", "PARA": "para", "PROJECTED_IA3": "ia3", "IA3": "ia3-original"}
 
 
 def _check(folder: Path, kind: Any, shape: BackboneShape) -> None:
@@ -234,22 +262,13 @@ def _check(folder: Path, kind: Any, shape: BackboneShape) -> None:
         name = _SERVED[kind]
         parameters.implementation(name).load(folder, shape, METHODS[name].options())
         return
-    if kind not in PeftType.__members__:
+    if kind not in _SOFT_TOKENS:
         raise AdapterError(f"{folder / adapter_folder.CONFIG}: peft_type: got {kind!r}, which can't be loaded")
     config, tensors = adapter_folder.read(folder, kind)
-    path = folder / adapter_folder.WEIGHTS
-    if "prompt_embeddings" in tensors:
-        kv = 2 * shape.layers * shape.kv_heads * shape.head_dim
-        width = kv if kind == PeftType.PREFIX_TUNING else shape.hidden
-        size = (int(config.get("num_virtual_tokens") or 0), width)
-        adapter_folder.expect_size(path, "prompt_embeddings", tensors["prompt_embeddings"], size)
-        return
+    kv = 2 * shape.layers * shape.kv_heads * shape.head_dim
+    size = (int(config.get("num_virtual_tokens") or 0), kv if kind == PeftType.PREFIX_TUNING else shape.hidden)
     for name, tensor in tensors.items():
-        _, module, rest = adapter_folder.place_of(name, path, shape)
-        d_in, d_out = shape.features(module)
-        rank = tensor.shape[1] if rest == "lora_B" else tensor.shape[0]
-        size = {"lora_A": (rank, d_in), "lora_B": (d_out, rank)}.get(rest, (rank, 1))
-        adapter_folder.expect_size(path, name, tensor, size)
+        adapter_folder.expect_size(folder / adapter_folder.WEIGHTS, name, tensor, size)
 
 
 def parameter_count(name: str, config: Mapping[str, Any], options: Any = None) -> int:
@@ -258,4 +277,4 @@ def parameter_count(name: str, config: Mapping[str, Any], options: Any = None) -
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
         module = attach(model, name, options, seed=0)
-    return sum(p.numel() for p in _trainable(module).values())
+    return kept_parameters(module)

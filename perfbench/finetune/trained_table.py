@@ -10,20 +10,27 @@ from perfbench.methods.registry import METHODS
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method that is only ever trained: `file` of perfbench.finetune.baselines, where `options` is a dataclass and
-    `attach` a function (model, BackboneShape, options) that returns the module to train, or one (BackboneShape,
-    options) that returns PEFT's configuration where it is `by_peft`."""
+    """A trained method that is not in the table of served ones: `file` of perfbench.finetune.baselines, where `options`
+    is a dataclass and `attach` a function (model, BackboneShape, options) that returns the module to train, or one
+    (BackboneShape, options) that returns PEFT's configuration where it is `by_peft`. `served_as`: the method whose
+    reader makes a plan for a bank of its checkpoints; None where no bank can hold them."""
 
     file: str
     options: str
     attach: str
     summary: str
     by_peft: bool = False
+    served_as: str | None = None
 
 
 BASELINES: dict[str, Baseline] = {
     "adalora": Baseline(
-        "peft_own", "AdaLoraOptions", "adalora_config", "LoRA that gives up half of its ranks", by_peft=True
+        "peft_own",
+        "AdaLoraOptions",
+        "adalora_config",
+        "LoRA that gives up half of its ranks",
+        by_peft=True,
+        served_as="lora",
     ),
     "prompt-tuning": Baseline(
         "peft_own", "PromptTuningOptions", "prompt_tuning_config", "soft tokens before the prompt", by_peft=True
@@ -46,6 +53,14 @@ def trainable() -> dict[str, str]:
     """Name -> summary of every method that can be trained, plugins' included."""
     served = {name: method.summary for name, method in METHODS.items() if method.trained_by is not None}
     return served | {name: baseline.summary for name, baseline in BASELINES.items()}
+
+
+def served_as(name: str) -> str | None:
+    """The served method whose reader makes a plan of an adapter of `name`; None where no bank can hold it."""
+    if name in BASELINES:
+        return BASELINES[name].served_as
+    known = METHODS.get(name)
+    return name if known is not None and known.module is not None and known.served_by == "plan" else None
 
 
 def unknown_method(name: str) -> str:

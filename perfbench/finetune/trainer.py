@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from perfbench.errors import FinetuneError
 from perfbench.finetune import checkpoint, trained
+from perfbench.finetune.encoding import IGNORED
 from perfbench.finetune.finetune_config import FinetuneConfig
 
 LOG_EVERY_STEPS = 10
@@ -106,13 +109,46 @@ class AdapterTrainer(Trainer):
         return [entry for entry in self.state.log_history if "eval_loss" in entry]
 
     def best(self) -> dict[str, Any] | None:
-        """The first evaluation with the lowest dev loss; None before any."""
-        return min(self.evaluations(), key=lambda entry: entry["eval_loss"], default=None)
+        """The first evaluation with the lowest dev loss, of those since the method has its final size; None before."""
+        first = trained.settled_at(self.model, self.state.max_steps)
+        settled = [entry for entry in self.evaluations() if entry["step"] >= first]
+        return min(settled, key=lambda entry: entry["eval_loss"], default=None)
 
     def out_of_patience(self) -> bool:
-        """Whether the last `patience` evaluations brought no lower dev loss."""
-        done, best = self.evaluations(), self.best()
-        return best is not None and len(done) - 1 - done.index(best) >= self.patience
+        """Whether the last `patience` evaluations brought no lower dev loss.
+
+        Those that only an epoch's end asked for do not count: with them, patience would end after fewer steps the
+        shorter the epochs are.
+        """
+        best = self.best()
+        if best is None:
+            return False
+        since = [one["step"] for one in self.evaluations() if one["step"] > best["step"]]
+        return sum(step % self.args.eval_steps == 0 for step in since) >= self.patience
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, over the tokens of the whole optimiser step; a method's penalty counts once in a step too."""
+        pieces = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        with trained.penalty(self.model, 1 / pieces):
+            return super().compute_loss(model, *args, **kwargs)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The loss of the answers alone: the mean over all tokens of the dev set, each counted once, however they are
+        split into batches and processes."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        processes = self.accelerator.num_processes
+        examples: Any = self.eval_dataset
+        own = examples[self.accelerator.process_index :: processes]
+        size = self.args.per_device_eval_batch_size
+        total = torch.zeros(2, dtype=torch.float64)  # loss, tokens
+        with torch.no_grad(), trained.penalty(self.model, 0):
+            for start in range(0, len(own), size):
+                batch = self._prepare_inputs(self.data_collator(own[start : start + size]))
+                tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+                total += torch.tensor([float(model(**batch).loss) * tokens, tokens], dtype=torch.float64)
+        loss, tokens = torch.tensor(gather_object([total.tolist()]), dtype=torch.float64).sum(0).tolist()
+        nothing: Any = None
+        return EvalLoopOutput(nothing, None, {"eval_loss": loss / tokens}, len(examples))
 
     def go_on(self, start: Path | None) -> None:
         """Trains, from the checkpoint `start` where there is one; nothing is left to do where it ended by patience."""
@@ -129,7 +165,6 @@ class AdapterTrainer(Trainer):
         metrics = super().evaluate(*args, **kwargs)
         done = self.evaluations()
         best = self.best()
-        assert best is not None
         if best is done[-1]:
             if self.is_world_process_zero():
                 self.save_best(self.accelerator.unwrap_model(self.model))

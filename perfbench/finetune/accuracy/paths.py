@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perfbench.finetune.accuracy.accuracy_config import Serving
-from perfbench.methods.registry import METHODS
+from perfbench.finetune.trained_table import served_as
 from perfbench.spec.runtime_support import kernels_problem, unsupported
 
 AS_TRAINED = "as-trained"
@@ -57,6 +57,5 @@ def served(serving: Serving, config: Mapping[str, Any], device_kind: str) -> Ite
 
 
 def is_served(method: str) -> bool:
-    """Whether a bank can serve adapters of this method; what is only ever trained is judged as trained."""
-    known = METHODS.get(method)
-    return known is not None and known.module is not None and known.served_by == "plan"
+    """Whether a bank can serve adapters of this method; what none can hold is judged as trained."""
+    return served_as(method) is not None

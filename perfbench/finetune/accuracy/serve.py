@@ -14,6 +14,7 @@ from perfbench.errors import AdapterError
 from perfbench.finetune.accuracy.paths import ServingPath
 from perfbench.finetune.choices import check_length, choose, decode, encode_answer, encode_choices
 from perfbench.finetune.tasks.task import Example, Task
+from perfbench.finetune.trained_table import served_as
 from perfbench.measure.on_device.arms import PLAN_ARMS
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
@@ -86,7 +87,9 @@ class AsTrained:
 
 def with_plan(tenant: Tenant, shape: BackboneShape) -> Tenant:
     """The tenant with what its folder holds. AdapterError where that is missing or of another backbone."""
-    plan = parameters.implementation(tenant.method).load(tenant.folder, shape, METHODS[tenant.method].options())
+    reader = served_as(tenant.method)
+    assert reader is not None, tenant.name
+    plan = parameters.implementation(reader).load(tenant.folder, shape, METHODS[reader].options())
     return replace(tenant, plan=plan)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
 from perfbench import exit_codes
-from perfbench.finetune.accuracy.paired_statistics import Paired, compare, non_inferior
+from perfbench.finetune.accuracy.paired_statistics import Paired, compare, compare_methods, non_inferior
 
 # What a verdict can be, the worst first, and what each does to the exit code.
 EXIT_CODES = {
@@ -114,7 +114,7 @@ def judge(
         for method in methods:
             own = test[method]
             versus = {
-                path: _versus(own[path], test[reference][path], seed)
+                path: _versus(compare_methods, own[path], test[reference][path], seed)
                 for path in own
                 if method != reference and path in test[reference]
             }
@@ -146,7 +146,7 @@ def _path_row(
     identity: Mapping[str, Any], seed: int,
 ) -> PathRow:  # fmt: skip
     served, trained = own[path], own[trained_path]
-    paired = _versus(served, trained, seed)
+    paired = _versus(compare, served, trained, seed)
     compared = own[anchor or trained_path]
     pairs = [(served[i][k][0], compared[i][k][0]) for i in compared for k in compared[i]]
     changed = sum(a != b for a, b in pairs)
@@ -181,10 +181,13 @@ def _scores(answers: Mapping[str, Answers]) -> Scores:
     return Scores(tuple(fmean(own[seed][1] for own in answers.values()) for seed in seeds), len(answers))
 
 
-def _versus(ours: Mapping[str, Answers], theirs: Mapping[str, Answers], seed: int) -> Paired:
+def _versus(
+    how: Callable[..., Paired], ours: Mapping[str, Answers], theirs: Mapping[str, Answers], seed: int
+) -> Paired:
     if ours.keys() != theirs.keys():
         odd = sorted(ours.keys() ^ theirs.keys())[0]
         raise ValueError(f"{odd}: answered on one side only")
     ids = sorted(ours)
-    scores = [[[score for _, score in answers[i].values()] for i in ids] for answers in (ours, theirs)]
-    return compare(scores[0], scores[1], seed)
+    # Served answers come in the order of their batches: the seeds of every item in the same order.
+    scores = [[[answers[i][k][1] for k in sorted(answers[i])] for i in ids] for answers in (ours, theirs)]
+    return how(scores[0], scores[1], seed)

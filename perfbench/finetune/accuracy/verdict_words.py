@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from perfbench.figures.papers import POINTS_OVER_LORA, paper_score
-from perfbench.finetune.accuracy.paired_statistics import Paired
+from perfbench.finetune.accuracy.paired_statistics import LEAST_SEEDS, Paired
 from perfbench.finetune.accuracy.paths import AS_TRAINED
 from perfbench.finetune.accuracy.verdict import EXIT_CODES, MethodRow, PathRow, Scores, Verdict
 from perfbench.methods.registry import METHODS
@@ -31,7 +31,10 @@ def headline(verdict: Verdict) -> str:
         text = "; ".join(parts)
         return f"FAIL. {text[0].upper()}{text[1:]}."  # labels keep their capitals
     if open_:
-        return f"INCONCLUSIVE. Nothing is shown to be worse, but not enough is known of {', '.join(open_)}."
+        text = f"INCONCLUSIVE. Nothing is shown to be worse, but not enough is known of {', '.join(open_)}."
+        if _named(verdict.methods, "inconclusive"):
+            text += f" Accuracy could not tell these methods from {verdict.reference}: choose among them by cost."
+        return text
     if not verdict.paths:
         return f"PASS. No method is worse than {verdict.reference} by {margin} or more. Nothing was served."
     return (
@@ -91,12 +94,15 @@ def _trained(row: MethodRow) -> Paired | None:
 
 def _not_told_apart(task: str, level: Sequence[str], rows: Sequence[MethodRow], reference: str) -> str:
     """What these items can't show, and that the papers' ranking is among it where it is."""
-    widest = max((found.high - found.low) / 2 for row in rows if (found := _trained(row)) is not None)
-    items = rows[0].test.items
-    text = (
-        f"{task}: {', '.join(level)} can't be told from {reference}: the intervals include 0. With {items} items a "
-        f"difference below about {widest * 100:.1f} points does not show."
-    )
+    of_level = (found for row in rows if row.method in level and (found := _trained(row)) is not None)
+    widest = max((found.high - found.low) / 2 for found in of_level)
+    items, seeds = rows[0].test.items, min(len(row.test.seeds) for row in rows)
+    known = f"With {items} items and {seeds} seed{'s' if seeds > 1 else ''}"
+    text = f"{task}: {', '.join(level)} can't be told from {reference}: the intervals include 0. "
+    if seeds < LEAST_SEEDS:
+        text += f"{known} nothing is said of a difference: how much trainings differ takes {LEAST_SEEDS} seeds to see."
+    else:
+        text += f"{known} a difference below about {widest * 100:.1f} points does not show."
     if reference == "lora" and set(CLAIMED) & {row.method for row in rows}:
         low, high = POINTS_OVER_LORA
         text += (
@@ -225,10 +231,13 @@ def legend(verdict: Verdict) -> str:
     return (
         "Scores are the median over seeds with the lowest and highest seed. Differences are paired by test item, each "
         "item's score being its mean over the seeds; brackets hold the 95% bootstrap interval over items, two made-up "
-        "items, +1 and -1, among them, so that few items that agree are not taken for certainty. The interval says how "
-        "other items would turn out for these very adapters; other seeds are seen in the spread. No correction is made "
+        "items, +1 and -1, among them, so that few items that agree are not taken for certainty. Between methods it is "
+        "over items and seeds: it says how other items would turn out for adapters that are trained again, and is all "
+        f"of -100 to +100 with fewer than {LEAST_SEEDS} seeds. Between a served path and as trained it is over items, "
+        "for these very adapters. No correction is made "
         f"for several comparisons. pass: the interval lies above -{verdict.margin * 100:g} points on every path; "
-        "inferior: it lies below; inconclusive: it holds that value. McNemar: exact, for 0/1 scores of one seed. "
+        "inferior: it lies below; inconclusive: it holds that value. McNemar: exact, for 0/1 scores of "
+        "one seed, of these very adapters. "
         "Served in fp32 every prediction must be the trained model's or, if that is not fp32, the first fp32 path's; "
         "elsewhere the interval of the difference to the trained model must hold 0; and each tenant's served logits "
         "must be nearest to its own trained model's, not to another tenant's or the bare backbone's."

@@ -1,4 +1,8 @@
-"""Full fine-tuning: every weight is trained, in the type that the backbone was loaded in."""
+"""Full fine-tuning: every weight is trained, in fp32 whatever type the backbone was loaded in.
+
+In bf16 a step of AdamW is smaller than half of the last digit of most weights, and they would not move at all. The
+arithmetic is that of the run's dtype: Trainer casts the weights for each product.
+"""
 
 from __future__ import annotations
 
@@ -14,5 +18,5 @@ class FullOptions:
 
 
 def attach(model: Any, shape: BackboneShape, options: FullOptions) -> Any:
-    """Lets every weight want gradients."""
-    return model.requires_grad_(True)
+    """Makes fp32 master weights of all weights and lets them want gradients."""
+    return model.float().requires_grad_(True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,7 +92,38 @@ def begin(module: Any, steps: int) -> None:
     if _allocator(module) is not None:
         config = module.peft_config[module.active_adapter]
         config.total_step = steps
-        config.tinit, config.tfinal = int(steps * _FIRST), int(steps * _LAST)
+        config.tinit, config.tfinal = int(steps * _FIRST), steps - settled_at(module, steps)
+
+
+def settled_at(module: Any, steps: int) -> int:
+    """After which of `steps` optimiser steps AdaLoRA has given up all the ranks that it will; 0 for other methods."""
+    return 0 if _allocator(module) is None else steps - int(steps * _LAST)
+
+
+@contextmanager
+def penalty(module: Any, share: float) -> Iterator[None]:
+    """AdaLoRA's orthogonality term, which PEFT adds to every loss of the model, counts `share` of its weight."""
+    if _allocator(module) is None:
+        yield
+        return
+    config = module.peft_config[module.active_adapter]
+    whole = config.orth_reg_weight
+    config.orth_reg_weight = whole * share
+    try:
+        yield
+    finally:
+        config.orth_reg_weight = whole
+
+
+def given_up(module: Any) -> int:
+    """Parameters of the ranks that AdaLoRA has given up: they are there as long as it is trained, and are not saved."""
+    if _allocator(module) is None:
+        return 0
+    total = 0
+    for name, kept in (module.peft_config[module.active_adapter].rank_pattern or {}).items():
+        linear = module.get_base_model().get_submodule(name.split(".lora_E")[0])
+        total += kept.count(False) * (linear.in_features + linear.out_features + 1)
+    return total
 
 
 def after_step(module: Any, step: int) -> None:

@@ -186,8 +186,14 @@ def begin(module: Any, steps: int) -> None:
     """Tells the search how many optimiser steps there will be; nothing for other methods."""
     search = getattr(module, "ssp", None)
     if isinstance(search, Search) and search.searching:
-        search.steps = max(1, round(steps * search.options.search_share))
+        search.steps = settled_at(module, steps)
         search.draw(0)
+
+
+def settled_at(module: Any, steps: int) -> int:
+    """After which of `steps` optimiser steps the search is over; 0 for other methods."""
+    search = getattr(module, "ssp", None)
+    return max(1, round(steps * search.options.search_share)) if isinstance(search, Search) else 0
 
 
 def after_step(module: Any, step: int) -> None:

@@ -58,13 +58,34 @@ def _question(record: Record) -> Question:
     return Question(identity, record.text("category"), tuple(turns), record.where)
 
 
-def answer(folder: str, out: Path, model_id: str, generate: Generate, settings: dict[str, Any]) -> int:
+def answer(folder: str, out: Path, model_id: str, generate: Generate, settings: dict[str, Any], whose: str = "") -> int:
     """Answers every question of `folder`, turn by turn, and writes `out` in FastChat's format; returns their number.
 
-    A later turn's prompt has the earlier turns with the answers given. settings: kept as `generate_params`.
+    A later turn's prompt has the earlier turns with the answers given. settings: kept as `generate_params`. Questions
+    that are answered stand in `out`.part until all are, and are not asked again where the same model (`whose`: its
+    backbone and adapter) with the same settings goes on. TaskError where that file is of something else.
     """
     asked = questions(folder)
     _refuse_unwritable(out)  # now, and not after hours of answers
+    kept = _part(out)
+    head = {"model_id": model_id, "whose": whose, "settings": settings, "questions": [q.turns for q in asked]}
+    head = json.loads(json.dumps(head))
+    done = _done(kept, head)
+    left = [question for question in asked if question.question_id not in done]
+    for start in range(0, len(left), settings.get("batch", 4)):
+        some = left[start : start + settings.get("batch", 4)]
+        lines = [] if done else [head]
+        for question, turns in zip(some, _turns(some, generate), strict=True):
+            done[question.question_id] = _written(question, turns, model_id, settings)
+            lines.append(done[question.question_id])
+        _append(kept, lines)
+    _write_whole(out, "".join(_line(done[question.question_id]) for question in asked))
+    kept.unlink(missing_ok=True)
+    return len(asked)
+
+
+def _turns(asked: Sequence[Question], generate: Generate) -> list[list[str]]:
+    """The answers to each question, turn by turn."""
     said: dict[int, list[str]] = {question.question_id: [] for question in asked}
     for turn in range(max(len(question.turns) for question in asked)):
         now = [question for question in asked if turn < len(question.turns)]
@@ -74,24 +95,59 @@ def answer(folder: str, out: Path, model_id: str, generate: Generate, settings: 
         texts = generate(prompts, [f"{question.where}, turn {turn + 1}" for question in now])
         for question, text in zip(now, texts, strict=True):
             said[question.question_id].append(text.strip())
-    lines = []
-    for question in asked:
-        turns = said[question.question_id]
-        content = json.dumps([model_id, question.question_id, turns])
-        written = {
-            "question_id": question.question_id,
-            "answer_id": hashlib.sha256(content.encode()).hexdigest()[:22],
-            "model_id": model_id,
-            "choices": [{"index": 0, "turns": turns}],
-            "tstamp": time.time(),
-            "generate_params": settings,
-        }
-        lines.append(json.dumps(written, ensure_ascii=False) + "\n")
-    _write_whole(out, "".join(lines))
-    return len(lines)
+    return list(said.values())
 
 
-def answer_with(model: Any, tokenizer: Any, folder: str, out: Path, model_id: str, **settings: int) -> int:
+def _written(question: Question, turns: list[str], model_id: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The answers to a question as FastChat has them."""
+    content = json.dumps([model_id, question.question_id, turns])
+    return {
+        "question_id": question.question_id,
+        "answer_id": hashlib.sha256(content.encode()).hexdigest()[:22],
+        "model_id": model_id,
+        "choices": [{"index": 0, "turns": turns}],
+        "tstamp": time.time(),
+        "generate_params": settings,
+    }
+
+
+def _part(out: Path) -> Path:
+    return out.with_name(f"{out.name}.part")
+
+
+def _done(kept: Path, head: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Question id -> its answers, of those that an earlier start has left; a last line that a kill has torn is not
+    among them."""
+    try:
+        lines = kept.read_bytes().split(b"\n")[:-1] if kept.exists() else []
+        found = [json.loads(line) for line in lines]
+        if found and found[0] != head:
+            raise ValueError("another model, other settings or other questions")
+        return {line["question_id"]: line for line in found[1:]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TaskError(f"{kept}: expected answers of this very command ({error}); remove it to start anew") from None
+
+
+def _append(kept: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Adds whole lines after the last whole one."""
+    try:
+        before = kept.read_bytes() if kept.exists() else b""
+        whole = before[: before.rfind(b"\n") + 1]
+        with kept.open("r+b" if before else "wb") as file:
+            file.truncate(len(whole))
+            file.seek(len(whole))
+            file.write("".join(map(_line, lines)).encode())
+    except OSError as error:
+        raise TaskError(f"{kept}: can't be written: {error.strerror}") from None
+
+
+def _line(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
+def answer_with(
+    model: Any, tokenizer: Any, folder: str, out: Path, model_id: str, whose: str = "", **settings: int
+) -> int:
     """As `answer`, by a model of transformers or PEFT. settings: new_tokens, beams, batch, as in predict.generate."""
     from perfbench.finetune import predict
 
@@ -100,7 +156,7 @@ def answer_with(model: Any, tokenizer: Any, folder: str, out: Path, model_id: st
     def generate(prompts: Sequence[str], where: Sequence[str]) -> list[str]:
         return predict.generate(model, tokenizer, prompts, stop=(STOP,), where=where, **settings)
 
-    return answer(folder, out, model_id, generate, {"do_sample": False, **settings})
+    return answer(folder, out, model_id, generate, {"do_sample": False, **settings}, whose)
 
 
 def _dialogue(asked: Sequence[str], answered: Sequence[str]) -> list[str]:
@@ -113,7 +169,7 @@ def _dialogue(asked: Sequence[str], answered: Sequence[str]) -> list[str]:
 
 def _refuse_unwritable(path: Path) -> None:
     """TaskError where a file can't be put at `path`."""
-    beside = path.with_name(f"{path.name}.part")
+    beside = path.with_name(f".{path.name}.probe")
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "is a folder")
@@ -128,7 +184,7 @@ def _write_whole(path: Path, text: str) -> None:
     """The file appears complete or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.part")
+        beside = path.with_name(f".{path.name}.new")
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     except OSError as error:

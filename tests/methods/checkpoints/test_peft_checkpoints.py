@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,110 @@ SERVED: dict[str, Callable[[], Any]] = {
 def test_it_is_served_as_by_peft(kind: str, tmp_path: Path) -> None:
     folder = make(tmp_path, SERVED[kind]())
     assert_served_as_by_peft(folder, load("lora", folder))
+
+
+def adalora(folder: Path, kept: Callable[[int, int], bool] | None = None, **values: Any) -> Path:
+    """An AdaLoRA checkpoint by PEFT; `kept`: whether the n-th adapted linear has kept rank r, all of them without."""
+    torch.manual_seed(1)
+    fields: dict[str, Any] = {"init_r": 4, "total_step": 1, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+    config = peft.AdaLoraConfig(**fields | values)
+    model = peft.get_peft_model(fresh().model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    places = [n.removeprefix("base_model.model.") for n, _ in model.named_parameters() if "lora_E" in n]
+    if kept is not None:
+        pattern = {name: [kept(n, rank) for rank in range(config.init_r)] for n, name in enumerate(places)}
+        model.peft_config["default"].rank_pattern = pattern
+    with warnings.catch_warnings():  # PEFT's, of modules that have no rank left
+        warnings.simplefilter("ignore")
+        model.save_pretrained(str(folder))
+    return folder
+
+
+ADALORA: dict[str, dict[str, Any]] = {
+    "unpruned": {"lora_alpha": 16},
+    "uneven": {"kept": lambda n, rank: (n + rank) % 3 != 0, "lora_alpha": 5},
+    "modules without a rank": {"kept": lambda n, rank: n % 2 == 0 and rank == 3},
+    "default modules": {"target_modules": None},
+    "by pattern": {"target_modules": r".*layers\.[01]\.mlp\.(up|down)_proj", "use_rslora": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")
+@pytest.mark.parametrize("kind", ADALORA)
+def test_adalora_is_served_as_by_peft(kind: str, tmp_path: Path) -> None:
+    folder = adalora(tmp_path, **ADALORA[kind])
+    plan = load("lora", folder)
+    assert_served_as_by_peft(folder, plan)
+    if kind == "modules without a rank":
+        ranks = [pair.a.shape[0] for layer in plan for pair in layer.low_rank.values()]
+        assert ranks
+        assert set(ranks) == {1}
+
+
+def test_adaloras_and_loras_of_other_ranks_share_a_bank(tmp_path: Path) -> None:
+    """Each is served as alone."""
+    folders = [adalora(tmp_path / kind, **ADALORA[kind]) for kind in ("uneven", "modules without a rank")]
+    folders.append(make(tmp_path / "lora", lora(r=3)))
+    plans = [load("lora", folder) for folder in folders]
+    base = fresh()
+    ids = torch.arange(3, 9).unsqueeze(0)
+    together = Bank(union_layout(plans), 3, base.dtype, base.device)
+    slots = tuple(together.admit(plan) for plan in plans)
+    batch = Batch(ids.expand(3, -1), torch.ones(3, 6, dtype=torch.int64), slots, beams=1, new_tokens=4)
+    forced = ids[:, :4].expand(3, -1)
+    found = PlanArm(base, together, "eager").generate(batch, forced=forced, with_logits=True).logits
+    for row, plan in enumerate(plans):
+        own = Bank(union_layout([plan]), 1, base.dtype, base.device)
+        single = Batch(ids, torch.ones(1, 6, dtype=torch.int64), (own.admit(plan),), beams=1, new_tokens=4)
+        alone = PlanArm(base, own, "eager").generate(single, forced=forced[:1], with_logits=True).logits
+        torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+Q = "model.layers.0.self_attn.q_proj"
+ADALORA_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a rank too few": (
+        lambda folder: edit_config(folder, rank_pattern={f"{Q}.lora_E": [True] * 3 + [False]}),
+        f"{Q}.lora_A: expected 3 ranks, which rank_pattern or init_r in {CONFIG} leave it, got size [4, ",
+    ),
+    "a pattern of another length": (
+        lambda folder: edit_config(folder, rank_pattern={f"{Q}.lora_E": [True] * 3}),
+        "expected init_r 4 times true or false, got [True, True, True]",
+    ),
+    "numbers": (lambda folder: edit_config(folder, rank_pattern={f"{Q}.lora_E": [1] * 4}), "got [1, 1, 1, 1]"),
+    "another module": (
+        lambda folder: edit_config(folder, rank_pattern={"model.norm.lora_E": [True] * 4}),
+        "rank_pattern['model.norm.lora_E']: expected a module of",
+    ),
+    "LoRA's pattern": (lambda folder: edit_config(folder, rank_pattern=[4]), "expected null or an object"),
+    "another rank": (lambda folder: edit_config(folder, init_r=5), "expected 5 ranks"),
+    "no scale": (lambda folder: edit_config(folder, lora_alpha=0), "lora_alpha: expected more than 0, got 0"),
+    "by weight": (lambda folder: edit_config(folder, target_parameters=["q"]), "target_parameters: expected None"),
+    "no values": (
+        lambda folder: edit_tensors(folder, lambda t: {n: v for n, v in t.items() if f"{Q}.lora_E" not in n}),
+        f"{Q}.lora_E: expected beside its partners",
+    ),
+    "a flat value": (
+        lambda folder: edit_tensors(folder, lambda t: {n: v[:, 0] if "lora_E" in n else v for n, v in t.items()}),
+        "lora_E: expected size [4, 1], got [4]",
+    ),
+    "LoRA's names": (
+        lambda folder: edit_tensors(folder, lambda t: {f"{n}.weight": v for n, v in t.items()}),
+        "expected lora_A, lora_B or lora_E, got lora_",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", ADALORA_FAULTS)
+def test_a_damaged_adalora_is_refused_by_name(fault: str, tmp_path: Path) -> None:
+    damage, message = ADALORA_FAULTS[fault]
+    folder = adalora(tmp_path)
+    damage(folder)
+    with pytest.raises(AdapterError) as raised:
+        load("lora", folder)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 IA3: dict[str, tuple[str, list[str], list[str]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import peft
 import pytest
 
 from perfbench.errors import AdapterError
+from perfbench.methods.checkpoints import adalora, peft_fields
 from perfbench.methods.checkpoints import lora as lora_checkpoint
-from perfbench.methods.checkpoints import peft_fields
 from perfbench.methods.checkpoints.peft_fields import Fields
 from perfbench.peft.para import ParaConfig
 from perfbench.peft.projected_ia3 import ProjectedIa3Config
 
 CLASSES: dict[str, tuple[Fields, Any]] = {
     "LORA": (peft_fields.LORA, peft.LoraConfig),
+    "ADALORA": (peft_fields.ADALORA, partial(peft.AdaLoraConfig, total_step=1)),
     "IA3": (peft_fields.IA3, peft.IA3Config),
     "PARA": (peft_fields.PARA, ParaConfig),
     "PROJECTED_IA3": (peft_fields.PROJECTED_IA3, ProjectedIa3Config),
@@ -28,7 +30,7 @@ HERE = Path("adapter_config.json")
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_field_of_peft_is_in_a_table_and_has_peft_s_default(kind: str) -> None:
     table, config = CLASSES[kind]
-    fields = {field.name for field in dataclasses.fields(config)}
+    fields = {field.name for field in dataclasses.fields(config())}
     assert fields <= table.known, "decide whether it is served, then write it down"
     made = config()
     for field, default in table.fixed.items():
@@ -40,6 +42,8 @@ def test_what_an_absent_field_means_is_peft_s_default() -> None:
     made = peft.LoraConfig()
     assert made.r == lora_checkpoint.DEFAULT_RANK
     assert made.lora_alpha == lora_checkpoint.DEFAULT_ALPHA
+    adaptive = peft.AdaLoraConfig(total_step=1)
+    assert (adaptive.init_r, adaptive.lora_alpha) == (adalora.DEFAULT_INITIAL_RANK, adalora.DEFAULT_ALPHA)
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from perfbench.errors import FinetuneError, TaskError
-from perfbench.finetune import choices, predict
+from perfbench.finetune import choices, predict, trained
 from perfbench.finetune.tasks.task import Example, Task
 
 CHARACTERS = string.ascii_lowercase + string.digits + " .?\n"
@@ -90,6 +90,22 @@ def test_choice_scores_equal_those_of_single_rows(model, tokenizer, batch):
         assert scores == pytest.approx(expected, abs=1e-4)
     predictions = predict.predict(model, tokenizer, CHOOSE, EXAMPLES, batch=batch)
     assert predictions == [ex.choices[scores.index(max(scores))] for ex, scores in zip(EXAMPLES, found, strict=True)]
+
+
+def test_a_trained_adalora_that_was_loaded_scores_choices(model, tokenizer, tmp_path):
+    """PEFT adds AdaLoRA's orthogonality term wherever it is given labels, and fails where nothing is trainable."""
+    module = trained.attach(copy.deepcopy(model), "adalora", None, 0)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "lora_E" in name:
+                parameter.fill_(20.0)
+    trained.save(module, tmp_path / "adapter")
+    loaded = trained.load(copy.deepcopy(model), tmp_path / "adapter")
+    found = predict.choice_scores(loaded, tokenizer, EXAMPLES, batch=2)
+    for example, scores in zip(EXAMPLES, found, strict=True):
+        expected = [plain_score(loaded, *row) for row in choices.encode_choices(tokenizer, example)]
+        assert scores == pytest.approx(expected, abs=1e-3)
+    assert found != predict.choice_scores(model, tokenizer, EXAMPLES, batch=2)
 
 
 def test_a_longer_choice_is_not_helped():

@@ -135,11 +135,121 @@ def test_the_adapter_on_disk_is_that_of_the_lowest_dev_loss(
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     losses = {one["step"]: one["loss"] for one in samples if one["split"] == "dev"}
     assert result.best_dev_loss == min(losses.values()) == losses[result.best_step]
-    assert [step > result.best_step for step in losses].count(True) == 2, "patience ended the run after two more"
+    since = [step for step in losses if step > result.best_step]
+    assert [step % 4 for step in since].count(0) == 2, "patience ended the run after two more"
+    assert since[-1] % 4 == 0, "an epoch's end takes nothing of the patience"
+    assert any(step % 4 for step in since)
     assert result.steps == max(losses) < 36
     assert result.test_score is None
     assert dev_loss(spoilt, result.adapter) == pytest.approx(result.best_dev_loss, rel=1e-5)
     assert dev_loss(config, done[1].adapter) == pytest.approx(done[1].best_dev_loss, rel=1e-5)
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> TaskSource:
+    """Answers of 1 to 9 letters, so that a mean of batches' means is not the mean over tokens."""
+    own = write_own(tmp_path / "uneven", {"train": 16, "test": 1})
+    lines = [json.dumps({"prompt": f"{n}:", "answer": "x" * (1 + n * n % 9)}) for n in range(11)]
+    (own / "dev.jsonl").write_text("\n".join(lines) + "\n")
+    return TaskSource("own", str(own), test_examples=0)
+
+
+def dev_losses(out: Path) -> list[float]:
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    return [one["loss"] for one in samples if one["split"] == "dev"]
+
+
+def test_the_dev_loss_is_a_mean_over_tokens_whatever_the_batches_are(
+    config: FinetuneConfig, uneven: TaskSource, tmp_path: Path
+) -> None:
+    """It was a mean of batches' means: 4.699, 4.766 and 4.717 of one model at accumulate 1, 4 and 16."""
+    bare = backbone.load(config.backbone, "fp32", "cpu", 0)
+    still = replace(config, learning_rate=1e-30, epochs=1, task=uneven)
+    examples = recipe.read_data(still, still.backbone, backbone.tokenizer_of(still.backbone)).dev
+    total, tokens = 0.0, 0
+    with torch.inference_mode():
+        for one in examples:
+            logits = bare.model(torch.tensor([one.ids])).logits[0, one.prompt_tokens - 1 : -1].double()
+            answer = torch.tensor(one.ids[one.prompt_tokens :])
+            total += float(torch.nn.functional.cross_entropy(logits, answer, reduction="sum"))
+            tokens += len(answer)
+    for batch, accumulate in ((8, 1), (8, 4), (16, 16)):
+        out = tmp_path / f"run-{batch}-{accumulate}"
+        recipe.finetune(replace(still, batch=batch, accumulate=accumulate), out)
+        assert dev_losses(out)[-1] == pytest.approx(total / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4, 8])
+def test_adalora_is_trained_and_chosen_by_what_lora_is(
+    config: FinetuneConfig, uneven: TaskSource, tmp_path: Path, accumulate: int
+) -> None:
+    """Its orthogonality term counts once in a step of training, however that is split, and never in the dev loss."""
+    still = replace(config, learning_rate=1e-30, epochs=5, evaluate_every=3, task=uneven, accumulate=accumulate)
+    losses = {}
+    for method in ("lora", "adalora"):
+        out = tmp_path / method
+        recipe.finetune(replace(still, method=method, options={}), out)
+        samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+        losses[method] = {one["split"]: one["loss"] for one in samples}
+    assert losses["adalora"]["dev"] == pytest.approx(losses["lora"]["dev"], rel=1e-6)
+    module = trained.attach(backbone.load(config.backbone, "fp32", "cpu", 0).model, "adalora", None, 0)
+    term = torch.tensor(
+        [
+            float((p @ p.T if "lora_A" in name else p.T @ p).sub(torch.eye(8)).norm().detach())
+            for name, p in module.named_parameters()
+            if "lora_A" in name or "lora_B" in name
+        ]
+    )
+    assert losses["adalora"]["train"] - losses["lora"]["train"] == pytest.approx(0.5 * float(term.mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["adalora", "ssp"])
+def test_what_is_chosen_is_within_its_budget(config: FinetuneConfig, tmp_path: Path, method: str) -> None:
+    """A dev set that only gets worse: before the pruning its loss is the lowest, and that used to be kept."""
+    own = write_own(tmp_path / "own", {"train": 48, "test": 1})
+    lines = [json.dumps({"prompt": f"{n}+{n}=", "answer": "xyzxyz"}) for n in range(10, 18)]
+    (own / "dev.jsonl").write_text("\n".join(lines) + "\n")
+    task = TaskSource("own", str(own), test_examples=0)
+    options = {"adalora": {"initial_rank": 4, "rank": 2}, "ssp": {"budget": 700}}[method]
+    spoilt = replace(config, method=method, options=options, learning_rate=0.05, epochs=3, evaluate_every=1,
+                     patience=2, task=task)  # fmt: skip
+    (result,) = recipe.finetune(spoilt, tmp_path / "run")
+    losses = dev_losses(tmp_path / "run")
+    settled = {"adalora": 18 - 5, "ssp": round(18 * 0.3)}[method]
+    assert losses.index(min(losses)) + 1 < settled, "the case has to be one in which the lowest comes too early"
+    assert result.best_step >= settled
+    assert result.best_dev_loss == min(losses[settled - 1 :])
+    kept = load_file(result.adapter / "adapter_model.safetensors")
+    if method == "adalora":
+        ranks = [tensor.shape[0] for name, tensor in kept.items() if name.endswith("lora_E")]
+        assert sum(ranks) == 2 * len(ranks)
+    else:
+        assert sum(tensor.numel() for tensor in kept.values()) <= 700
+    assert result.trainable_parameters == sum(tensor.numel() for tensor in kept.values())
+
+
+def test_full_fine_tuning_in_bf16_learns_as_in_fp32(config: FinetuneConfig, tmp_path: Path) -> None:
+    """Without fp32 masters a step is lost in the rounding of the weights: 6.71 where fp32 reached 3.55."""
+    losses, moved = {}, {}
+    task = replace(config.task, test_examples=0)
+    for dtype in ("fp32", "bf16"):
+        full = replace(config, method="full", options={}, dtype=dtype, learning_rate=1e-4, epochs=4, task=task)
+        (result,) = recipe.finetune(full, tmp_path / dtype)
+        losses[dtype] = result.best_dev_loss
+        before = dict(backbone.load(config.backbone, dtype, "cpu", 0).model.named_parameters())
+        after = load_file(result.adapter / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+        same = sum(int((after[name] == before[name].float()).sum()) for name in after)
+        moved[dtype] = 1 - same / sum(tensor.numel() for tensor in after.values())
+        loaded = trained.load(backbone.load(config.backbone, dtype, "cpu", 0).model, result.adapter)
+        assert {p.dtype for p in loaded.parameters()} == {{"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]}
+    bare = backbone.load(config.backbone, "fp32", "cpu", 0).model
+    data = recipe.read_data(config, config.backbone, backbone.tokenizer_of(config.backbone))
+    with torch.inference_mode():
+        start = bare(**Collator(0)(data.dev)).loss.item()
+    assert start - losses["fp32"] > 0.01, "something has to be learnt"
+    assert losses["bf16"] == pytest.approx(losses["fp32"], abs=0.1 * (start - losses["fp32"]))
+    assert moved["bf16"] == pytest.approx(moved["fp32"], abs=0.05)
 
 
 def test_a_seed_decides_everything(

@@ -15,6 +15,7 @@ from jsonschema import Draft202012Validator
 
 from perfbench.errors import BackboneError, ScenarioError
 from perfbench.methods.registry import METHODS
+from perfbench.spec.backbone_config import is_named
 from perfbench.spec.cases import expand
 from perfbench.spec.scenario import check_against_backbone, load, resolve
 from perfbench.spec.scenario_schema import KERNELS, RUNTIMES, schema
@@ -67,7 +68,8 @@ def test_shipped_scenario_is_valid_on_every_device_it_is_for(path):
     document = load(path)
     for kind in document.device_kinds:
         scenario = resolve(document, kind)
-        check_against_backbone(scenario)
+        if is_named(scenario.backbone):  # the sizes of a model of the hub are not known without it
+            check_against_backbone(scenario)
         assert scenario.name == path.stem
         assert scenario.question.endswith("?")
         ids = [case.id for comparison in expand(scenario) for case in comparison.cases]
@@ -84,6 +86,7 @@ def test_these_scenarios_are_shipped():
         "gate",
         "multitenant",
         "para_table4",
+        "real_135m",
         "smoke",
         "tenant_sweep",
         "verify_7b",

@@ -184,5 +184,5 @@ def test_paths_that_are_not_there_are_left_out_and_named(base: backbone.Backbone
     }
     assert ServingPath("static", "eager", "fp32").must_equal(as_trained("fp32"))
     assert not ServingPath("static", "eager", "fp32").must_equal(as_trained("bf16"))
-    assert is_served("para")
-    assert not any(map(is_served, ("adalora", "none", "peft")))
+    assert all(map(is_served, ("para", "adalora")))
+    assert not any(map(is_served, ("p-tuning", "none", "peft")))

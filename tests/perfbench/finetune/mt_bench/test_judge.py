@@ -151,6 +151,54 @@ def test_a_place_that_cant_be_written_is_refused_before_anything_is_answered(fol
     assert sorted(path.name for path in tmp_path.iterdir() if path != folder) == ["file", "folder"]
 
 
+def interrupted(folder: Path, out: Path) -> None:
+    """The first question is answered, then it ends."""
+    calls = 0
+
+    def generate(prompts: Sequence[str], where: Sequence[str]) -> list[str]:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise KeyboardInterrupt
+        return ["first"] * len(prompts)
+
+    with pytest.raises(KeyboardInterrupt):
+        questions.answer(str(folder), out, "mine", generate, {"batch": 1}, "this model")
+
+
+def test_answers_that_were_cut_off_go_on(folder, tmp_path):
+    out, asked = tmp_path / "a.jsonl", []
+    interrupted(folder, out)
+    assert not out.exists()
+    part = tmp_path / "a.jsonl.part"
+    part.write_text(part.read_text() + '{"question_id": 2, "cho')
+
+    def generate(prompts: Sequence[str], where: Sequence[str]) -> list[str]:
+        asked.extend(where)
+        return ["second"] * len(prompts)
+
+    assert questions.answer(str(folder), out, "mine", generate, {"batch": 1}, "this model") == 2
+    assert asked == [f"{folder}/question.jsonl:2, turn {turn}" for turn in (1, 2)]
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["choices"][0]["turns"] for line in lines] == [["first"] * 2, ["second"] * 2]
+    assert sorted(path.name for path in tmp_path.glob("*a.jsonl*")) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("change", ["model", "settings", "questions", "damage"])
+def test_answers_of_something_else_are_not_gone_on_with(folder, tmp_path, change):
+    out = tmp_path / "a.jsonl"
+    interrupted(folder, out)
+    if change == "questions":
+        write(folder / "question.jsonl", [{"question_id": 1, "category": "writing", "turns": ["Paint."]}])
+    if change == "damage":
+        out.with_name("a.jsonl.part").write_text("[]\n")
+    settings = {"batch": 1, "beams": 2} if change == "settings" else {"batch": 1}
+    with pytest.raises(TaskError, match=r"a.jsonl.part: expected answers of this very command .*; remove it"):
+        questions.answer(
+            str(folder), out, "mine", lambda *_: [], settings, "another" if change == "model" else "this model"
+        )
+
+
 def test_the_second_turn_sees_the_first_and_its_answer(folder, tmp_path):
     seen: list[tuple[str, str]] = []
 

@@ -1,0 +1,152 @@
+"""`perfbench evaluate`: a backbone, bare and with adapters of any origin, on the items of one task, as trained."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perfbench import __version__
+from perfbench.errors import RunDirectoryError
+from perfbench.files.run_lock import has_files
+from perfbench.finetune import trained
+from perfbench.finetune.accuracy.paired_statistics import Paired, compare
+from perfbench.finetune.encoding import fits
+from perfbench.finetune.predict import predict
+from perfbench.finetune.tasks.registry import find, load_splits
+from perfbench.finetune.tasks.task import Example, Split, Task
+from perfbench.finetune.tasks.task_metrics import METRICS
+from perfbench.machine import environment
+from perfbench.machine.device import device_kind
+from perfbench.methods.checkpoints import adapter_folder
+from perfbench.report.write import write
+from perfbench.runtimes import backbone as backbones
+
+MANIFEST, ITEMS = "evaluation.json", "items.jsonl"
+BARE = "none"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of each model: `examples` of `split` at most, all where it is None; `batch` rows of one call."""
+
+    backbone: str
+    task: str
+    source: str
+    adapters: tuple[str, ...] = ()
+    split: Split = "test"
+    metric: str | None = None
+    examples: int | None = None
+    dtype: str = "fp32"
+    device: str = "auto"
+    batch: int = 8
+    beams: int = 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model: `adapter` is its folder, BARE for the backbone alone; `sha256` of the weights; `score`: the mean of
+    the task's metric; `versus`: the paired difference to the bare backbone, over items, for this very adapter."""
+
+    adapter: str
+    peft_type: str | None
+    sha256: str | None
+    score: float
+    items: int
+    versus: Paired | None
+
+
+def evaluate(asked: Asked, out: Path, say: Callable[[str], object] = print) -> list[Result]:
+    """Answers of the bare backbone and of each adapter, judged; writes evaluation.json and items.jsonl to `out`, a new
+    or empty folder, and says each result in words.
+
+    TaskError, BackboneError, AdapterError, RunDirectoryError, before the first answer where that is possible.
+    """
+    if out.exists() and (not out.is_dir() or has_files(out)):
+        raise RunDirectoryError(f"{out}: expected a new or empty folder; give another --out")
+    task = find(asked.task, asked.metric)
+    limits: dict[Split, int] = {} if asked.examples is None else {asked.split: asked.examples}
+    examples = load_splits(task, asked.source, (asked.split,), limits)[asked.split]
+    kinds = [adapter_folder.peft_type(Path(folder)) for folder in asked.adapters]
+    kind, _ = device_kind(asked.device)
+    loaded = backbones.load(asked.backbone, asked.dtype, kind, seed=0)
+    tokenizer = loaded.tokenizer()
+    for example in examples:
+        fits(task, example, tokenizer, loaded.shape.context, leave_out=False)
+    results: list[Result] = []
+    scores: dict[str, list[list[float]]] = {}
+    lines: list[str] = []
+    for adapter, peft_type in zip((BARE, *asked.adapters), (None, *kinds), strict=True):
+        gc.collect()
+        # PEFT leaves the backbone's weights alone; what only perfbench knows may be weights of its own.
+        model = copy.deepcopy(loaded.model) if peft_type == trained.OURS else loaded.skeleton()
+        model = model if adapter == BARE else trained.load(model, Path(adapter))
+        items = _items(asked, task, adapter, examples, model, tokenizer)
+        del model
+        lines += [json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n" for item in items]
+        scores[adapter] = [[item["score"]] for item in items]
+        versus = None if adapter == BARE else compare(scores[adapter], scores[BARE])
+        score = sum(item["score"] for item in items) / len(items)
+        results.append(Result(adapter, peft_type, _fingerprint(adapter), score, len(items), versus))
+        say(in_words(asked, task, results[-1]))
+    manifest = {
+        "kind": "evaluation",
+        "schema_version": 1,
+        "perfbench_version": __version__,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": asdict(asked),
+        "metric": task.metric,
+        "environment": environment.collect(kind, torch.get_num_threads()),
+        "results": [asdict(result) for result in results],
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"{out}: can't be made ({error.strerror}); give another --out") from None
+    write(out / ITEMS, "".join(lines).encode())
+    write(out / MANIFEST, (json.dumps(manifest, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
+    return results
+
+
+def _items(
+    asked: Asked, task: Task, adapter: str, examples: Sequence[Example], model: Any, tokenizer: Any
+) -> list[dict[str, Any]]:
+    given = predict(model, tokenizer, task, examples, batch=asked.batch, beams=asked.beams)
+    metric = METRICS[task.metric]
+    return [
+        {
+            "task": asked.task,
+            "adapter": adapter,
+            "split": asked.split,
+            "path": f"as-trained-{asked.dtype}",
+            "id": example.id,
+            "prediction": prediction,
+            "score": float(metric(prediction, example)),
+        }
+        for example, prediction in zip(examples, given, strict=True)
+    ]
+
+
+def _fingerprint(adapter: str) -> str | None:
+    """SHA-256 of the adapter's weights; None of none."""
+    if adapter == BARE:
+        return None
+    return hashlib.sha256((Path(adapter) / adapter_folder.WEIGHTS).read_bytes()).hexdigest()
+
+
+def in_words(asked: Asked, task: Task, result: Result) -> str:
+    """Such as `copa: accuracy 58.0% of 50 test items, the bare backbone`."""
+    text = f"{asked.task}: {task.metric} {result.score:.1%} of {result.items} {asked.split} items"
+    if result.versus is None:
+        return f"{text}, the bare backbone"
+    found = result.versus
+    points = f"{found.difference * 100:+.1f} [{found.low * 100:+.1f}, {found.high * 100:+.1f}] points"
+    return f"{text}, {result.adapter}: {points} to the bare backbone, for this very adapter"
