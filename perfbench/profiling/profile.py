@@ -20,7 +20,8 @@ from perfbench import __version__
 from perfbench.errors import PerfbenchError, ScenarioError, TraceError, nearest
 from perfbench.files.scratch import Scratch
 from perfbench.machine import environment
-from perfbench.measure.run import WORKER_LOG, cause, threads
+from perfbench.measure.children import WORKER_LOG
+from perfbench.measure.run import cause, threads
 from perfbench.profiling.memory_picture import render as render_memory
 from perfbench.profiling.profile_table import PROFILE, SCHEMA_VERSION
 from perfbench.spec import cases, method_plugins
