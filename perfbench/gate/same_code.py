@@ -19,6 +19,9 @@ from perfbench.gate.revisions import Revision, files_of
 WORKER = "perfbench/ab_worker.py"
 # Their modules are imported by names that other files are asked for, so all of them count.
 _BY_NAME = re.compile(r"(perfbench/)?(methods|kernels)/")
+# It offers users the whole of perfbench, of which a worker calls nothing: of what only it names, functions are not
+# followed.
+_FRONT = "perfbench/__init__.py"
 _MODULE = re.compile(r"perfbench(\.\w+)+\.?")
 
 
@@ -40,32 +43,39 @@ def same_code(arms: Mapping[str, Revision], scenario: Path, settings: Sequence[s
 def imported_files(revision: Revision) -> dict[str, str] | None:
     """{path: git's hash} of what the worker of a revision can import; None where one of these files can't be read."""
     tracked = files_of(revision)
-    found, open_ = set[str](), [WORKER, *(path for path in tracked if _BY_NAME.match(path))]
+    # Path -> whether what its functions import is followed too.
+    found = dict[str, int]()
+    open_ = [(WORKER, True), *((path, True) for path in tracked if _BY_NAME.match(path))]
     while open_:
-        path = open_.pop()
-        if path not in tracked or path in found:
+        path, whole = open_.pop()
+        whole = whole and path != _FRONT
+        if path not in tracked or found.get(path, -1) >= whole:
             continue
-        found.add(path)
+        found[path] = whole
         if path.endswith(".py"):
             try:
-                names = set(_names(ast.parse((revision.folder / path).read_bytes())))
+                names = set(_names(ast.parse((revision.folder / path).read_bytes()), whole))
             except (OSError, SyntaxError, ValueError):
                 return None
-            open_ += [file for name in names for file in _files(name, tracked)]
+            open_ += [(file, whole) for name in names for file in _files(name, tracked)]
             folder = PurePosixPath(path).parent
-            open_ += [one for one in tracked if PurePosixPath(one).parent == folder and not one.endswith(".py")]
+            beside = [one for one in tracked if PurePosixPath(one).parent == folder and not one.endswith(".py")]
+            open_ += [(one, whole) for one in beside]
     return {path: tracked[path] for path in sorted(found)}
 
 
-def _names(tree: ast.AST) -> Iterator[str]:
-    """Every module of perfbench that a file names, in an import or in a text, which may be the begin of a name."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _MODULE.fullmatch(node.value):
-            yield node.value
+def _names(node: ast.AST, whole: bool) -> Iterator[str]:
+    """Every module of perfbench that a file names, in an import or in a text, which may be the begin of a name; inside
+    functions only where the `whole` of it is asked for."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _MODULE.fullmatch(node.value):
+        yield node.value
+    elif whole or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        for child in ast.iter_child_nodes(node):
+            yield from _names(child, whole)
 
 
 def _files(name: str, tracked: Mapping[str, str]) -> Iterator[str]:

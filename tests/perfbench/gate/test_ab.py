@@ -517,3 +517,19 @@ def test_a_disturbed_block_does_not_move_a_pair() -> None:
     disturbed = {"blocks": [block(100 / 1.05)] * 8 + [block(20), block(500)]}
     for pair in (even, disturbed):
         assert math.expm1(pair_slowdown(pair, "decode_tokens_per_s", ["c"], "candidate")) == pytest.approx(0.05)
+
+
+def test_what_the_front_of_perfbench_offers_to_users_is_not_what_a_worker_imports(tmp_path: Path) -> None:
+    """The front and what it imports at once count, and not what those import inside functions."""
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / "perfbench").mkdir()
+    later = "def run():\n    from perfbench import {}\n"
+    front = {"__init__": "from perfbench.api import run\n", "api": later.format("report"), "report": ""}
+    worker = {"ab_worker": later.format("session"), "session": "NAME = 'perfbench.by_name'\n", "by_name": ""}
+    commit(tmp_path, "one", **front, **worker)
+    here = Revision("one", git(tmp_path, "rev-parse", "HEAD"), tmp_path, Path(sys.executable), "")
+    names = {Path(path).stem for path in imported_files(here) or ()}
+    assert names == {"__init__", "api", "ab_worker", "session", "by_name"}
+    commit(tmp_path, "two", session="this is no Python\n")
+    broken = Revision("two", git(tmp_path, "rev-parse", "HEAD"), tmp_path, Path(sys.executable), "")
+    assert imported_files(broken) is None
