@@ -90,10 +90,10 @@ def exit_codes_page() -> str:
         rows.append([f"`{command.prog}`", plain(found[0] if found else "Only the codes that all commands share.")])
     shared = {
         exit_codes.OK: "The command did what was asked, and found nothing that stands against it.",
-        exit_codes.BAD_INPUT: "Something that the user can mend is wrong: a file, a field, an option. One line says which "
-        "file and line, what was expected, what came, and the nearest name that would have been right.",
-        exit_codes.FAULT: "Nobody foresaw this: a fault of perfbench itself. One line names the file with the traceback.",
-        exit_codes.INTERRUPTED: "Ctrl-C, SIGTERM or SIGHUP ended the command. Where it can go on, it says with which line.",
+        exit_codes.BAD_INPUT: "Something that the user can mend is wrong: a file, a field, an option. One line says "
+        "which file and line, what was expected, what came, and the nearest name that would have been right.",
+        exit_codes.FAULT: "Nobody foresaw this: a fault of perfbench itself. One line names the traceback's file.",
+        exit_codes.INTERRUPTED: "Ctrl-C, SIGTERM or SIGHUP ended the command. It says how to go on, where it can.",
         exit_codes.BROKEN_PIPE: "Whatever was reading the output closed it, as `head` does.",
     }
     return "\n".join(

@@ -40,11 +40,15 @@ class MethodOptions:
     """What every method with adapters can be told. A method's own options are fields of a subclass, `Options` of its
     file, each with a default; __post_init__ may raise ValueError where they exclude each other."""
 
-    adapters: str | None = field(
+    adapters: str | tuple[str, ...] | None = field(
         default=None,
         kw_only=True,
         metadata={
+            "type": ["string", "array", "null"],
             "minLength": 1,
-            "description": "folder of trained adapters, a sub-folder for each tenant; null or absent: random ones",
+            "minItems": 1,
+            "items": {"type": "string", "minLength": 1},
+            "description": "trained adapters, one for each resident tenant: a folder of PEFT's, of a Trainer's or of "
+            "what `perfbench finetune` or `accuracy` wrote, or a list of folders; null or absent: random ones",
         },
     )

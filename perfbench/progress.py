@@ -16,7 +16,8 @@ class RunProgress:
     """One bar over all steps of a run: a step is the preparation of a case, or one repetition of it."""
 
     def __init__(self, steps: int, console: Console | None = None):
-        self._console = console or Console(stderr=True)
+        # In a notebook rich would show each line as an output of its own, which is kept with the notebook.
+        self._console = console or Console(stderr=True, force_jupyter=False)
         self._bar = Progress(
             BarColumn(bar_width=24),
             MofNCompleteColumn(),

@@ -26,7 +26,7 @@ FLOORS = (
     {"methods"},
     {"runtimes", "proof", "peft", "on_device", "ab_worker"},
     {"finetune", "testing"},
-    {"__init__", "__main__", "cli", "commands"},
+    {"__init__", "__main__", "api", "cli", "commands"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -232,6 +232,10 @@ def test_core_modules_load_nothing_heavy():
 
 def test_heavy_after_finds_what_was_loaded():
     assert heavy_after("import safetensors") == {"safetensors"}
+
+
+def test_importing_perfbench_loads_nothing_heavy():
+    assert heavy_after("import perfbench; perfbench.run, perfbench.Run, perfbench.accuracy, perfbench.search") == set()
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,12 @@ def test_nobody_is_told_to_install_another_project(folder: str) -> None:
         assert not re.search(r"pip install [^\n&]*(?<![\w-])perfbench\b", file.read_text(encoding="utf-8")), file
 
 
+def test_the_extra_all_has_what_the_others_bring_to_a_user() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert extras["all"] == [line for name in ("parquet", "hub", "pandas", "tensorboard") for line in extras[name]]
+    assert set(extras) == {"parquet", "hub", "pandas", "tensorboard", "all", "lm-eval", "docs", "test"}
+
+
 def test_the_licence_is_whole_and_declared() -> None:
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert PROJECT["license"] == "Apache-2.0"

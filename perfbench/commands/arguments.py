@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """A sub-command, or the value of an option with choices. argparse has no public place for it."""
         if action.choices is not None and value not in action.choices:
-            what = "command" if isinstance(action.choices, dict) else "value"
+            what = "value" if action.option_strings else "command"
             raise argparse.ArgumentError(action, f"unknown {what} {value!r}; {nearest(str(value), action.choices)}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -73,11 +73,11 @@ def add_out(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_format(parser: argparse.ArgumentParser, default: str) -> None:
-    """`--format NAME`, of `report.formats.FORMATS`, which refuses another by naming the nearest."""
+    """`--format NAME`, of `report.formats.FORMATS`."""
     from perfbench.report.formats import FORMATS
 
     about = f"{', '.join(FORMATS)} (default: {default})"
-    parser.add_argument("--format", default=default, metavar="NAME", help=about)
+    parser.add_argument("--format", choices=FORMATS, default=default, metavar="NAME", help=about)
 
 
 def stamped(name: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -14,10 +13,9 @@ from perfbench.errors import PerfbenchError
 from perfbench.figures.metrics import METRICS
 from perfbench.files.yaml_source import read
 from perfbench.methods.registry import METHODS
+from perfbench.spec import shipped
 from perfbench.spec.backbone_config import NAMED_CONFIGS, parameter_count
 from perfbench.spec.scenario_schema import KERNELS, RUNTIMES
-
-SCENARIOS = Path(__file__).parents[1] / "scenarios"
 
 
 def render(word: str = "", console: Console | None = None) -> None:
@@ -47,10 +45,8 @@ def _tables() -> Iterator[tuple[str, Iterable[tuple[str, str]]]]:
     yield "backbones", (*shapes, ("FOLDER or HUB/ID", "any Llama-family checkpoint in safetensors"))
     yield "runtimes", RUNTIMES.items()
     yield "kernels", KERNELS.items()
-    files = sorted(SCENARIOS.rglob("*.yaml"), key=lambda path: (len(path.relative_to(SCENARIOS).parts), path))
-    names = (f"scenarios/{path.relative_to(SCENARIOS)}" for path in files)
-    questions = (str(read(path).values.get("question", "")) for path in files)
-    yield "scenarios", zip(names, questions, strict=True)
+    files = ((name, read(shipped.FOLDER / f"{name}.yaml")) for name in shipped.names())
+    yield "scenarios", ((name, str(file.values.get("question", ""))) for name, file in files)
     yield "metrics", ((name, f"{metric.definition} [{metric.unit}]") for name, metric in METRICS.items())
     yield "methods that can be trained", trainable().items()
     yield "tasks", ((name, task.summary) for name, task in TASKS.items())

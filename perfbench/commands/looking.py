@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     history.set_defaults(command=_history)
 
     profile = commands.add_parser("profile", help="where a case's time goes", description=_profile.__doc__)
-    profile.add_argument("scenario", type=Path, help="a YAML file, such as scenarios/multitenant.yaml")
+    profile.add_argument("scenario", type=Path, help="a YAML file, or a name that `perfbench list` has: multitenant")
     profile.add_argument("--case", required=True, metavar="ID", help="a case id, or a pattern that fits one alone")
     profile.add_argument("--steps", type=positive, default=4, metavar="N", help="decode steps (default: 4)")
     add_set(profile)
@@ -51,11 +51,21 @@ def add(commands: Any) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     """Writes an HTML page that opens offline: verdicts, charts with intervals, environment. Or Markdown for a pull
-    request, CSV, JSON, Parquet. Exit code 2 where a run can't be read or the file can't be written."""
+    request, CSV, JSON, Parquet. Of an accuracy run its own page. Exit code 2 where a run can't be read or the file
+    can't be written."""
+    from perfbench.commands import stored
     from perfbench.report.formats import put
     from perfbench.report.read import read_runs
-    from perfbench.report.write import RunsReport, SampleRows
+    from perfbench.report.write import RunsReport, SampleRows, write
 
+    judged = [path for path in arguments.runs if stored.is_accuracy(path)]
+    if judged and len(arguments.runs) > 1:
+        raise PerfbenchError(f"report: {judged[0]} is an accuracy run, whose page is its own; give it alone")
+    if judged:
+        out = arguments.out or Path("report.html")
+        write(out, stored.page(judged[0], arguments.format))
+        print(f"{out}: {out.stat().st_size / 1e6:.2f} MB", file=sys.stderr)
+        return exit_codes.OK
     runs = read_runs(arguments.runs)
     put((SampleRows if arguments.samples else RunsReport)(runs), arguments.format, arguments.out, filed="report")
     return 0
@@ -63,15 +73,22 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _history(arguments: argparse.Namespace) -> int:
     """Imports runs into a store of one file, where each counts once however often it is given, and shows how a figure
-    moved from run to run and where its level changed. Exit code 2 where a run can't be read; the rest is imported."""
+    moved from run to run and where its level changed. What lies among them and is no run
+    is skipped and counted. Exit code 2 where a run can't be read; the rest is imported."""
     from collections import Counter
 
     from perfbench.history import store as history_store
     from perfbench.history.view import Movement
     from perfbench.report.formats import put
     from perfbench.report.write import write
+    from perfbench.run_folder.run_directory import is_something_else
 
-    found, outcomes = history_store.find_runs(arguments.runs), Counter[str]()
+    below, outcomes = history_store.find_runs(arguments.runs), Counter[str]()
+    # What was given by itself is refused aloud; a tree may hold trainings and other programs' files.
+    found = [path for path in below if path in arguments.runs or not is_something_else(path)]
+    skipped = (
+        f"; skipped {len(below) - len(found)} that are no runs of perfbench run" if len(found) < len(below) else ""
+    )
     with history_store.open_store(arguments.store, create=bool(found)) as store:
         for path in found:
             try:
@@ -82,9 +99,9 @@ def _history(arguments: argparse.Namespace) -> int:
             if outcome == "unfinished":
                 print(f"{path}: still being written, or stopped; imported once it is finished", file=sys.stderr)
             outcomes[outcome] += 1
-        if found:
+        if below:
             counted = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
-            print(f"{len(found)} runs: {counted}", file=sys.stderr)
+            print(f"{len(found)} runs: {counted or 'none'}{skipped}", file=sys.stderr)
         series = store.series(arguments.figure, arguments.case, arguments.machine)
     if arguments.html:
         write(arguments.html, Movement(series).page().encode())

@@ -8,14 +8,13 @@ from typing import Any
 
 from perfbench.commands.arguments import add_format, add_out, add_plugin, add_set, interrupted, out_of, positive
 from perfbench.errors import PerfbenchError
-from perfbench.files.plain_text import printable
 from perfbench.methods.dtypes import DTYPES
 
 
 def add(commands: Any) -> None:
     """Adds them to the command line."""
     run = commands.add_parser("run", help="measure a scenario", description=_run.__doc__)
-    run.add_argument("scenario", type=Path, help="a YAML file, such as scenarios/multitenant.yaml")
+    run.add_argument("scenario", type=Path, help="a YAML file, or a name that `perfbench list` has: multitenant")
     add_set(run)
     add_plugin(run)
     run.add_argument("--case", metavar="GLOB", help="only the cases whose id matches, and `none` beside them")
@@ -87,74 +86,49 @@ def _run(arguments: argparse.Namespace) -> int:
     check, 2 bad input, 4 some case crashed or ran out of memory."""
     from rich.console import Console
 
-    from perfbench.files.plain_text import format_bytes
-    from perfbench.machine.device import device_kind
+    from perfbench import api
     from perfbench.report.table import render
-    from perfbench.spec import cases, cost, scenario
+    from perfbench.spec import cost
 
     if arguments.retry_failed and not arguments.resume:
         raise PerfbenchError("--retry-failed: say with --resume and --out which run to go on with")
     notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     processes = [f"processes={arguments.processes}"] if arguments.processes else []
-    document = scenario.load(arguments.scenario, arguments.set + processes)
-    resolved = scenario.resolve(document, *device_kind(document.device))
-    for note in resolved.notes:
-        notes.print(printable(note))
-    scenario.check_against_backbone(resolved)
-    if not arguments.case:  # of many cases a few may be chosen
-        cost.check(resolved, cost.of_scenario(resolved), large=arguments.large)
-    comparisons = cases.expand(resolved, large=arguments.large)
-    if arguments.case:
-        comparisons = cases.select(comparisons, arguments.case)
-    costs = cost.of_comparisons(resolved, comparisons)
-    cost.check(resolved, costs, large=arguments.large)
-    ids = [case.id for comparison in comparisons for case in comparison.cases]
-    work = f"{len(ids)} cases, {resolved.repetitions} repetitions each"
-    if resolved.processes > 1:
-        work += f" in each of {resolved.processes} processes"
-    work += f" ({costs.turns:,} turns with the warm-up, about {format_bytes(costs.file_bytes)} on disk)"
+    prepared = api.prepare(
+        arguments.scenario,
+        set=arguments.set + processes,
+        case=arguments.case,
+        large=arguments.large,
+        say=notes.print,
+    )
     if arguments.dry_run:
-        print("\n".join(ids))
-        notes.print(f"{work}; nothing was run")
+        print("\n".join(prepared.case_ids))
+        notes.print(f"{prepared.work}; nothing was run")
         return 0
-    from perfbench.files import run_lock
-    from perfbench.measure import inputs, run
-
-    out = out_of(arguments, run.default_out(resolved), "run directory")
-    for note in inputs.check(comparisons):
-        notes.print(note)
-    notes.print(f"{work} -> {out}")
+    out = out_of(arguments, prepared.default_out, "run directory")
     try:
-        with run_lock.held(out, resume=arguments.resume):
-            directory = run.execute(
-                resolved, comparisons, out, resume=arguments.resume, retry_failed=arguments.retry_failed
-            )
+        run = prepared.measure(out, resume=arguments.resume, retry_failed=arguments.retry_failed, say=notes.print)
     except KeyboardInterrupt:
         case = ["--case", arguments.case] if arguments.case else []
         again = ["--processes", str(arguments.processes)] if arguments.processes else []
         again += [cost.LIFTED] if arguments.large else []
         return interrupted(["run", arguments.scenario, *case, *again], arguments, out)
-    render(directory.manifest, "table")
+    render(run.manifest, "table")
     notes.print(f"results: {out}")
-    return directory.exit_code()
+    return run.exit_code
 
 
 def _show(arguments: argparse.Namespace) -> int:
     """Prints a run's table as it was printed at its end, or with other columns, or in another format; a fine-tuning's
-    as it was printed. Same exit codes as `run`."""
+    and an accuracy run's as they were printed. Same exit codes as the command that wrote it."""
+    from perfbench.commands import stored
     from perfbench.files.plain_text import printable_tree
     from perfbench.report.formats import put
     from perfbench.report.table import RunTable
-    from perfbench.run_folder.run_directory import RunDirectory, is_finetune
+    from perfbench.run_folder.run_directory import RunDirectory
 
-    if is_finetune(arguments.run):
-        from perfbench.finetune import summary
-        from perfbench.finetune.finetune_folder import FinetuneFolder
-
-        if arguments.format != "table":
-            raise PerfbenchError(f"--format: expected table, all there is of a fine-tuning, got {arguments.format}")
-        summary.render(FinetuneFolder.open(arguments.run).manifest)
-        return 0
+    if stored.is_training(arguments.run):
+        return stored.show(arguments.run, arguments.format)
     directory = RunDirectory.open(arguments.run)
     # A table of a run whose samples are damaged would look as good as any.
     samples = directory.samples() if directory.samples_path.exists() else []

@@ -15,7 +15,9 @@ from perfbench.methods.dtypes import DTYPES
 def add(commands: Any) -> None:
     """Adds them to the command line."""
     finetune = commands.add_parser("finetune", help="train a method on a task", description=_finetune.__doc__)
-    finetune.add_argument("config", type=Path, help="a YAML file, such as scenarios/finetune/boolq_para.yaml")
+    finetune.add_argument(
+        "config", type=Path, help="a YAML file, or a name that `perfbench list` has: finetune/boolq_para"
+    )
     add_set(finetune)
     add_plugin(finetune)
     add_out(finetune, "runs/finetune-<name>-<time>")
@@ -25,13 +27,15 @@ def add(commands: Any) -> None:
     search = fanlora.add_subparsers(metavar="COMMAND", required=True).add_parser(
         "search", help="choose a setting by the scores of LoRA modules", description=_search.__doc__
     )
-    search.add_argument("config", type=Path, help="a YAML file, such as scenarios/fanlora/alpaca_cpu.yaml")
+    search.add_argument(
+        "config", type=Path, help="a YAML file, or a name that `perfbench list` has: fanlora/skills_cpu"
+    )
     add_set(search)
     add_out(search, "runs/<name>-search-<time>")
     search.set_defaults(command=_search)
 
     accuracy = commands.add_parser("accuracy", help="does accuracy hold, as served?", description=_accuracy.__doc__)
-    accuracy.add_argument("config", type=Path, help="a YAML file, such as scenarios/accuracy/cpu.yaml")
+    accuracy.add_argument("config", type=Path, help="a YAML file, or a name that `perfbench list` has: accuracy/cpu")
     add_set(accuracy)
     add_plugin(accuracy)
     add_out(accuracy, "runs/accuracy-<name>-<time>")
@@ -50,6 +54,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
     import os
     from contextlib import nullcontext
 
+    from perfbench import api
     from perfbench.files import run_lock
     from perfbench.finetune import finetune_config, recipe
     from perfbench.finetune.finetune_folder import FinetuneFolder
@@ -57,7 +62,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
     if not arguments.out and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise PerfbenchError("--out: say where all processes write")
-    resolved = finetune_config.load(arguments.config, arguments.set)
+    resolved = finetune_config.load(api.located(arguments.config), arguments.set)
     out = out_of(arguments, stamped(f"finetune-{resolved.name}"), "run directory")
     is_main = int(os.environ.get("RANK", 0)) == 0  # of several processes that one writes
     try:
@@ -75,14 +80,13 @@ def _search(arguments: argparse.Namespace) -> int:
     """Trains LoRA on every linear of every layer, scores each module on the examples held out, and writes the setting
     that keeps the best of each layer: a file for `methods: fanlora: {setting: FILE}`. Exit code 0, or 2 for bad
     input."""
-    from perfbench.files import run_lock
-    from perfbench.finetune.search import search_config, search_run
+    from perfbench import api
+    from perfbench.finetune.search import search_config
 
-    chosen = search_config.load(arguments.config, arguments.set)
+    chosen = search_config.load(api.located(arguments.config), arguments.set)
     out = out_of(arguments, stamped(f"{chosen.training.name}-search"), "search")
     try:
-        with run_lock.held(out, resume=arguments.resume):
-            search_run.search(chosen, out, resume=arguments.resume)
+        api.search(chosen, out=out, resume=arguments.resume)
     except KeyboardInterrupt:
         return interrupted(["fanlora", "search", arguments.config], arguments, out)
     return 0
@@ -92,21 +96,20 @@ def _accuracy(arguments: argparse.Namespace) -> int:
     """Trains each method on each task, asks every test item as trained and as served, and judges each method against a
     reference, and what is served against what was trained. Exit codes: 0 pass, 1 a method is inferior or is not served
     as it was trained, 2 invalid input, 3 inconclusive."""
-    from perfbench.files import run_lock
-    from perfbench.finetune.accuracy import accuracy_config, accuracy_run, verdict_table
+    from perfbench import api
+    from perfbench.finetune.accuracy import accuracy_config, verdict_table
     from perfbench.finetune.accuracy.accuracy_folder import PAGE
 
-    resolved = accuracy_config.load(arguments.config, arguments.set)
+    resolved = accuracy_config.load(api.located(arguments.config), arguments.set)
     out = out_of(arguments, stamped(f"accuracy-{resolved.name}"), "run directory")
     try:
-        with run_lock.held(out, resume=arguments.resume):
-            folder, verdict = accuracy_run.execute(resolved, out, resume=arguments.resume, run=arguments.run)
+        found = api.accuracy(resolved, out=out, resume=arguments.resume, run=arguments.run)
     except KeyboardInterrupt:
         run = ["--run", arguments.run] if arguments.run else []
         return interrupted(["accuracy", arguments.config, *run], arguments, out)
-    verdict_table.render(folder.manifest, verdict)
+    verdict_table.render(found.manifest, found.verdict)
     print(f"results: {out}; the page: {out / PAGE}", file=sys.stderr)
-    return verdict.exit_code
+    return found.verdict.exit_code
 
 
 def _add_mtbench_options(parser: argparse.ArgumentParser) -> None:

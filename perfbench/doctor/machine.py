@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -221,7 +222,25 @@ def hub() -> Check:
 
 
 # Name, as each check says it itself -> the check.
+# System -> what is known to be missing there; on Linux alone everything is tested.
+LESS_THAN_LINUX = {
+    "Darwin": "no CUDA and no Triton kernels; of host memory no peak; the rest is not tested here",
+    "Windows": "no Triton kernels of ours, no file locks (a run folder is guarded by its .lock file alone), no limits "
+    "for generated SQL, which is therefore not scored; of host memory no peak; the rest is not tested here",
+}
+
+
+def system() -> Check:
+    """Whether this is a system on which perfbench is tested."""
+    name = platform.system()
+    if name == "Linux":
+        return Check("system", "ok", "Linux, on which everything is tested")
+    what = LESS_THAN_LINUX.get(name, "not tested here")
+    return Check("system", "warn", f"{name}: {what}", "measure on Linux")
+
+
 MACHINE_CHECKS: dict[str, Callable[[], Check]] = {
+    "system": system,
     "cuda": cuda,
     "nvml": nvml,
     "kernels: triton": triton,

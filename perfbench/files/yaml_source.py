@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,32 @@ def read(path: str | Path) -> Source:
     path = Path(path)
     text = _read_text(path)
     return _parse(text, lambda line: f"{path}:{line}", str(path))
+
+
+def of_values(values: Any, origin: str) -> Source:
+    """A copy of values that a program has made, all of them written at `origin`; tuples become lists.
+
+    ScenarioError, with its place, on what a file could not hold: a key that is no string, a number that is not finite,
+    an object.
+    """
+    return Source(_plain(values, (), origin), {(): origin})
+
+
+def _plain(value: Any, place: Place, origin: str) -> Any:
+    where = f"{origin}: {dotted(place)}" if place else origin
+    if len(place) > MAX_DEPTH:
+        raise ScenarioError(f"{where}: expected at most {MAX_DEPTH} levels of nesting, got more")
+    if isinstance(value, Mapping):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise ScenarioError(f"{where}: expected strings as keys, got {shown(odd[0])}")
+        return {key: _plain(item, (*place, key), origin) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, (*place, index), origin) for index, item in enumerate(value)]
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if not (value is None or type(value) in (str, bool, int, float)) or not finite:
+        kind = type(value).__name__
+        raise ScenarioError(f"{where}: expected a string, a finite number, a boolean or None, got {kind} {value!r:.80}")
+    return value
 
 
 def parse(text: str, origin: str) -> Source:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from perfbench.errors import FinetuneError, ScenarioError, TaskError
 from perfbench.files.paths import expanded
-from perfbench.files.yaml_source import Place, Source, assign, dotted, parse, read
+from perfbench.files.yaml_source import Place, Source, assign, dotted, of_values, parse, read
 from perfbench.finetune.tasks.registry import TASKS, find
 from perfbench.finetune.trained import find as find_method
 from perfbench.finetune.trained import options_of
@@ -131,21 +131,21 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def load(path: str | Path, settings: Sequence[str] = ()) -> FinetuneConfig:
-    """The configuration in the YAML file at `path`, with every `KEY=VALUE` of `settings` laid over it.
+def load(path: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> FinetuneConfig:
+    """The configuration in a YAML file, or in such values, with every `KEY=VALUE` of `settings` laid over it.
 
     FinetuneError, in one line with the file and the line, for malformed YAML, unknown keys, values out of range, an
     unknown task or method and a FanLoRA setting that can't be read.
     """
-    path = Path(path)
-    return from_source(read_source(path, settings, "a fine-tuning file"), path)
+    return from_source(*read_source(path, settings, "a fine-tuning file"))
 
 
-def read_source(path: Path, settings: Sequence[str], what: str) -> Source:
-    """The mapping in the YAML file at `path` with `settings` laid over it, not checked further; `what` it is, for
-    messages. FinetuneError in one line, with the line."""
+def read_source(given: str | Path | Mapping[str, Any], settings: Sequence[str], what: str) -> tuple[Source, Path]:
+    """(The mapping in the YAML file `given`, or that it is itself, with `settings` laid over it and not checked
+    further; the path that it is known by); `what` it is, for messages. FinetuneError in one line, with the line."""
+    path = Path("settings") if isinstance(given, Mapping) else Path(given)
     try:
-        source = read(path)
+        source = of_values(given, "settings") if isinstance(given, Mapping) else read(path)
         if not isinstance(source.values, dict):
             refuse(source, "expected a mapping of fields")
         for text in settings:
@@ -155,7 +155,7 @@ def read_source(path: Path, settings: Sequence[str], what: str) -> Source:
             assign(source, key.strip().split("."), parse(value, f"--set {' '.join(text.split())}"))
     except ScenarioError as error:  # the reader's words are about YAML, except for this one
         raise FinetuneError(str(error).replace("a scenario file", what)) from None
-    return source
+    return source, path
 
 
 def check(source: Source, schema: dict[str, Any]) -> None:

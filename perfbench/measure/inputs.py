@@ -26,13 +26,20 @@ def check(comparisons: Sequence[Comparison]) -> list[str]:
                 )
         for case in comparison.cases:
             if getattr(case.options, "adapters", None) is not None:
-                from perfbench.measure.on_device.arms import adapter_folders, read_adapter
+                from perfbench.measure.on_device.adapter_folders import adapter_folders, all_folders
+                from perfbench.measure.on_device.arms import read_adapter
                 from perfbench.methods.checkpoints.adapter_folder import note_on_backbone
 
                 for tenant in range(workload.resident):
                     read_adapter(case, shape_of(comparison.backbone), workload.resident, tenant)
-                first = adapter_folders(case.options.adapters, 1)[0]
+                served = adapter_folders(case.options.adapters, case.method, workload.resident)
+                there = len(all_folders(case.options.adapters, case.method))
+                if there > len(served):
+                    names = ", ".join(map(str, served[:4])) + (", ..." if len(served) > 4 else "")
+                    notes |= {
+                        f"{case.arm}: of {there} adapters those of {len(served)} tenants are served: {names}": None
+                    }
                 # A named shape has random weights: no adapter was trained on those.
-                note = None if is_named(comparison.backbone) else note_on_backbone(first, comparison.backbone)
+                note = None if is_named(comparison.backbone) else note_on_backbone(served[0], comparison.backbone)
                 notes |= {note: None} if note else {}
     return list(notes)

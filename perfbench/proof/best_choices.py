@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from perfbench.methods.plan import AdapterPlan
-from perfbench.proof import oracle
+from perfbench.proof.answers import Oracle
+from perfbench.proof.oracle import WIDER, Served
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Arm, Batch
 
@@ -23,11 +24,13 @@ TIES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 PlanOf = Callable[[int], AdapterPlan]
 
 
-def served(batch: Batch, request: int, tokens: torch.Tensor, plan_of: PlanOf | None) -> oracle.Served:
+def served(batch: Batch, request: int, tokens: torch.Tensor, plan_of: PlanOf | None) -> Served:
     """That request, without its padding, and what it was given."""
     slot = batch.slots[request]
     prompt = batch.input_ids[request][batch.attention_mask[request].bool()]
-    return oracle.Served(prompt, tokens, None if plan_of is None or slot == -1 else plan_of(slot))
+    if plan_of is None or slot == -1:
+        return Served(prompt, tokens, None)
+    return Served(prompt, tokens, plan_of(slot), slot)
 
 
 def forced_logits(arm: Arm, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
@@ -49,7 +52,7 @@ def parted_from_the_best(
     batch: Batch,
     tokens: torch.Tensor,
     expected: dict[int, torch.Tensor],
-    backbone: Backbone,
+    ask: Oracle,
     plan_of: PlanOf | None,
     tolerance: float,
     searched: int,
@@ -59,13 +62,13 @@ def parted_from_the_best(
     Greedy: each must be the oracle's best after those before it. Beams: those that the oracle finds in a search of its
     own, for the first `searched` of them, and those that the arm finds for the request alone, for the others.
     """
-    parted, ties, wider = [], 0, oracle.WIDER[backbone.dtype]
+    parted, ties, wider = [], 0, WIDER[ask.backbone.dtype]
     for place, (request, logits) in enumerate(expected.items()):
         asked = served(batch, request, tokens[request], plan_of)
         if batch.beams == 1:
             own = logits.argmax(-1)
         elif place < searched:
-            own = oracle.beam_search(backbone, asked.prompt, asked.plan, batch.beams, batch.new_tokens, wider)
+            own = ask.beam_search(asked, batch.beams, batch.new_tokens, wider)
         else:
             own = arm.generate(batch.alone(request)).tokens[0]
         if torch.equal(own, asked.chosen):
@@ -74,7 +77,7 @@ def parted_from_the_best(
             best = logits.gather(1, torch.stack([own, asked.chosen], dim=1))
             tie = bool(((best[:, 0] - best[:, 1]) <= tolerance * logits.std(dim=1)).all())
         else:
-            on_own = oracle.logits(backbone, [replace(asked, chosen=own)], wider)[0]
+            on_own = ask.logits([replace(asked, chosen=own)], wider)[0]
             tie = is_beam_tie(logits, on_own, own, asked.chosen, tolerance)
         ties += tie
         parted += [] if tie else [request]

@@ -20,6 +20,7 @@ import torch
 
 from perfbench.methods.plan import AdapterPlan
 from perfbench.proof import best_choices, oracle
+from perfbench.proof.answers import Oracle
 from perfbench.proof.best_choices import PlanOf, forced_logits, served
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Arm, Batch
@@ -89,9 +90,18 @@ class Runs:
     next_expected: list[torch.Tensor]
 
 
-def check(arm: Arm, batch: Batch, resident: int, backbone: Backbone, seed: int, plan_of: PlanOf | None) -> Check:
+def check(
+    arm: Arm,
+    batch: Batch,
+    resident: int,
+    backbone: Backbone,
+    seed: int,
+    plan_of: PlanOf | None,
+    ask: Oracle | None = None,
+) -> Check:
     """Compares the sampled requests of `batch` with the oracle, which has `plan_of` for adapters (None: there are
-    none); then the whole batch with shifted slots."""
+    none); then the whole batch with shifted slots. `ask`: the oracle of these adapters, where it knows answers."""
+    ask = ask or Oracle(backbone)
     plan_of = None if plan_of is None else cache(partial(_on_the_host, plan_of))
     sampled = sample(batch.slots, seed)
     greedy = batch.beams == 1
@@ -99,11 +109,11 @@ def check(arm: Arm, batch: Batch, resident: int, backbone: Backbone, seed: int, 
     # Beam search keeps the logits of its own path; teacher forcing puts every run on the batch's tokens.
     logits = together.logits if greedy else forced_logits(arm, batch, together.tokens)
     assert logits is not None
-    runs = _runs(arm, batch, together.tokens, logits, sampled, resident, backbone, plan_of)
+    runs = _runs(arm, batch, together.tokens, logits, sampled, resident, ask, plan_of)
     worst = max(map(relative_difference, runs.served, runs.expected))
     noise = max(map(relative_difference, runs.rounded, runs.expected))
     if batch.follow_up is not None:
-        second = _second_turn(arm, batch, together.tokens, sampled, backbone, plan_of)
+        second = _second_turn(arm, batch, together.tokens, sampled, ask, plan_of)
         worst, noise = max(worst, second[0]), max(noise, second[1])
     shares = _shares(runs) if plan_of is not None else None
     tolerance = NOISE_FACTORS[backbone.dtype] * noise
@@ -113,7 +123,7 @@ def check(arm: Arm, batch: Batch, resident: int, backbone: Backbone, seed: int, 
         expected = dict(zip(sampled, runs.expected, strict=True))
         searched = 0 if greedy else best_choices.searched_requests(batch, backbone, len(sampled))
         parted, ties = best_choices.parted_from_the_best(
-            arm, batch, together.tokens, expected, backbone, plan_of, GAP_FACTOR * noise, searched
+            arm, batch, together.tokens, expected, ask, plan_of, GAP_FACTOR * noise, searched
         )
     status, reason = verdict(worst, noise, tolerance, shares, parted)
     equal = not parted if backbone.dtype == torch.float32 else None
@@ -174,19 +184,19 @@ def _runs(
     logits: torch.Tensor,
     sampled: list[int],
     resident: int,
-    backbone: Backbone,
+    ask: Oracle,
     plan_of: PlanOf | None,
 ) -> Runs:
-    wider = oracle.WIDER[backbone.dtype]
+    wider = oracle.WIDER[ask.backbone.dtype]
     right = [served(batch, i, tokens[i], plan_of) for i in sampled]
-    expected, rounded = (oracle.logits(backbone, right, dtype) for dtype in (wider, backbone.dtype))
+    expected, rounded = (ask.logits(right, dtype) for dtype in (wider, ask.backbone.dtype))
     found, shifted, next_expected = [logits[i] for i in sampled], [], []
     if plan_of is not None:
         wrong = replace(batch, slots=shift_slots(batch.slots, resident))
         wrong_logits = forced_logits(arm, wrong, tokens)
         shifted = [wrong_logits[i] for i in sampled]
         few = [served(wrong, i, tokens[i], plan_of) for i in sampled[:SAMPLED_REQUESTS]]
-        next_expected = oracle.logits(backbone, few, wider)
+        next_expected = ask.logits(few, wider)
     return Runs(found, expected, rounded, shifted, next_expected)
 
 
@@ -195,7 +205,7 @@ def _second_turn(
     batch: Batch,
     generated: torch.Tensor,
     sampled: list[int],
-    backbone: Backbone,
+    ask: Oracle,
     plan_of: PlanOf | None,
 ) -> tuple[float, float]:
     """(difference, noise) of the second turn's first logits, after `generated` int64 [Q, N]. The oracle reads the
@@ -204,9 +214,7 @@ def _second_turn(
     found = arm.follow_up(generated, with_logits=True).logits[:, :1]
     conversation = batch.conversation(generated)
     asked = [served(conversation, i, found[i].argmax(-1), plan_of) for i in sampled]
-    expected, rounded = (
-        oracle.logits(backbone, asked, dtype) for dtype in (oracle.WIDER[backbone.dtype], backbone.dtype)
-    )
+    expected, rounded = (ask.logits(asked, dtype) for dtype in (oracle.WIDER[ask.backbone.dtype], ask.backbone.dtype))
     worst = max(relative_difference(found[i], own) for i, own in zip(sampled, expected, strict=True))
     return worst, max(map(relative_difference, rounded, expected))
 

@@ -31,11 +31,13 @@ LARGEST_SCORES = 2**24
 @dataclass(frozen=True)
 class Served:
     """One request as it went: its prompt's tokens [S], the tokens chosen after it [N], and its adapter, None for the
-    bare backbone, as it is before it is rounded to the dtype in which it is served."""
+    bare backbone, as it is before it is rounded to the dtype in which it is served; `slot`: where that one lies, -1
+    for the bare backbone."""
 
     prompt: torch.Tensor
     chosen: torch.Tensor
     plan: AdapterPlan | None
+    slot: int = -1
 
 
 def logits(backbone: Backbone, sequences: Sequence[Served], dtype: torch.dtype) -> list[torch.Tensor]:

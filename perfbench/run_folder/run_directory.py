@@ -73,6 +73,16 @@ def pending_case(
     }
 
 
+def is_something_else(path: Path) -> bool:
+    """Whether the run.json in the folder is whole and not what `perfbench run` writes: a training's, or that of
+    another program. False where it can't be read: it may be a damaged run."""
+    try:
+        manifest = strict_json.parse((path / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return not isinstance(manifest, dict) or "kind" in manifest or "perfbench_version" not in manifest
+
+
 _CASE_FIELDS = frozenset(pending_case("", "", "", "", {}, ""))
 
 

@@ -12,18 +12,18 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from perfbench.errors import PerfbenchError, ScenarioError
 from perfbench.files.paths import expanded
-from perfbench.files.yaml_source import Place, Source, assign, dotted, lay_over, parse, read
+from perfbench.files.yaml_source import Place, Source, assign, dotted, lay_over, of_values, parse, read
 from perfbench.methods.options import LAYERS
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
-from perfbench.spec import backbone_config
+from perfbench.spec import backbone_config, shipped
 from perfbench.spec.option_schema import schema_of
 from perfbench.spec.runtime_support import kernels_problem, serves, unsupported
 from perfbench.spec.scenario_schema import first_written, problems
@@ -125,17 +125,23 @@ class Document:
         return DEVICE_KINDS if self.device == "auto" else (self.device,)
 
 
-def load(path: str | Path, sets: Sequence[str] = ()) -> Document:
-    """Reads and checks the scenario at `path`; `sets` are `key.sub=value`, the value being YAML.
+def load(given: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Document:
+    """Reads and checks a scenario: a file, the name of one that comes with perfbench, or its very values; `sets` are
+    `key.sub=value`, the value being YAML. Paths inside values are looked for in the current folder.
 
     ScenarioError names file and line, or the `--set`, what was expected and what came.
     """
-    source = read(path)
+    if isinstance(given, Mapping):
+        path, found, source = Path("scenario"), None, of_values(given, "scenario")
+    else:
+        path, found = shipped.find(given)
+        source = read(path)
     _validate(source)
     parsed = [_parse_set(text) for text in sets]
-    notes = tuple(assign(source, keys, value) for keys, value in parsed if keys == ["device"])
+    notes = [found] if found else []
+    notes += [assign(source, keys, value) for keys, value in parsed if keys == ["device"]]
     _validate(source)
-    return Document(Path(path), source, tuple(item for item in parsed if item[0] != ["device"]), notes)
+    return Document(path, source, tuple(item for item in parsed if item[0] != ["device"]), tuple(notes))
 
 
 def resolve(document: Document, device_kind: str, why: str = "") -> Scenario:
@@ -387,7 +393,7 @@ def _options(source: Source, path: Path, place: Place, method: str, options: dic
         if type(values.get(name)) is int and "number" in rules.get("type", ()):
             values[name] = float(values[name])
     if values.get("adapters") is not None:
-        values["adapters"] = _existing(source, values["adapters"], path, "folder", *place, "adapters")
+        values["adapters"] = _adapters(source, values["adapters"], path, *place, "adapters")
     if isinstance(values.get("setting"), str):
         file = _existing(source, values["setting"], path, "file", *place, "setting")
         values["setting"] = _read_setting(source, file, *place, "setting")
@@ -397,6 +403,13 @@ def _options(source: Source, path: Path, place: Place, method: str, options: dic
         return made_of(**{key: frozen(value) for key, value in values.items()})
     except ValueError as error:
         _refuse(source, str(error), *place)
+
+
+def _adapters(source: Source, value: Any, path: Path, *place: str | int) -> str | list[str]:
+    """The folder, or the folders of a list, as they can be opened."""
+    if isinstance(value, str):
+        return _existing(source, value, path, "folder", *place)
+    return [_existing(source, name, path, "folder", *place, index) for index, name in enumerate(value)]
 
 
 def _read_setting(source: Source, file: str, *place: str | int) -> Any:

@@ -89,7 +89,8 @@ def test_list_names_every_method_and_scenario(
     said = capsys.readouterr().out
     assert all(name in said for name in METHODS)
     assert all(f" {name} " in said for name in trainable())
-    assert all(str(path.relative_to(ROOT)) in said for path in (ROOT / "scenarios").rglob("*.yaml"))
+    files = [path.relative_to(ROOT / "scenarios") for path in (ROOT / "scenarios").rglob("*.yaml")]
+    assert all(f" {path.with_suffix('').as_posix()} " in said for path in files)
 
 
 def test_what_resumes_a_run_is_said_as_a_shell_takes_it(

@@ -16,6 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
+if sys.platform == "win32":
+    pytest.skip("SIGHUP, and signals that a program may catch, are POSIX's", allow_module_level=True)
+
 from perfbench import interruption
 from perfbench.files.run_lock import LOCK
 from perfbench.files.scratch import PREFIX, Scratch, is_stale, sweep

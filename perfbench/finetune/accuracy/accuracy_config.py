@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,11 +124,11 @@ class AccuracyConfig:
         return self.entries[0].config
 
 
-def load(path: str | Path, settings: Sequence[str] = ()) -> AccuracyConfig:
-    """The file at `path` with every `KEY=VALUE` of `settings` laid over it. FinetuneError in one line, with the file
-    and the line, for what can't be used, and TaskError or AdapterError of what is looked up for it."""
-    path = Path(path)
-    source = read_source(path, settings, "an accuracy file")
+def load(given: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> AccuracyConfig:
+    """The file `given`, or such values, with every `KEY=VALUE` of `settings` laid over it. FinetuneError in
+    one line, with the file and the line, for what can't be used, and TaskError or AdapterError of what is
+    looked up for it."""
+    source, path = read_source(given, settings, "an accuracy file")
     check(source, SCHEMA)
     return _build(source, path)
 

@@ -1,15 +1,18 @@
 """An accuracy run on disk.
 
 OUT/accuracy.json         configuration, environment, adapters, which paths are done, the verdict
-OUT/items.jsonl           every answer: task, method, seed, split, path, id, prediction, score
+OUT/items.jsonl           every answer: task, method, seed, split, path, id, prediction, score; read too where it was
+                          packed to items.jsonl.gz
 OUT/<task>/<method>/      a fine-tuning run (perfbench.finetune.finetune_folder)
 OUT/index.html            the page
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -22,6 +25,8 @@ from perfbench.files import strict_json
 from perfbench.files.run_lock import has_files
 from perfbench.files.yaml_source import dotted
 from perfbench.finetune.accuracy.accuracy_config import AccuracyConfig
+from perfbench.finetune.accuracy.paths import as_trained
+from perfbench.finetune.accuracy.verdict import Verdict, judge
 from perfbench.machine import environment
 from perfbench.report.write import write
 from perfbench.run_folder.run_schema import ENVIRONMENT, Schema
@@ -158,7 +163,7 @@ class AccuracyFolder:
         where a path has another number of them than was noted."""
         file = self.path / ITEMS
         found: list[Item] = []
-        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        lines = self._answers().split(b"\n")[:-1]
         for number, line in enumerate(lines, start=1):
             try:
                 item = strict_json.parse(line)
@@ -179,10 +184,49 @@ class AccuracyFolder:
                         )
         return found
 
+    def _answers(self) -> bytes:
+        """What items.jsonl holds; empty where there is none. RunDirectoryError where a packed one is damaged."""
+        file, packed = self.path / ITEMS, self.path / f"{ITEMS}.gz"
+        if file.exists():
+            return file.read_bytes()
+        try:
+            return gzip.decompress(packed.read_bytes()) if packed.exists() else b""
+        except (OSError, EOFError, zlib.error) as error:
+            raise RunDirectoryError(f"{packed}: can't be unpacked ({error}); restore the file") from None
+
+    def judge(self) -> Verdict:
+        """The verdict on every answer that is here. RunDirectoryError as `items`, and where not all are here yet."""
+        config, paths = self.manifest["config"], self.manifest["paths"]
+        trained_path = as_trained(config["entries"][0]["finetune"]["dtype"])
+        anchors: dict[str, str] = {}
+        identities = {}
+        for task, done in paths.items():
+            # In fp32 all must agree: with the trained model where that is fp32, else with the first that is served so.
+            fp32 = [path for path in (trained_path.id, *done) if path.endswith("-fp32")]
+            anchors |= {path: fp32[0] for path in fp32[1:] if path != fp32[0]}
+            for path, methods in done.items():
+                for method, facts in methods.items():
+                    identities[task, path, method] = facts["identity"] or {}
+        tasks, methods = (list(dict.fromkeys(one[key] for one in config["entries"])) for key in ("task", "method"))
+        for task in tasks:
+            if missing := [method for method in methods if not self.is_done(task, trained_path.id, method)]:
+                why = f"{task}: {', '.join(missing)} did not answer yet; go on with perfbench accuracy --resume"
+                raise RunDirectoryError(f"{self.path}: not finished: {why}")
+        return judge(
+            self.items(),
+            tasks=tasks,
+            methods=methods,
+            reference=config["reference"],
+            margin=config["margin"],
+            trained_path=trained_path.id,
+            anchors=anchors,
+            identities=identities,
+        )
+
     def drop_unfinished(self) -> None:
         """Rewrites items.jsonl with the paths that are done: a kill leaves some of one that is not."""
         kept = [json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in self.items()]
-        if (self.path / ITEMS).exists():
+        if kept or (self.path / ITEMS).exists():
             write(self.path / ITEMS, b"".join(kept))
 
 

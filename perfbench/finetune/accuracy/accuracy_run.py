@@ -19,9 +19,9 @@ from perfbench.finetune.accuracy import verdict_page
 from perfbench.finetune.accuracy.accuracy_config import AccuracyConfig, Entry
 from perfbench.finetune.accuracy.accuracy_folder import PAGE, AccuracyFolder
 from perfbench.finetune.accuracy.evaluate import Setting, TaskData, evaluate_served, evaluate_trained, steps
-from perfbench.finetune.accuracy.paths import LeftOut, ServingPath, as_trained, is_served, served
+from perfbench.finetune.accuracy.paths import LeftOut, ServingPath, is_served, served
 from perfbench.finetune.accuracy.serve import Tenant, questions, with_plan
-from perfbench.finetune.accuracy.verdict import Verdict, judge
+from perfbench.finetune.accuracy.verdict import Verdict
 from perfbench.finetune.recipe import check_against_backbone, finetune
 from perfbench.finetune.tasks.registry import find, load_splits
 from perfbench.finetune.tasks.task import Example, Split, Task
@@ -72,36 +72,12 @@ def execute(
         logits = evaluate_trained(data, setting, folder, progress)
         gc.collect()
         evaluate_served(data, paths, logits, setting, folder, progress)
-    verdict = judge_folder(folder, config)
+    verdict = folder.judge()
     folder.manifest["verdict"] = verdict.to_json()
     folder.manifest["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     folder.write()
     write(out / PAGE, verdict_page.render(folder.manifest, verdict, measured).encode())
     return folder, verdict
-
-
-def judge_folder(folder: AccuracyFolder, config: AccuracyConfig) -> Verdict:
-    """The verdict on what a run folder holds."""
-    trained_path = as_trained(config.common.dtype)
-    anchors: dict[str, str] = {}
-    identities = {}
-    for task, paths in folder.manifest["paths"].items():
-        # In fp32 all must agree: with the trained model where that is fp32, else with the first that is served so.
-        fp32 = [path for path in (trained_path.id, *paths) if path.endswith("-fp32")]
-        anchors |= {path: fp32[0] for path in fp32[1:] if path != fp32[0]}
-        for path, methods in paths.items():
-            for method, facts in methods.items():
-                identities[task, path, method] = facts["identity"] or {}
-    return judge(
-        folder.items(),
-        tasks=config.tasks,
-        methods=config.methods,
-        reference=config.reference,
-        margin=config.margin,
-        trained_path=trained_path.id,
-        anchors=anchors,
-        identities=identities,
-    )
 
 
 def _read_examples(

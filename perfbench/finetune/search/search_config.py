@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,14 +75,13 @@ SCHEMA: dict[str, Any] = {
 RANK, EPOCHS = 12, 1
 
 
-def load(path: str | Path, settings: Sequence[str] = ()) -> SearchConfig:
-    """The configuration in the YAML file at `path`, with every `KEY=VALUE` of `settings` laid over it.
+def load(given: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> SearchConfig:
+    """The configuration in the YAML file `given`, or in such values, with every `KEY=VALUE` of `settings` laid over it.
 
     FinetuneError, in one line with the file and the line, for malformed YAML, unknown keys and scores, values out of
     range, an adapter folder that is not there, more or fewer adapters than seeds.
     """
-    path = Path(path)
-    source = read_source(path, settings, "a search file")
+    source, path = read_source(given, settings, "a search file")
     check(source, SCHEMA)
     return _build(source, path)
 

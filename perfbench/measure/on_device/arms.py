@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from perfbench.errors import AdapterError
-from perfbench.files.paths import expanded
+from perfbench.measure.on_device.adapter_folders import adapter_folders
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
-from perfbench.methods.checkpoints.adapter_folder import CONFIG, WEIGHTS
+from perfbench.methods.checkpoints.adapter_folder import WEIGHTS
 from perfbench.methods.plan import AdapterPlan, plan_bytes
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
@@ -101,18 +100,9 @@ def _trained(folder: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
 
-def adapter_folders(path: str, resident: int) -> list[Path]:
-    """The checkpoint folders under `path`, one for each resident tenant, in the order of their names. AdapterError."""
-    root = expanded(path)
-    found = [root] if (root / CONFIG).is_file() else sorted(p.parent for p in root.glob(f"*/{CONFIG}"))
-    if len(found) < resident:
-        raise AdapterError(f"{path}: {resident} resident tenants need as many adapter folders, found {len(found)}")
-    return found[:resident]
-
-
 def read_adapter(case: Case, shape: BackboneShape, resident: int, tenant: int) -> AdapterPlan:
     """The adapter in the folder of the resident `tenant`. AdapterError."""
-    return _load(case, shape, adapter_folders(case.options.adapters, resident)[tenant])
+    return _load(case, shape, adapter_folders(case.options.adapters, case.method, resident)[tenant])
 
 
 def _load(case: Case, shape: BackboneShape, folder: Path) -> AdapterPlan:
@@ -150,7 +140,7 @@ def _build_plan(case: Case, backbone: Backbone, batch: Batch, resident: int, see
     method = parameters.implementation(case.method)
     plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
     if case.options.adapters is not None:
-        folders = adapter_folders(case.options.adapters, resident)
+        folders = adapter_folders(case.options.adapters, case.method, resident)
         read = [plan_of(tenant) for tenant in range(resident)]
         plans: Iterable[AdapterPlan] = read
         layout, cold = union_layout(read), folders[0]
@@ -186,7 +176,7 @@ def _plan_arm(case: Case, backbone: Backbone, bank: Bank | None, batch: Batch) -
 def _build_peft(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path) -> BuiltArm:
     method = parameters.implementation(case.method)
     if case.options.adapters is not None:
-        folders = adapter_folders(case.options.adapters, resident)
+        folders = adapter_folders(case.options.adapters, case.method, resident)
         plans = [_load(case, backbone.shape, folder) for folder in folders]
         layout, held = union_layout(plans), [plan_bytes(plan, backbone.dtype) for plan in plans]
     else:

@@ -120,6 +120,7 @@ class Session:
         self.emit = emit
         self.nvml = _nvml(backbone.device)
         self.timed: dict[str, dict[int, Any]] = {}  # case id -> round -> the tokens that it made
+        self.kept: Any = None  # what the oracle has answered
 
     def prepare(self, case: Any) -> bool:
         """Check and memory of one case, with only its arm resident. True where it may be timed.
@@ -135,7 +136,8 @@ class Session:
         built = self._build(case)
         arm, batch, device = built.arm, built.batch, self.backbone.device
         self.emit("phase", case=case.id, text="checking")
-        found = check.check(arm, batch, self.resident, self.backbone, self.job["seed"], built.plan_of)
+        ask = self._oracle_of(case)
+        found = check.check(arm, batch, self.resident, self.backbone, self.job["seed"], built.plan_of, ask)
         self.emit("phase", case=case.id, text="measuring memory")
         held = memory.resident_bytes(arm)
         peaks = memory.peaks(arm, batch, held, device, self.nvml)
@@ -244,6 +246,7 @@ class Session:
         from functools import partial
 
         from perfbench.measure.on_device import arms
+        from perfbench.measure.on_device.adapter_folders import adapter_folders
         from perfbench.proof import by_peft, check
         from perfbench.runtimes import backbone as backbones
 
@@ -254,7 +257,7 @@ class Session:
             self.emit("phase", case=case.id, text="reading the adapters with PEFT")
             own = self.backbone
             fresh = fresh or backbones.load(own.name, self.dtype, str(own.device), self.job["seed"])
-            every = arms.adapter_folders(case.options.adapters, self.resident)
+            every = adapter_folders(case.options.adapters, case.method, self.resident)
             sampled = check.sample(self.batch.slots, self.job["seed"])[: check.SAMPLED_REQUESTS]
             asked = {i: every[self.batch.slots[i]] for i in sampled if self.batch.slots[i] != -1}
             folders = {i: folder for i, folder in asked.items() if by_peft.is_known(folder)}
@@ -289,6 +292,15 @@ class Session:
         from perfbench.measure.on_device import workload
 
         return workload.fresh(built.batch, self.job["seed"], turn)
+
+    def _oracle_of(self, case: Any) -> Any:
+        """The oracle, which knows what it has answered of an earlier arm with the same adapters: one of the same
+        method's file and options, since nothing else makes them, whatever serves them."""
+        from perfbench.methods.registry import METHODS
+        from perfbench.proof.answers import Kept, Oracle
+
+        self.kept = self.kept or Kept()
+        return Oracle(self.backbone, (METHODS[case.method].module, case.options), self.kept)
 
     def _build(self, case: Any) -> Any:
         from perfbench.measure.on_device import arms

@@ -15,6 +15,22 @@ from perfbench.doctor import machine
 from perfbench.machine import environment
 
 
+@pytest.mark.parametrize(
+    ("name", "status", "said"),
+    [
+        ("Linux", "ok", "everything is tested"),
+        ("Darwin", "warn", "no CUDA and no Triton kernels"),
+        ("Windows", "warn", "no limits for generated SQL"),
+        ("Plan9", "warn", "Plan9: not tested here"),
+    ],
+)
+def test_what_other_systems_lack_is_said(monkeypatch, name, status, said):
+    monkeypatch.setattr(machine.platform, "system", lambda: name)
+    found = machine.system()
+    assert found.status == status
+    assert said in found.finding
+
+
 def test_cuda_agrees_with_torch():
     import torch
 

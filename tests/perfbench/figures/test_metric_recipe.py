@@ -74,7 +74,7 @@ def test_a_metric_of_one_entry_is_seen_everywhere(
     assert "widgets turned" in shown(capsys, "history", "--store", tmp_path / "store", "--figure", "widgets")
 
     console = Console(file=io.StringIO(), width=200)
-    listing.render(console)
+    listing.render(console=console)
     assert "widgets turned in a decode step [widgets]" in console.file.getvalue()  # type: ignore[attr-defined]
 
 

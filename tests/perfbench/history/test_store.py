@@ -157,6 +157,22 @@ def test_bad_and_unfinished_runs_are_named_and_the_rest_is_imported(tmp_path, ca
     assert len(contents(tmp_path / "s")[0]) == 1
 
 
+def test_what_is_no_run_is_skipped_and_counted(tmp_path, capsys):
+    run_of(tmp_path / "runs", 1)
+    for name, content in (("training", {"schema_version": 2, "kind": "finetune"}), ("other", {"run": 3}), ("list", [])):
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / "run.json").write_text(json.dumps(content))
+    assert main(["history", str(tmp_path / "runs"), "--store", str(tmp_path / "s"), "--case", STATIC]) == 0
+    assert capsys.readouterr().err == "1 runs: 1 new; skipped 3 that are no runs of perfbench run\n"
+    # Given by itself it was meant; one that can't be read may be a damaged run.
+    given = [str(tmp_path / "runs"), str(tmp_path / "runs" / "training")]
+    assert main(["history", *given, "--store", str(tmp_path / "s"), "--case", STATIC]) == 2
+    assert "a run of `perfbench finetune`" in capsys.readouterr().err
+    (tmp_path / "runs" / "list" / "run.json").write_text("[")
+    assert main(["history", given[0], "--store", str(tmp_path / "s"), "--case", STATIC]) == 2
+    assert "not valid JSON" in capsys.readouterr().err
+
+
 def test_a_bad_store_is_one_line(tmp_path, capsys):
     (tmp_path / "text").write_text("this is no database, and long enough to be looked at as one" * 20)
     with sqlite3.connect(tmp_path / "newer") as connection:

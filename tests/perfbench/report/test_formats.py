@@ -94,8 +94,9 @@ def assert_is(name: str, text: str) -> None:
 
 def test_another_word_is_answered_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in commands(tmp_path):
-        assert main([*arguments, "--format", "markdwon"]) == 2
-        assert "--format: unknown format 'markdwon'; did you mean 'markdown'" in capsys.readouterr().err
+        with pytest.raises(SystemExit, match="2"):
+            main([*arguments, "--format", "markdwon"])
+        assert "--format: unknown value 'markdwon'; did you mean 'markdown'" in capsys.readouterr().err
     assert gated(tmp_path, "markdwon")[0] == 2
     assert "unknown format 'markdwon'; did you mean 'markdown'" in capsys.readouterr().err
     assert main(["show", str(REAL), "--columns", "tials"]) == 2

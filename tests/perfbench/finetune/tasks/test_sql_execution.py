@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+import sys
 from pathlib import Path
 
 import pytest
+
+if sys.platform == "win32":
+    pytest.skip("limits of memory for a child process are POSIX's", allow_module_level=True)
 
 from perfbench.errors import TaskError
 from perfbench.finetune.tasks import sql_execution, text2sql
