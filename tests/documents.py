@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from perfbench.figures import papers
+from perfbench.figures.stats import LEAST_ROUNDS
 from perfbench.files.plain_text import format_bytes
 from perfbench.gate import policy, power
 from perfbench.history import store
 from perfbench.report.table import render
-from perfbench.report.words import LEAST_ROUNDS
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"<!-- (\w+): (\S+) -->(\n?)(.*?)(\n?)<!-- /\1 -->", re.DOTALL)
@@ -109,12 +109,13 @@ def sweep_table(path: str) -> str:
     lines = [f"| {axis} | {' | '.join(NAMES[method] for method in methods)} |", f"|{' ---: |' * (len(methods) + 1)}"]
     for name, load in loads.items():
         own = {row["method"]: row for row in rows if row["comparison"] == name}
-        cells = [
-            [own[method][f"kept_decode_tokens_per_s{end}"] * 100 for end in ("", "_low", "_high")] for method in methods
-        ]
-        lines.append(
-            f"| {load[axis]} | {' | '.join(f'{mid:.1f} [{low:.1f}, {high:.1f}]' for mid, low, high in cells)} |"
-        )
+        kept = "kept_decode_tokens_per_s"
+        cells = []
+        for method in methods:
+            mid, low, high = (own[method][f"{kept}{end}"] for end in ("", "_low", "_high"))
+            between = "" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
+            cells.append(f"{100 * mid:.1f}{between}")
+        lines.append(f"| {load[axis]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -37,6 +37,7 @@ def add(commands: Any) -> None:
     ab.add_argument("--seed", type=int, default=0, help="of the orders in which the arms take turns")
     ab.add_argument("--out", type=Path, metavar="DIR", help="where every pair is kept (default: runs/ab-<time>)")
     ab.add_argument("--record", action="store_true", help="measure the first batch and judge nothing")
+    ab.add_argument("--even-if-same", action="store_true", help="measure also where both sides run the same code")
     ab.set_defaults(command=_ab)
     _add_write_option(ab)
 
@@ -73,7 +74,7 @@ def _gate(arguments: argparse.Namespace) -> int:
             rules, ours, theirs, exact_only=arguments.exact_only, other_machine=arguments.other_machine
         )
 
-    return verdict_of(report, writes_of(arguments.write))
+    return verdict_of(report, writes_of(arguments.write, exact_only=arguments.exact_only))
 
 
 def _ab(arguments: argparse.Namespace) -> int:
@@ -102,6 +103,7 @@ def _ab(arguments: argparse.Namespace) -> int:
                 seed=arguments.seed,
                 out=out,
                 record=arguments.record,
+                even_if_same=arguments.even_if_same,
             )
         )
 

@@ -1,7 +1,7 @@
 """`perfbench ab`: two revisions measured side by side, from the refs to a report. Free of torch.
 
-Exact figures of every case come first, from one process of each revision; only where they hold are pairs timed, of
-the cases that the policy's primary figures look at.
+Where both would run the same code nothing is measured. Else exact figures of every case come first, from one process
+of each revision; only where they hold are pairs timed, of the cases that the policy's primary figures look at.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from perfbench.gate.pairs import (
 from perfbench.gate.policy import Policy
 from perfbench.gate.rank_bounds import signed_rank_bound
 from perfbench.gate.revisions import Revision, is_dirty, repository_of, revisions
+from perfbench.gate.same_code import same_code
 from perfbench.gate.session import check_size, run_session
 from perfbench.machine import environment
 
@@ -42,7 +43,8 @@ PAIRS, REPORT, WORKER_LOG = "pairs.jsonl", "report.json", "worker.log"
 @dataclass(frozen=True)
 class Plan:
     """What the command line asks for. scenario, settings, case: as `perfbench run` takes them; pairs: in the first
-    batch; blocks: of each case in a pair; repetitions: in a block; record: only measure the pairs, judge nothing."""
+    batch; blocks: of each case in a pair; repetitions: in a block; record: only measure the pairs, judge nothing;
+    even_if_same: measure also where both arms run the same code."""
 
     baseline: str
     candidate: str
@@ -56,6 +58,7 @@ class Plan:
     seed: int
     out: Path
     record: bool
+    even_if_same: bool
 
 
 def cache_folder() -> Path:
@@ -116,6 +119,13 @@ class _Session:
 
     def report(self) -> Report:
         """Exact figures, then pairs; a crash of the candidate is its failure, one of the baseline ours."""
+        if not self.plan.even_if_same and (same := same_code(self.arms, self.plan.scenario, self.plan.settings)):
+            if self.plan.record:
+                raise ComparisonError(
+                    f"nothing to record: both sides are the same; add --even-if-same; compared: {same}"
+                )
+            reason = "both sides are the same, so nothing was measured (--even-if-same measures them anyway)"
+            return Report("pass", reason, *self._labels(), (), (*self.notes, f"the same on both sides: {same}"))
         findings: list[Finding] = []
         try:
             findings = self._exact()

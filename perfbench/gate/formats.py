@@ -118,7 +118,7 @@ def pytest_benchmark(report: Report) -> str:
     Raises PerfbenchError where the comparison has no timed samples.
     """
     if report.measured is None or not report.measured.total_ms:
-        raise PerfbenchError("--write pytest-benchmark: this comparison has no timed samples; leave out --exact-only")
+        raise PerfbenchError("pytest-benchmark: this comparison has no timed samples")
     environment, checkout = report.measured.environment, report.measured.environment.get("checkout") or {}
     return _json(
         {
@@ -278,6 +278,10 @@ FORMATS: dict[str, Callable[[Report], str]] = {
     "pytest-benchmark": pytest_benchmark,
     "json": as_json,
 }
+
+
+# Formats of nothing but timed samples: a comparison that timed none has no file in them.
+TIMED = ("pytest-benchmark",)
 
 
 def names() -> list[str]:

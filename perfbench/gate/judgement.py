@@ -76,19 +76,29 @@ def judge_exact(
         for figure in figures
         if not (before[figure] is None and after[figure] is None)
     ]
-    why = f"not gated: it depends on the machine ({differs})"
-    return [_with(one, "shown", why) if differs and METRICS[one.figure].one_machine else one for one in findings]
+    for place, one in enumerate(findings):
+        wrong = _impossible(one.figure, before)
+        if one.status == "fail" and one.candidate is not None and wrong and not _impossible(one.figure, after):
+            findings[place] = _with(one, "shown", f"not gated: the baseline's contradicts itself: {wrong}")
+        elif differs and METRICS[one.figure].one_machine:
+            findings[place] = _with(one, "shown", f"not gated: it depends on the machine ({differs})")
+    return findings
 
 
 def _contradiction(figure: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
     """Why the candidate's figure, one that changed, can't be so, whatever is better; None where it can."""
-    value, least = after[figure], after["least_flops_per_decode_step"]
-    if value is None or value == before[figure]:
+    if after[figure] is None or after[figure] == before[figure]:
         return None
-    if value == 0:
-        return "nothing is left of what the baseline has"
-    if figure == "flops_per_decode_step" and least is not None and value < least:
-        return f"fewer than the {least:,} that the step can't do without"
+    return "nothing is left of what the baseline has" if after[figure] == 0 else _impossible(figure, after)
+
+
+def _impossible(figure: str, side: Mapping[str, Any]) -> str | None:
+    """Why a figure of one side can't be what its other figures say; None where it can."""
+    value, least = side[figure], side["least_flops_per_decode_step"]
+    if value is None:
+        return None
+    if figure == "flops_per_decode_step" and value < (least or 1):
+        return f"fewer than the {least or 1:,} that the step can't do without"
     return "no arm reads less than the bare backbone" if figure == "kept_bound" and value > 1 else None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from perfbench import crash_report, exit_codes
 from perfbench.errors import PerfbenchError, nearest
 from perfbench.files.plain_text import printable
-from perfbench.gate.formats import github_annotations, names, written
+from perfbench.gate.formats import TIMED, github_annotations, names, written
 from perfbench.gate.gate_report import Report
 from perfbench.gate.text import markdown, print_report
 
@@ -21,8 +21,9 @@ from perfbench.gate.text import markdown, print_report
 Writes = Sequence[tuple[str, Path]]
 
 
-def writes_of(values: Sequence[str]) -> Writes:
-    """The `--write FORMAT=FILE` of the command line. Raises PerfbenchError on what can't be written."""
+def writes_of(values: Sequence[str], *, exact_only: bool = False) -> Writes:
+    """The `--write FORMAT=FILE` of the command line, of a comparison of exact figures alone where it says so. Raises
+    PerfbenchError on what can't be written."""
     found = []
     for value in values:
         name, equals, file = value.partition("=")
@@ -30,6 +31,10 @@ def writes_of(values: Sequence[str]) -> Writes:
             raise PerfbenchError(f"--write {value}: expected FORMAT=FILE, such as junit=gate.xml")
         if name not in names():
             raise PerfbenchError(f"--write {value}: unknown format {name!r}; {nearest(name, names())}")
+        if exact_only and name in TIMED:
+            raise PerfbenchError(
+                f"--write {value}: {name} holds timed samples, of which --exact-only has none; leave one out"
+            )
         if not Path(file).parent.is_dir():
             raise PerfbenchError(f"--write {value}: no folder {Path(file).parent}; make it first")
         found.append((name, Path(file)))
@@ -88,6 +93,9 @@ def _print(report: Report) -> None:
 def _write_all(report: Report, writes: Writes) -> list[str]:
     failed = []
     for name, file in writes:
+        if name in TIMED and report.measured is None:
+            file.unlink(missing_ok=True)
+            continue
         try:
             content = written(report, name)
         except PerfbenchError as error:

@@ -1,6 +1,6 @@
 """How often `perfbench ab` raises a false alarm, and how often it catches a slow-down, from recorded pairs.
 
-    perfbench ab --baseline HEAD --record --pairs 60 --blocks 16 --out results/gate scenarios/gate.yaml
+    perfbench ab --baseline HEAD --record --even-if-same --pairs 60 --blocks 16 --out results/gate scenarios/gate.yaml
     python -m perfbench.gate.power results/gate/pairs.jsonl --seed 0 --out results/gate/power.json
 
 The pairs are of one revision, so that any two of a pair's three processes may stand for baseline and candidate. A

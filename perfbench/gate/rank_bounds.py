@@ -1,7 +1,8 @@
 """Hodges-Lehmann centres with exact rank bounds, for pairs and for two independent groups. Free of torch.
 
-Both bounds come from counting every arrangement, so they hold for any distribution (symmetric, for pairs) and any
-number of values; no normal approximation is made. Cost grows as the cube of the number of values: 100 is quick.
+Both bounds come from counting every arrangement, so they hold for any number of values and any distribution, which for
+pairs has to be symmetric, as the difference of two alike is; no normal approximation is made. Cost grows as the
+cube of the number of values: 100 is quick.
 """
 
 from __future__ import annotations

@@ -26,13 +26,14 @@ _PIP_TIMEOUT_S = 3600
 
 @dataclass(frozen=True)
 class Revision:
-    """A commit in a worktree of its own: what the user called it, its full hash, the worktree, and the Python that
-    has its dependencies."""
+    """A commit in a worktree of its own: what the user called it, its full hash, the worktree, the Python that has its
+    dependencies, and a hash of what these are."""
 
     ref: str
     commit: str
     folder: Path
     python: Path
+    packages: str
 
     @property
     def label(self) -> str:
@@ -70,7 +71,7 @@ def revisions(repository: Path, refs: Mapping[str, str], cache: Path) -> Iterato
             for arm, folder in folders.items():
                 _git(repository, "worktree", "add", "--quiet", "--detach", str(folder), commits[arm])
             yield {
-                arm: Revision(ref, commits[arm], folders[arm], _python(repository, folders[arm], ref, cache))
+                arm: Revision(ref, commits[arm], folders[arm], *_python(repository, folders[arm], ref, cache))
                 for arm, ref in refs.items()
             }
         finally:
@@ -104,18 +105,19 @@ def _commit(repository: Path, ref: str) -> str:
         ) from None
 
 
-def _python(repository: Path, folder: Path, ref: str, cache: Path) -> Path:
-    """This Python where `folder` asks for the packages of the checkout, else that of an environment made for it."""
+def _python(repository: Path, folder: Path, ref: str, cache: Path) -> tuple[Path, str]:
+    """This Python where `folder` asks for the packages of the checkout, else that of an environment made for it; and a
+    hash of Python's version and these packages."""
     wanted = _dependencies(folder, ref)
-    if wanted == _dependencies(repository, "the checkout"):
-        return Path(sys.executable)
     digest = hashlib.sha256(json.dumps([wanted, sys.version]).encode()).hexdigest()[:16]
+    if wanted == _dependencies(repository, "the checkout"):
+        return Path(sys.executable), digest
     environment = cache / digest
     python = environment / "bin" / "python"
     if not (environment / "complete").exists():
         _build(environment, wanted, ref)
         (environment / "complete").touch()
-    return python
+    return python, digest
 
 
 def _dependencies(folder: Path, ref: str) -> tuple[list[str], str]:
@@ -146,6 +148,13 @@ def _build(environment: Path, wanted: tuple[list[str], str], ref: str) -> None:
             raise ComparisonError(f"{ref}: can't be built: {last}; mend its dependencies, or the network")
 
 
+def files_of(revision: Revision) -> dict[str, str]:
+    """{path: git's hash} of every file of the commit."""
+    listing = _git(revision.folder, "ls-tree", "-r", "-z", revision.commit)
+    entries = [line.partition("\t") for line in listing.split("\0") if line]
+    return {path: entry.split()[2] for entry, _, path in entries}
+
+
 def prove_own_code(revision: Revision, root: str, code: Mapping[str, str]) -> None:
     """Raises ComparisonError unless every module that a process has loaded is the file of this very commit.
 
@@ -153,9 +162,7 @@ def prove_own_code(revision: Revision, root: str, code: Mapping[str, str]) -> No
     """
     if Path(root) != revision.folder:
         raise ComparisonError(f"{revision.label}: expected code of {revision.folder}, got code of {root}")
-    listing = _git(revision.folder, "ls-tree", "-r", "-z", revision.commit)
-    entries = [line.partition("\t") for line in listing.split("\0") if line]
-    blobs = {path: entry.split()[2] for entry, _, path in entries}
+    blobs = files_of(revision)
     wrong = sorted(path for path, blob in code.items() if blobs.get(path) != blob)
     if wrong or not code.keys() & WORKERS:
         what = f"{wrong[0]} is not that of the commit" if wrong else f"{max(WORKERS, key=len)} is not loaded"

@@ -20,6 +20,9 @@ Slowdowns = Mapping[str, Sequence[float]]
 
 # A control that is sound moves in at most 1% of the batches.
 CONTROL_CONFIDENCE = 0.99
+# A session may look twice, and a PASS at either look ends it: each look has half of the chance of a wrong one, so that
+# both together have no more than the policy allows. A failure has to recur and needs no such share.
+LOOKS = 2
 # Fewer pairs have no bound at that confidence, and a control that can't move controls nothing.
 LEAST_PAIRS = 8
 
@@ -100,11 +103,22 @@ def _recurring(first: Finding, again: Finding) -> Finding:
 def _judge(policy: Policy, labels: Sequence[str], batch: Sequence[Slowdowns]) -> tuple[list[Finding], str | None]:
     findings, void = [], None
     for place, (primary, label) in enumerate(zip(policy.primary, labels, strict=True)):
-        bound = signed_rank_bound([pair["candidate"][place] for pair in batch], policy.confidence)
+        values = [pair["candidate"][place] for pair in batch]
+        bound = signed_rank_bound(values, policy.confidence)
         control = signed_rank_bound([pair["control"][place] for pair in batch], CONTROL_CONFIDENCE)
-        findings.append(judge_bound(policy, primary, label, (None, None), bound))
+        findings.append(_spent(judge_bound(policy, primary, label, (None, None), bound), policy, primary, values))
         void = void or control_moved(primary, control)
     return findings, void
+
+
+def _spent(finding: Finding, policy: Policy, primary: Primary, values: Sequence[float]) -> Finding:
+    """The finding, a pass only where the bound at the confidence of one of LOOKS looks passes too."""
+    confidence = 1 - (1 - policy.confidence) / LOOKS
+    high = signed_rank_bound(values, confidence).high
+    if finding.status != "pass" or (high is not None and high < math.log1p(primary.least_effect)):
+        return finding
+    note = f"{finding.note}, but at {confidence:.1%}, that of one of {LOOKS} looks, it has that inside it"
+    return replace(finding, status="inconclusive", note=note)
 
 
 def control_moved(primary: Primary, control: Bound) -> str | None:

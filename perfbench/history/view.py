@@ -155,7 +155,8 @@ def _how(figure: str) -> str:
     if METRICS[figure].kind == "exact":
         return f"This figure is exact: every difference is a change. {order}"
     return (
-        "A change: a permutation test on Pettitt's statistic gives p <= 0.01 and the level moves by "
+        "A change: a permutation test on Pettitt's statistic gives p <= 0.01, series without a step whose runs depend "
+        "on those before them as these do seem to have one as large as seldom, and the level moves by "
         f"{LEAST_CHANGE:.0%} or more; that takes {FEWEST} runs, and several after the change. {order}"
     )
 

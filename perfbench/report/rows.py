@@ -8,6 +8,7 @@ from typing import Any
 from perfbench.figures.metrics import METRICS, PARTS, named
 from perfbench.figures.papers import Paper, find_paper
 from perfbench.figures.roof import least_ms
+from perfbench.figures.stats import LEAST_ROUNDS
 from perfbench.run_folder.run_schema import Case, Comparison, Manifest
 
 Row = dict[str, Any]
@@ -54,6 +55,8 @@ def _row(comparison: Comparison, case: Case, name: str | None, paper: Paper | No
     for name in named("ratio"):
         for speed in SPEEDS:
             interval = (parts.get(name) or {}).get(speed) or {}
+            if (interval.get("rounds") or 0) < LEAST_ROUNDS:  # version 0.1 wrote an interval of two rounds already
+                interval = {"ratio": interval.get("ratio")}
             row |= {f"{name}_{speed}{end}": interval.get(key) for end, key in ENDS.items()}
     row |= {name: (parts[metric.source] or {}).get(name) for name, metric in named(*PARTS).items()}
     row |= {"tenants_differ": bool((case["adapters"] or {}).get("of_tenants"))}

@@ -7,14 +7,11 @@ from typing import Any
 
 from perfbench.figures.metrics import METRICS
 from perfbench.figures.papers import Paper
-from perfbench.figures.stats import overlap
+from perfbench.figures.stats import LEAST_ROUNDS, overlap
 from perfbench.files.plain_text import format_bytes
 from perfbench.report.columns import MAIN, arm_name, metrics_of
 from perfbench.report.rows import ENDS, WORKLOAD, Row
 from perfbench.run_folder.run_schema import Manifest
-
-# With fewer rounds an interval covers less than it says, and the best of several arms is mostly luck.
-LEAST_ROUNDS = 6
 
 _RARE = {"follow_up_tokens": "second turn"}
 _LEGEND = (
@@ -76,7 +73,23 @@ def hardware(manifest: Manifest, comparison: Mapping[str, Any], group: Sequence[
     # Void samples, or a run that was stopped: said, because the medians rest on fewer rounds than planned.
     within = f" in {processes} processes" if processes > 1 else ""
     of = f" of {planned} planned" if planned is not None and counted != [planned] else ""
-    return f"On {here}; medians of {rounds}{of} rounds{within}.{_busy(manifest['environment'])}"
+    return (
+        f"On {here}; medians of {rounds}{of} rounds{within}."
+        f"{_busy(manifest['environment'])}{_correlated(manifest, comparison, group)}"
+    )
+
+
+def _correlated(manifest: Manifest, comparison: Mapping[str, Any], group: Sequence[Row]) -> str:
+    """A sentence where each round was like the one before it: an interval that takes them to be independent is too
+    narrow then."""
+    kept = {case: (manifest["cases"][case]["kept"] or {}).get("decode_tokens_per_s") for case in comparison["case_ids"]}
+    names = [arm_name(row, group) for row in group if (kept.get(row["case"]) or {}).get("correlated")]
+    if not names:
+        return ""
+    return (
+        f" The rounds of {_enumerated(names)} are correlated, each with the one before it, so that intervals are too "
+        f"narrow: measure in several processes (--processes {LEAST_ROUNDS})."
+    )
 
 
 def _busy(environment: Mapping[str, Any]) -> str:
@@ -94,16 +107,15 @@ def conclusion(group: Sequence[Row]) -> Iterator[str]:
     if measured:
         best = max(measured, key=lambda row: row["kept_decode_tokens_per_s"])
         share = f"{best['kept_decode_tokens_per_s']:.1%}"
-        rounds = _fewest(measured)
+        enough = _enough(measured)
         if len(measured) == 1:
             yield f"{arm_name(best, group)} kept {share} of the bare backbone's decode speed."
-        elif rounds < LEAST_ROUNDS:
-            few = "is 1 round" if rounds == 1 else f"are {rounds} rounds"
-            yield f"Nothing is ranked: there {few}, and fewer than {LEAST_ROUNDS} don't tell arms apart."
+        elif not enough:
+            yield f"Nothing is ranked: fewer than {LEAST_ROUNDS} rounds, as here, don't tell arms apart."
         else:
             name, ties = arm_name(best, group), _ties(best, measured)
             yield f"{name} kept most of the bare backbone's decode speed, {share}{ties}"
-        above = [row for row in measured if (row["kept_decode_tokens_per_s_low"] or 0) > 1 and rounds >= LEAST_ROUNDS]
+        above = [row for row in measured if (row["kept_decode_tokens_per_s_low"] or 0) > 1 and enough]
         if above:
             yield (
                 f"Implausible: with {_enumerated([arm_name(row, group) for row in above])} decoding was faster than "
@@ -116,9 +128,9 @@ def conclusion(group: Sequence[Row]) -> Iterator[str]:
         yield f"A tenant costs least with {_enumerated(names)}: {format_bytes(least)}."
 
 
-def _fewest(measured: Sequence[Row]) -> int:
-    """The rounds of the arm that has fewest; one, where there was no interval to be had."""
-    return min(row["rounds"] if row["kept_decode_tokens_per_s_low"] is not None else 1 for row in measured)
+def _enough(measured: Sequence[Row]) -> bool:
+    """Whether every arm has, in common with the bare backbone, the rounds that an interval takes."""
+    return all(row["kept_decode_tokens_per_s_low"] is not None and row["rounds"] >= LEAST_ROUNDS for row in measured)
 
 
 def _ties(best: Row, measured: Sequence[Row]) -> str:
@@ -134,7 +146,7 @@ def _ties(best: Row, measured: Sequence[Row]) -> str:
 def is_best(row: Row, measured: Sequence[Row]) -> bool:
     """Whether `row` kept most of all `measured`, or its interval overlaps that of the one that did; no row, where the
     rounds are too few to tell."""
-    if _fewest(measured) < LEAST_ROUNDS:
+    if not _enough(measured):
         return False
     best = max(measured, key=lambda row: row["kept_decode_tokens_per_s"])
     return row is best or bool(overlap(_kept_interval(best), _kept_interval(row)))

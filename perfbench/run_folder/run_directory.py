@@ -19,7 +19,7 @@ from perfbench import exit_codes
 from perfbench.errors import RunDirectoryError
 from perfbench.figures.metrics import PARTS, named, required_of_samples, sample_values, tails_of
 from perfbench.figures.roof import impossible
-from perfbench.figures.stats import TAILS, Interval, median_interval, paired_ratios, summary, tail
+from perfbench.figures.stats import TAILS, Interval, interval_over_processes, paired_ratios, summary, tail
 from perfbench.files import strict_json
 from perfbench.files.run_lock import LOCK
 from perfbench.run_folder.run_schema import Case, Comparison, Manifest, Sample, problem_of_run, problem_of_sample
@@ -331,7 +331,7 @@ class RunDirectory:
         if not ratios[_SPEEDS[0]]:
             return None
         seed = self.manifest["scenario"].get("seed") or 0
-        return {speed: median_interval(values, seed=seed) for speed, values in ratios.items()}
+        return {speed: interval_over_processes(values, seed=seed) for speed, values in ratios.items()}
 
     def exit_code(self) -> int:
         """0 all measured; 1 some check failed or was void; 4 some case crashed, ran out of memory or was not

@@ -103,7 +103,9 @@ _SUMMARY = _object(
     "median",
     "rounds",
 )
-_RATIO = _object({"ratio": _FIGURE, "low": _FIGURE, "high": _FIGURE, "rounds": _MAYBE_COUNT})
+_RATIO = _object(
+    {**dict.fromkeys(("ratio", "low", "high"), _FIGURE), "rounds": _MAYBE_COUNT, "correlated": _or_null("boolean")}
+)
 _RATIOS = _object({}, others=_RATIO, null=True)
 _CASE = _object(
     {

@@ -314,5 +314,6 @@ def _finding(what: str, taken: list[float], ours: list[float] | None, error: flo
     if ours is not None and ours is not taken:
         ratio = median_interval([one / other for one, other in zip(taken, ours, strict=True)])
         figures["times_ours"] = ratio
-        text += f", {ratio['ratio']:.2f} x ours [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        between = "" if ratio["low"] is None else f" [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        text += f", {ratio['ratio']:.2f} x ours{between}"
     return Finding(what, PASS, f"{text}; error {error:.0e}", figures)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from statistics import median
 
 import pytest
 
+from perfbench.figures import change_points
 from perfbench.figures.change_points import FEWEST, changes, largest_change
 
 
@@ -58,3 +60,33 @@ def test_false_alarms_are_as_rare_as_said():
 def test_the_fastest_shape_of_a_step_is_found_with_the_fewest_values():
     values = [100.0 + at / 100 for at in range(FEWEST // 2)] + [110.0 + at / 100 for at in range(FEWEST // 2)]
     assert [change.index for change in changes(values, least_effect=0.03)] == [FEWEST // 2]
+
+
+def with_memory(seed: int, keep: float, *, step: float = 0.0, spread: float = 0.03, count: int = 20) -> list[float]:
+    """About 100, each value keeping a share of how far the one before it was off; a step in the middle."""
+    draw, off, values = random.Random(seed), 0.0, []
+    off = draw.gauss(0, 1)
+    for place in range(count):
+        values.append(100 * math.exp(spread * off) * (1 + step * (place >= count // 2)))
+        off = keep * off + math.sqrt(1 - keep**2) * draw.gauss(0, 1)
+    return values
+
+
+def alarms(keep: float) -> int:
+    """Of 100 series without a step."""
+    return sum(bool(changes(with_memory(seed, keep), least_effect=0.03, shuffles=199)) for seed in range(100))
+
+
+def test_a_series_with_memory_does_not_cry_wolf(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert alarms(0.0) <= 2
+    assert alarms(0.4) <= 3
+    assert alarms(0.8) <= 7
+    monkeypatch.setattr(change_points, "_with_memory", lambda values, index: 0.0)
+    assert alarms(0.8) > 25, "the fault, planted: values taken to be independent"
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.4, 0.8])
+def test_a_real_step_in_a_quiet_series_is_found_with_memory_too(keep: float) -> None:
+    for seed in range(20):
+        found = changes(with_memory(seed, keep, step=0.10, spread=0.01), least_effect=0.03, shuffles=199)
+        assert any(abs(change.index - 10) <= 1 for change in found), seed

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from perfbench.figures.stats import median_bounds, median_interval, overlap, paired_ratios, summary, tail
+from perfbench.figures.stats import (
+    LEAST_ROUNDS,
+    Interval,
+    interval_over_processes,
+    is_correlated,
+    median_bounds,
+    median_interval,
+    overlap,
+    paired_ratios,
+    summary,
+    tail,
+)
 
 
 def sample(case: str, process: int, round_: int, value: float, void: str | None = None) -> dict[str, Any]:
@@ -72,7 +85,7 @@ def test_ratios_pair_within_a_round_of_a_process_only() -> None:
         sample("none", 1, 0, 200.0),
         sample("arm", 1, 0, 100.0),
     ]
-    assert paired_ratios(samples, "arm", "none", "tokens_per_s") == [0.8, 0.5]
+    assert paired_ratios(samples, "arm", "none", "tokens_per_s") == [[0.8], [0.5]]
 
 
 @pytest.mark.parametrize("void", ["arm", "none"])
@@ -83,7 +96,7 @@ def test_a_void_sample_takes_its_pair_along(void: str) -> None:
         sample("arm", 0, 1, 90.0),
         sample("none", 0, 1, 100.0),
     ]
-    assert paired_ratios(samples, "arm", "none", "tokens_per_s") == [0.9]
+    assert paired_ratios(samples, "arm", "none", "tokens_per_s") == [[0.9]]
 
 
 def test_two_samples_in_one_turn_are_refused() -> None:
@@ -98,8 +111,15 @@ def test_a_reference_that_is_not_positive_is_refused() -> None:
         paired_ratios(samples, "arm", "none", "tokens_per_s")
 
 
-def test_one_round_gives_no_interval() -> None:
-    assert median_interval([0.9]) == {"ratio": 0.9, "low": None, "high": None, "rounds": 1}
+@pytest.mark.parametrize("rounds", range(1, LEAST_ROUNDS))
+def test_few_rounds_give_no_interval(rounds: int) -> None:
+    """Two of them had one that held the truth in 48%."""
+    ratios = [0.9 + place / 100 for place in range(rounds)]
+    nothing = {"ratio": statistics.median(ratios), "low": None, "high": None, "rounds": rounds}
+    assert median_interval(ratios) == nothing
+    assert interval_over_processes([ratios]) == {**nothing, "correlated": None}
+    assert interval_over_processes([[ratio] for ratio in ratios])["low"] is None
+    assert median_interval([*ratios, *[0.95] * (LEAST_ROUNDS - rounds)])["low"] is not None
 
 
 def test_no_round_is_refused() -> None:
@@ -115,11 +135,76 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 
 
 def test_the_interval_is_the_bootstraps() -> None:
-    """For three values the median's distribution over resamples is known: 7/27, 13/27, 7/27."""
-    interval = median_interval([1.0, 2.0, 3.0], level=0.95)
-    assert (interval["low"], interval["ratio"], interval["high"]) == (1.0, 2.0, 3.0)
-    narrow = median_interval([1.0, 2.0, 3.0], level=0.40)  # 30% and 70% both fall on the middle value
-    assert (narrow["low"], narrow["high"]) == (2.0, 2.0)
+    """For values that are two only, the median of seven is the greater one in 4 or more of seven draws: 10% of 2/7."""
+    interval = median_interval([1.0] * 5 + [2.0] * 2, resamples=4000, level=0.50)
+    assert (interval["low"], interval["ratio"], interval["high"]) == (1.0, 1.0, 1.0)
+    share = sum(math.comb(7, k) * (2 / 7) ** k * (5 / 7) ** (7 - k) for k in range(4, 8))
+    assert 0.09 < share < 0.13
+    ends = [median_interval([1.0] * 5 + [2.0] * 2, resamples=4000, level=1 - 2 * tail)["high"] for tail in (0.08, 0.14)]
+    assert ends == [2.0, 1.0]
+
+
+def rounds_of(kind: str, draw: random.Random, processes: int, rounds: int) -> list[list[float]]:
+    """Ratios about 1: independent ones, ones of which each keeps 60% of the one before, or ones with an offset of
+    their process that spreads as wide as they do."""
+    found = []
+    for _ in range(processes):
+        offset = draw.gauss(0, 0.03) if kind == "offsets" else 0.0
+        keep = 0.6 if kind == "correlated" else 0.0
+        value, own = draw.gauss(0, 0.03), []
+        for _ in range(rounds):
+            own.append(math.exp(offset + value))
+            value = keep * value + math.sqrt(1 - keep**2) * draw.gauss(0, 0.03)
+        found.append(own)
+    return found
+
+
+def coverage(kind: str, processes: int, rounds: int, interval: Callable[[list[list[float]]], Interval]) -> float:
+    """The share of 200 intervals that hold 1."""
+    held = 0
+    for seed in range(200):
+        found = interval(rounds_of(kind, random.Random(seed), processes, rounds))
+        held += (found["low"] or 2.0) <= 1.0 <= (found["high"] or 0.0)
+    return held / 200
+
+
+@pytest.mark.parametrize("kind", ["independent", "correlated", "offsets"])
+@pytest.mark.parametrize("processes", [3, 6])
+def test_several_processes_cover_the_truth_whatever_their_rounds_share(kind: str, processes: int) -> None:
+    """94 to 96% of 400 expected; 91% leaves room for the error of 200."""
+    assert coverage(kind, processes, 10, interval_over_processes) >= 0.91
+
+
+@pytest.mark.parametrize("kind", ["correlated", "offsets"])
+def test_rounds_taken_for_independent_would_not(kind: str) -> None:
+    """The fault, planted: all the rounds in one pot."""
+
+    def in_one_pot(processes: list[list[float]]) -> Interval:
+        return median_interval([ratio for rounds in processes for ratio in rounds], resamples=300)
+
+    assert coverage(kind, 3, 10, in_one_pot) < 0.80
+
+
+def test_the_reach_of_several_processes_is_students() -> None:
+    """Values of printed tables: 4.303 at two degrees of freedom, 2.571 at five."""
+    for count, printed in ((3, 4.303), (6, 2.571)):
+        medians = [math.exp(place / 100) for place in range(count)]
+        interval = interval_over_processes([[value] * 3 for value in medians])
+        spread = statistics.stdev(place / 100 for place in range(count))
+        expected = statistics.median(medians) * math.exp(printed * spread / math.sqrt(count))
+        assert interval["high"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_correlated_rounds_are_told_and_independent_ones_are_not() -> None:
+    told = {
+        kind: sum(bool(is_correlated(rounds_of(kind, random.Random(seed), 1, 40)[0])) for seed in range(200))
+        for kind in ("independent", "correlated")
+    }
+    assert told["independent"] <= 6  # 2 expected at 1%
+    assert told["correlated"] >= 150
+    assert is_correlated([1.0, 1.1] * 4) is None
+    assert is_correlated([1.0 + place / 100 for place in range(10)]) is True
+    assert interval_over_processes([[1.0 + place / 100 for place in range(10)]])["correlated"] is True
 
 
 def test_the_interval_narrows_with_rounds_and_covers_the_truth() -> None:

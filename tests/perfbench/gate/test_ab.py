@@ -23,8 +23,9 @@ from perfbench.cli import main
 from perfbench.errors import ComparisonError, PerfbenchError
 from perfbench.gate import pairs as pairs_module
 from perfbench.gate import revisions as revisions_module
-from perfbench.gate.pairs import ARMS, balanced_orders, measure_pair, pair_slowdown
+from perfbench.gate.pairs import ARMS, ArmProcess, balanced_orders, measure_pair, pair_slowdown
 from perfbench.gate.revisions import WORKERS, Revision, prove_own_code, repository_of, revisions
+from perfbench.gate.same_code import imported_files, same_code
 from tests.perfbench.gate.runs import ROOT
 
 # Speaks the protocol of perfbench/ab_worker.py, and is as slow as its own revision's perfbench/speed.py says. Its
@@ -113,11 +114,15 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ab_worker="import perfbench.speed\n"
         + WORKER.replace("content = Path(module.__file__).read_bytes()", 'content = b"another file"'),
     )
-    commit(folder, "again", ab_worker=WORKER)
+    commit(folder, "again", ab_worker=f"{WORKER}# Other code that does the same.\n")
+    commit(folder, "elsewhere-only", cli="# Nothing that the worker imports.\n")
     (folder / "pyproject.toml").write_text("[project\n")
     commit(folder, "broken-toml")
     (folder / "pyproject.toml").write_text(PYPROJECT.replace("[]", '["no-such-thing @ file:///no/such/thing.whl"]'))
     commit(folder, "not-building")
+    (folder / "pyproject.toml").write_text(PYPROJECT)
+    (folder / "constraints.txt").write_text("six==1.16.0\n")
+    commit(folder, "constrained")
     git(folder, "checkout", "--quiet", "again")
     return folder
 
@@ -272,9 +277,41 @@ def test_only_the_cases_of_primary_figures_are_timed(tmp_path: Path) -> None:
     assert ab("slower", tmp_path / "out2", "--policy", str(rules)) == 2
 
 
-def test_the_same_code_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ab("base", tmp_path / "out") == 0
-    assert "both revisions load the same code" in capsys.readouterr().out
+@pytest.mark.parametrize(("baseline", "candidate"), [("base", "base"), ("again", "elsewhere-only")])
+def test_the_same_code_passes_at_once_and_what_was_compared_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], baseline: str, candidate: str
+) -> None:
+    writes = [f"--write={name}={tmp_path / name}" for name in ("json", "junit", "pytest-benchmark")]
+    assert ab(candidate, tmp_path / "out", *writes, baseline=baseline) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("PASS: both sides are the same, so nothing was measured (--even-if-same ")
+    told = " ".join(said.out.split())
+    assert re.search(r"the 4 files .* can import \(\w{12}\), the packages .* \(\w{16}\), and scenario.yaml \(", told)
+    assert list((tmp_path / "out").iterdir()) == [], "no process was started"
+    assert json.loads((tmp_path / "json").read_text())["verdict"] == "pass"
+    assert not (tmp_path / "pytest-benchmark").exists()
+
+
+def test_other_packages_are_not_the_same(tmp_path: Path, repository: Path) -> None:
+    """One code under other constraints; an environment without packages takes no network."""
+    refs = {"baseline": "elsewhere-only", "candidate": "constrained"}
+    with revisions(repository, refs, tmp_path / "environments") as arms:
+        assert imported_files(arms["baseline"]) == imported_files(arms["candidate"])
+        assert same_code(arms, repository / "scenario.yaml", []) is None
+        twice = dict.fromkeys(arms, arms["baseline"])
+        assert same_code(twice, repository / "scenario.yaml", []) != same_code(
+            twice, repository / "scenario.yaml", ["x"]
+        )
+
+
+def test_the_same_code_is_measured_where_it_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ab("base", tmp_path / "out", "--even-if-same") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("PASS: 2 exact figures hold; decode_tokens_per_s")
+    assert "both revisions load the same code" in said
+    assert ab("base", tmp_path / "recorded", "--record", "--even-if-same", "--pairs", "1") == 0
+    assert ab("base", tmp_path / "refused", "--record", "--pairs", "1") == 2
+    assert "add --even-if-same" in capsys.readouterr().out
 
 
 def test_recorded_pairs_are_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -355,7 +392,7 @@ def test_other_dependencies_get_an_environment_that_is_kept(
 
 
 def test_the_proof_finds_a_changed_file(repository: Path) -> None:
-    here = Revision("again", git(repository, "rev-parse", "again"), repository.resolve(), Path(sys.executable))
+    here = Revision("again", git(repository, "rev-parse", "again"), repository.resolve(), Path(sys.executable), "")
     blob = git(repository, "rev-parse", "again:perfbench/worker.py")
     prove_own_code(here, str(repository.resolve()), {"perfbench/worker.py": blob})
     worker = "perfbench/worker.py"
@@ -374,7 +411,7 @@ def test_a_process_proves_itself_with_the_worker_of_either_layout(tmp_path: Path
         git(tmp_path, "init", "--quiet", str(folder))
         git(folder, "add", ".")
         git(folder, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "one")
-        here = Revision("one", git(folder, "rev-parse", "HEAD"), folder.resolve(), Path(sys.executable))
+        here = Revision("one", git(folder, "rev-parse", "HEAD"), folder.resolve(), Path(sys.executable), "")
         prove_own_code(here, str(folder.resolve()), {where: git(folder, "rev-parse", f"HEAD:{where}")})
 
 
@@ -436,6 +473,14 @@ def test_a_real_pair_is_timed(real: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
     job = {"scenario": str(tmp_path / "tiny.yaml"), "set": [], "case": "*/static/*", "threads": 1}
     with revisions(real, {"baseline": "base", "candidate": "one-more"}, tmp_path) as arms:
+        assert same_code(arms, tmp_path / "tiny.yaml", []) is None
+        assert same_code(dict.fromkeys(arms, arms["baseline"]), tmp_path / "tiny.yaml", [])
+        with (
+            (tmp_path / "log").open("wb") as log,
+            ArmProcess("baseline", arms["baseline"], {**job, "prepare": True, "only": None}, log) as process,
+        ):
+            loaded = process.ready().code
+        assert loaded.items() <= (imported_files(arms["baseline"]) or {}).items(), "what is loaded was compared"
         pair = measure_pair(
             arms,
             {**job, "prepare": False, "only": [STATIC]},
@@ -472,3 +517,19 @@ def test_a_disturbed_block_does_not_move_a_pair() -> None:
     disturbed = {"blocks": [block(100 / 1.05)] * 8 + [block(20), block(500)]}
     for pair in (even, disturbed):
         assert math.expm1(pair_slowdown(pair, "decode_tokens_per_s", ["c"], "candidate")) == pytest.approx(0.05)
+
+
+def test_what_the_front_of_perfbench_offers_to_users_is_not_what_a_worker_imports(tmp_path: Path) -> None:
+    """The front and what it imports at once count, and not what those import inside functions."""
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / "perfbench").mkdir()
+    later = "def run():\n    from perfbench import {}\n"
+    front = {"__init__": "from perfbench.api import run\n", "api": later.format("report"), "report": ""}
+    worker = {"ab_worker": later.format("session"), "session": "NAME = 'perfbench.by_name'\n", "by_name": ""}
+    commit(tmp_path, "one", **front, **worker)
+    here = Revision("one", git(tmp_path, "rev-parse", "HEAD"), tmp_path, Path(sys.executable), "")
+    names = {Path(path).stem for path in imported_files(here) or ()}
+    assert names == {"__init__", "api", "ab_worker", "session", "by_name"}
+    commit(tmp_path, "two", session="this is no Python\n")
+    broken = Revision("two", git(tmp_path, "rev-parse", "HEAD"), tmp_path, Path(sys.executable), "")
+    assert imported_files(broken) is None

@@ -107,8 +107,16 @@ def test_a_write_that_can_not_be_is_refused(write: str, words: str, capsys: pyte
 def test_a_pass_that_could_not_be_written_is_no_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gate("--candidate", BASELINE, "--write", f"junit={tmp_path}") == 2
     assert "can't be written" in capsys.readouterr().err
+
+
+def test_a_format_of_timed_samples_is_refused_before_a_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It printed PASS first, and then left with 2."""
     assert gate("--candidate", BASELINE, "--exact-only", "--write", f"pytest-benchmark={tmp_path / 'x'}") == 2
-    assert "no timed samples" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "pytest-benchmark holds timed samples" in said.err
+    assert said.out == ""
 
 
 def test_on_github_the_summary_grows_and_annotations_are_printed(

@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,24 @@ def test_a_fall_that_can_t_be_is_not_called_better(
     assert report.exit_code == 1
     (found,) = report.of("fail")
     assert re.search(f"contradictory: .* -> .*, {why}", found.note)
+
+
+def test_what_the_baseline_can_t_have_counted_is_not_gated(tmp_path: Path) -> None:
+    """A count of 0 FLOPs, as torch gives it where its registry lacks an operation, and the right one: no regression."""
+
+    def plant(flops: int) -> Callable[[dict[str, Any]], None]:
+        def change(manifest: dict[str, Any]) -> None:
+            exact = manifest["cases"][runs.LORA]["exact"]
+            exact |= {"flops_per_decode_step": flops, "least_flops_per_decode_step": 1000}
+
+        return change
+
+    wrong, right = (runs.copy_of(tmp_path / f"{flops}", manifest=plant(flops)) for flops in (0, 1000))
+    report = compared(wrong, right, exact_only=True)
+    assert report.exit_code == 0
+    (found,) = [one for one in of(report, "flops_per_decode_step") if one.case == runs.LORA]
+    assert (found.status, found.note.split(": ")[1]) == ("shown", "the baseline's contradicts itself")
+    assert compared(right, wrong, exact_only=True).exit_code == 1
 
 
 def test_a_figure_that_vanished_fails(tmp_path: Path) -> None:

@@ -346,7 +346,7 @@ def test_summaries_are_of_the_samples(run: RunDirectory) -> None:
     assert "energy_mj_per_token" not in none["summary"]
     kept = lora["kept"]["decode_tokens_per_s"]
     half = pytest.approx(0.5)
-    assert kept == {"ratio": half, "low": half, "high": half, "rounds": 3}
+    assert kept == {"ratio": half, "low": None, "high": None, "rounds": 3, "correlated": None}
     assert para["kept"]["decode_tokens_per_s"]["ratio"] == pytest.approx(0.8)
     assert para["versus_lora"]["decode_tokens_per_s"]["ratio"] == pytest.approx(1.6)
     assert none["versus_lora"]["decode_tokens_per_s"]["ratio"] == pytest.approx(2.0)
@@ -430,7 +430,20 @@ def test_rounds_of_different_processes_are_not_paired(run: RunDirectory) -> None
         "low": None,
         "high": None,
         "rounds": 1,
+        "correlated": None,
     }
+
+
+def test_what_a_process_shares_widens_the_interval_of_several(run: RunDirectory) -> None:
+    """Two processes that differ, each steady: rounds in one pot had an interval with nothing in it but the two."""
+    for process, factor in ((0, 1.0), (1, 1.1)):
+        for round_ in range(4):
+            run.append_sample(sample("none", round_, process=process))
+            run.append_sample({**sample("lora", round_, process=process), "tokens_per_s": 100.0 * factor})
+    run.summarise()
+    kept = run.manifest["cases"]["c/lora"]["kept"]["tokens_per_s"]
+    assert kept["high"] / kept["low"] > 2  # of two processes Student's t reaches 12.7 errors
+    assert kept["correlated"] is None
 
 
 def test_a_turn_taken_twice_is_an_error_of_the_file(run: RunDirectory) -> None:
