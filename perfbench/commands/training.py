@@ -216,8 +216,9 @@ def _mtbench_judge(arguments: argparse.Namespace) -> int:
     import os
 
     from perfbench.finetune.mt_bench import judge
+    from perfbench.finetune.mt_bench.judge_endpoint import Endpoint
 
-    endpoint = judge.Endpoint(arguments.url, arguments.model, os.environ.get(arguments.key_variable, ""))
+    endpoint = Endpoint(arguments.url, arguments.model, os.environ.get(arguments.key_variable, ""))
     found = judge.judge(
         arguments.questions, arguments.answers, arguments.out, endpoint, lambda text: print(text, file=sys.stderr)
     )
