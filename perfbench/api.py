@@ -85,7 +85,8 @@ class Run:
 
     def to_html(self, out: str | Path | None = None) -> str:
         """The page of `perfbench report`, which opens offline; written to the file `out` too where one is given."""
-        from perfbench.report.write import RunsReport, write
+        from perfbench.files.whole import write
+        from perfbench.report.write import RunsReport
 
         page = RunsReport([self._read]).page()
         if out is not None:
@@ -239,11 +240,12 @@ def accuracy(
     line, for what can be mended: FinetuneError, TaskError, BackboneError, AdapterError, RunDirectoryError.
     """
     from perfbench.files import run_lock
+    from perfbench.files.paths import stamped
     from perfbench.finetune.accuracy import accuracy_config, accuracy_run
 
     if not isinstance(config, accuracy_config.AccuracyConfig):
         config = accuracy_config.load(located(config, say), _settings(set))
-    folder = _out(out, resume, _stamped(f"accuracy-{config.name}"))
+    folder = _out(out, resume, stamped(f"accuracy-{config.name}"))
     measured = run.path if isinstance(run, Run) else Path(run) if run else None
     with run_lock.held(folder, resume=resume):
         done, verdict = accuracy_run.execute(config, folder, resume=resume, run=measured)
@@ -261,11 +263,12 @@ def search(
     """FanLoRA's choice of the modules that each layer keeps, by the scores of LoRA on all of them: `perfbench fanlora
     search`. Arguments and errors as those of `accuracy`; a name is such as "fanlora/skills_cpu"."""
     from perfbench.files import run_lock
+    from perfbench.files.paths import stamped
     from perfbench.finetune.search import outcome, search_config, search_run
 
     if not isinstance(config, search_config.SearchConfig):
         config = search_config.load(located(config, say), _settings(set))
-    folder = _out(out, resume, _stamped(f"{config.training.name}-search"))
+    folder = _out(out, resume, stamped(f"{config.training.name}-search"))
     with run_lock.held(folder, resume=resume):
         found = search_run.search(config, folder, resume=resume)
     return Search(folder, folder / outcome.file_of(config, config.scores[0]), found.manifest)
@@ -296,9 +299,3 @@ def _out(out: str | Path | None, resume: bool, default: Path) -> Path:
     if out is None and resume:
         raise PerfbenchError("resume: say with out which folder to go on with")
     return default if out is None else Path(out)
-
-
-def _stamped(name: str) -> Path:
-    from perfbench.commands.arguments import stamped
-
-    return stamped(name)

@@ -6,7 +6,6 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -78,11 +77,6 @@ def add_format(parser: argparse.ArgumentParser, default: str) -> None:
 
     about = f"{', '.join(FORMATS)} (default: {default})"
     parser.add_argument("--format", choices=FORMATS, default=default, metavar="NAME", help=about)
-
-
-def stamped(name: str) -> Path:
-    """runs/<name>-<time>."""
-    return Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
 def out_of(arguments: argparse.Namespace, default: Path, what: str) -> Path:

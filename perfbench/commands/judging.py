@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from perfbench.commands.arguments import add_set, positive, stamped
+from perfbench.commands.arguments import add_set, positive
+from perfbench.files.paths import stamped
 
 
 def add(commands: Any) -> None:

@@ -54,9 +54,10 @@ def _report(arguments: argparse.Namespace) -> int:
     request, CSV, JSON, Parquet. Of an accuracy run its own page. Exit code 2 where a run can't be read or the file
     can't be written."""
     from perfbench.commands import stored
+    from perfbench.files.whole import write
     from perfbench.report.formats import put
     from perfbench.report.read import read_runs
-    from perfbench.report.write import RunsReport, SampleRows, write
+    from perfbench.report.write import RunsReport, SampleRows
 
     judged = [path for path in arguments.runs if stored.is_accuracy(path)]
     if judged and len(arguments.runs) > 1:
@@ -77,10 +78,10 @@ def _history(arguments: argparse.Namespace) -> int:
     is skipped and counted. Exit code 2 where a run can't be read; the rest is imported."""
     from collections import Counter
 
+    from perfbench.files.whole import write
     from perfbench.history import store as history_store
     from perfbench.history.view import Movement
     from perfbench.report.formats import put
-    from perfbench.report.write import write
     from perfbench.run_folder.run_directory import is_something_else
 
     below, outcomes = history_store.find_runs(arguments.runs), Counter[str]()

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from perfbench.commands.arguments import add_out, add_plugin, add_set, interrupted, out_of, positive, stamped
+from perfbench.commands.arguments import add_out, add_plugin, add_set, interrupted, out_of, positive
 from perfbench.errors import PerfbenchError
+from perfbench.files.paths import stamped
 from perfbench.methods.dtypes import DTYPES
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from datetime import UTC, datetime
 from pathlib import Path
 
 from perfbench.errors import PerfbenchError
@@ -35,3 +36,8 @@ def expanded(name: str) -> Path:
         if error.errno in _REFUSED:
             raise PerfbenchError(f"{shown}: {_REFUSED[error.errno]}") from None
     return path
+
+
+def stamped(name: str) -> Path:
+    """runs/<name>-<time>."""
+    return Path("runs") / f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"

@@ -17,6 +17,7 @@ import torch
 from perfbench import __version__
 from perfbench.errors import RunDirectoryError
 from perfbench.files.run_lock import has_files
+from perfbench.files.whole import write
 from perfbench.finetune import trained
 from perfbench.finetune.accuracy.paired_statistics import Paired, compare
 from perfbench.finetune.encoding import fits
@@ -27,7 +28,6 @@ from perfbench.finetune.tasks.task_metrics import METRICS
 from perfbench.machine import environment
 from perfbench.machine.device import device_kind
 from perfbench.methods.checkpoints import adapter_folder
-from perfbench.report.write import write
 from perfbench.runtimes import backbone as backbones
 
 MANIFEST, ITEMS = "evaluation.json", "items.jsonl"

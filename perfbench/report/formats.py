@@ -75,7 +75,7 @@ def put(subject: Subject, format: str, out: Path | None = None, *, filed: str | 
     """Writes `subject` in one of FORMATS to the file `out`, as a whole or not at all, else to standard output; a page
     and bytes to the file `filed`.FORMAT, where that is said. PerfbenchError as `rendered` has it, where the file
     can't be written, and on bytes for a terminal."""
-    from perfbench.report.write import write
+    from perfbench.files.whole import write
 
     if format == "table" and out is None:
         subject.print(console_of())  # in colour, and as wide as the terminal is

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from perfbench.errors import PerfbenchError
@@ -113,29 +109,3 @@ def _steadiness(run: Run) -> Iterator[str]:
     shifted = [f"{row[0]} {row[1]}" for row in chart.rows if row[3] is not None and row[1].startswith("shifts")]
     of = f"{len(shifted)} of {len(chart.rows)} cases"
     yield tables.plain(f"Time between tokens over the repetitions: the level of {of} shifts. {'; '.join(shifted)}")
-
-
-def write(path: Path, content: bytes) -> None:
-    """Puts `content` in the place of `path`, as a whole or not at all. PerfbenchError where that can't be done."""
-    if path.is_dir():
-        raise PerfbenchError(f"--out {path}: is a folder; expected the name of a file")
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()
-        reason = error.strerror or str(error)
-        raise PerfbenchError(f"--out {path}: can't be written ({reason}); give a file that you can write to") from None
-
-
-def _umask() -> int:
-    """The mask of this process: the temporary file is private, the report is as any file the user makes."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

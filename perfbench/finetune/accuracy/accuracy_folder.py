@@ -23,12 +23,12 @@ from perfbench import __version__
 from perfbench.errors import RunDirectoryError
 from perfbench.files import strict_json
 from perfbench.files.run_lock import has_files
+from perfbench.files.whole import write
 from perfbench.files.yaml_source import dotted
 from perfbench.finetune.accuracy.accuracy_config import AccuracyConfig
 from perfbench.finetune.accuracy.paths import as_trained
 from perfbench.finetune.accuracy.verdict import Verdict, judge
 from perfbench.machine import environment
-from perfbench.report.write import write
 from perfbench.run_folder.run_schema import ENVIRONMENT, Schema
 from perfbench.spec import method_plugins
 from perfbench.spec.scenario_schema import problems

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from perfbench.errors import AdapterError, FinetuneError, RunDirectoryError
+from perfbench.files.whole import write
 from perfbench.finetune import small_backbone
 from perfbench.finetune.accuracy import verdict_page
 from perfbench.finetune.accuracy.accuracy_config import AccuracyConfig, Entry
@@ -30,7 +31,6 @@ from perfbench.methods.checkpoints.adapter_folder import WEIGHTS
 from perfbench.methods.plan import plan_bytes
 from perfbench.methods.shape import BackboneShape
 from perfbench.progress import RunProgress
-from perfbench.report.write import write
 from perfbench.runtimes import backbone as backbones
 from perfbench.spec.backbone_config import find_config
 

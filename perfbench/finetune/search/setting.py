@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from perfbench.errors import FinetuneError
+from perfbench.files.whole import replace
 from perfbench.methods.shape import MODULES, Setting
 
 
@@ -56,12 +55,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """`text` at `path`, whole or not at all. FinetuneError where it can't be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        replace(path, text.encode())
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise FinetuneError(f"{path}: can't be written: {error.strerror}; give another --out") from None
