@@ -15,10 +15,10 @@ from types import FrameType
 from perfbench import crash_report, exit_codes
 from perfbench.cli import main
 from perfbench.errors import PerfbenchError
-from perfbench.files.plain_text import printable
 
 # Of a processor, so that what else the machine does counts for nothing.
 LONGEST_S = 20
+LONGEST_LINE = 2000
 MEANT = {exit_codes.OK, exit_codes.FAILED, exit_codes.BAD_INPUT, exit_codes.INCONCLUSIVE}
 # Categories of characters that are not shown as one; of them only the ends of lines may be printed.
 OBEYED = {"Cc", "Cs", "Cf", "Co", "Cn"}
@@ -54,7 +54,7 @@ def outcome(call: Callable[[], object]) -> tuple[int | str, str, str]:
                 answer = call()
             code = answer if isinstance(answer, int) else exit_codes.OK
         except PerfbenchError as refused:
-            print(f"perfbench: {printable(str(refused))}", file=error)
+            print(f"perfbench: {refused}", file=error)
             code = exit_codes.BAD_INPUT
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else "SystemExit"
@@ -81,6 +81,8 @@ def problem(code: int | str, out: str, error: str, *, tells: str) -> str:
     obeyed = {char for char in both if char not in "\n\r" and unicodedata.category(char) in OBEYED}
     if obeyed:
         return f"characters that a terminal obeys: {sorted(map(hex, map(ord, obeyed)))}"
+    if any(len(line) > LONGEST_LINE for line in error.splitlines()):
+        return "a line that fills the screen"
     refusals = [line for line in error.splitlines() if line.startswith("perfbench")]
     if code == exit_codes.BAD_INPUT and tells != "gate" and len(refusals) != 1:
         return f"{len(refusals)} refusals"

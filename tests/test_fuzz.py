@@ -22,7 +22,7 @@ from tests.outcomes import Family, problem
 pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).parents[1]
-RUNS = ("cpu-256x8/q8-none-1", "cpu-110m/q8-run-1", "h200/verify-7b-q1", "cpu-chat-turns")
+RUNS = ("cpu-256x8/q8-none-1", "cpu-110m/q8-run-1", "h200/verify-7b-q1", "cpu-chat-turns", "cpu-tenant-sweep/q64-lora")
 TRAINING = "skills-search/finetune-default"
 
 
@@ -49,6 +49,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
         (0, "lora \x1b[31m\n", "", "['0x1b']"),
         (0, "", "lora \u202e\n", "['0x202e']"),
         (0, "a,b\r\n", "", ""),
+        (2, "", f"perfbench: {'x' * 5000}\n", "fills the screen"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_seen(code: int | str, out: str, error: str, says: str) -> None:

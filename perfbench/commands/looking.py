@@ -95,7 +95,7 @@ def _history(arguments: argparse.Namespace) -> int:
                 outcome = store.add(path)
             except PerfbenchError as error:
                 outcome = "refused"
-                print(f"perfbench: {printable(str(error))}", file=sys.stderr)
+                print(f"perfbench: {error}", file=sys.stderr)
             if outcome == "unfinished":
                 print(f"{path}: still being written, or stopped; imported once it is finished", file=sys.stderr)
             outcomes[outcome] += 1

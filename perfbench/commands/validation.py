@@ -22,7 +22,7 @@ def validate(files: Sequence[Path], *, large: bool = False) -> int:
         try:
             print(printable(f"{path}: ok, {summary(path, large=large)}"))
         except PerfbenchError as error:
-            print(f"perfbench: {printable(str(error))}", file=sys.stderr)
+            print(f"perfbench: {error}", file=sys.stderr)
             bad += 1
     return exit_codes.BAD_INPUT if bad else exit_codes.OK
 

@@ -165,6 +165,15 @@ def test_what_a_terminal_obeys_is_not_printed_of_a_scenario(
         assert all(line.isprintable() for line in both.splitlines())
 
 
+def test_an_error_quotes_whatever_came_in_one_short_line() -> None:
+    assert str(PerfbenchError("a\n\x1b[31m\u202e\ud800b")) == "a \ufffd[31m\ufffd\ufffdb"
+    assert str(PerfbenchError("x.yaml:1: écrit\u00a0ici")) == "x.yaml:1: écrit ici"
+    long = str(PerfbenchError(f"x.yaml:1: {'y' * 200_000}; did you mean 'z'?"))
+    assert len(long) < 1600
+    assert long.startswith("x.yaml:1: y")
+    assert long.endswith("y; did you mean 'z'?")
+
+
 def test_paths_that_can_be_are_left_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert expanded("~/a") == tmp_path / "a"
