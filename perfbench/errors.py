@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable
 
 # A message quotes what came, which may be of any length.
-_LONGEST = 1500
+_LONGEST = 1400
 _END = 300
 
 

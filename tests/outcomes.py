@@ -18,7 +18,7 @@ from perfbench.errors import PerfbenchError
 
 # Of a processor, so that what else the machine does counts for nothing.
 LONGEST_S = 20
-LONGEST_LINE = 2000
+LONGEST_LINE = 1500
 MEANT = {exit_codes.OK, exit_codes.FAILED, exit_codes.BAD_INPUT, exit_codes.INCONCLUSIVE}
 # Categories of characters that are not shown as one; of them only the ends of lines may be printed.
 OBEYED = {"Cc", "Cs", "Cf", "Co", "Cn"}

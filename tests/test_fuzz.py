@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -18,6 +19,9 @@ from perfbench import exit_codes
 from perfbench.errors import PerfbenchError
 from tests import damage
 from tests.outcomes import Family, problem
+
+if sys.platform == "win32":
+    pytest.skip("a timer that ends what works for too long is POSIX's", allow_module_level=True)
 
 pytestmark = pytest.mark.thorough
 
