@@ -11,7 +11,6 @@ from perfbench import __version__, crash_report, exit_codes, interruption
 from perfbench.commands import judging, looking, measuring, training
 from perfbench.commands.arguments import Parser
 from perfbench.errors import PerfbenchError
-from perfbench.files.plain_text import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except PerfbenchError as error:
-        print(f"perfbench: {printable(str(error))}", file=sys.stderr)
+        print(f"perfbench: {error}", file=sys.stderr)
         return exit_codes.BAD_INPUT
     except KeyboardInterrupt:
         print("perfbench: interrupted", file=sys.stderr)

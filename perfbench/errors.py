@@ -9,9 +9,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# A message quotes what came, which may be of any length.
+_LONGEST = 1400
+_END = 300
+
 
 class PerfbenchError(Exception):
-    """The input can't be used as it is. Exit code 2."""
+    """The input can't be used as it is. Exit code 2. Its message is made one line that a terminal shows as it is,
+    whatever it quotes, and cut in the middle where it is long."""
+
+    def __init__(self, message: str) -> None:
+        if not message.isprintable():
+            shown = (char if char.isprintable() else " " if char.isspace() else "\ufffd" for char in message)
+            message = "".join(shown)
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST - _END]} ... {message[-_END:]}"
+        super().__init__(message)
 
 
 class ScenarioError(PerfbenchError):

@@ -96,14 +96,19 @@ def _history(arguments: argparse.Namespace) -> int:
                 outcome = store.add(path)
             except PerfbenchError as error:
                 outcome = "refused"
-                print(f"perfbench: {printable(str(error))}", file=sys.stderr)
+                print(f"perfbench: {error}", file=sys.stderr)
             if outcome == "unfinished":
                 print(f"{path}: still being written, or stopped; imported once it is finished", file=sys.stderr)
             outcomes[outcome] += 1
         if below:
             counted = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
             print(f"{len(found)} runs: {counted or 'none'}{skipped}", file=sys.stderr)
-        series = store.series(arguments.figure, arguments.case, arguments.machine)
+        try:
+            series = store.series(arguments.figure, arguments.case, arguments.machine)
+        except PerfbenchError:
+            if found and outcomes["refused"] == len(found):
+                return exit_codes.BAD_INPUT  # that nothing is there to show has its reason above
+            raise
     if arguments.html:
         write(arguments.html, Movement(series).page().encode())
         print(f"{arguments.html}: {len(series)} plots", file=sys.stderr)

@@ -87,6 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from perfbench import api
+    from perfbench.files.plain_text import printable_lines
     from perfbench.report.table import render
     from perfbench.spec import cost
 
@@ -102,7 +103,7 @@ def _run(arguments: argparse.Namespace) -> int:
         say=notes.print,
     )
     if arguments.dry_run:
-        print("\n".join(prepared.case_ids))
+        print(printable_lines("\n".join(prepared.case_ids)))
         notes.print(f"{prepared.work}; nothing was run")
         return 0
     out = out_of(arguments, prepared.default_out, "run directory")

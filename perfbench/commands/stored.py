@@ -56,10 +56,12 @@ def page(path: Path, format: str) -> bytes:
 
 
 def _judged(path: Path) -> tuple[AccuracyFolder, Verdict]:
-    """The folder and the verdict on its answers."""
+    """The folder and the verdict on its answers, for a terminal or a page."""
+    from perfbench.files.plain_text import printable_tree
     from perfbench.finetune.accuracy.accuracy_folder import AccuracyFolder
 
     folder = AccuracyFolder.open(path)
+    folder.manifest = printable_tree(folder.manifest)
     try:
         return folder, folder.judge()
     except (KeyError, TypeError, ValueError) as error:

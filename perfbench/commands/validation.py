@@ -20,9 +20,9 @@ def validate(files: Sequence[Path], *, large: bool = False) -> int:
     bad = 0
     for path in files:
         try:
-            print(f"{path}: ok, {summary(path, large=large)}")
+            print(printable(f"{path}: ok, {summary(path, large=large)}"))
         except PerfbenchError as error:
-            print(f"perfbench: {printable(str(error))}", file=sys.stderr)
+            print(f"perfbench: {error}", file=sys.stderr)
             bad += 1
     return exit_codes.BAD_INPUT if bad else exit_codes.OK
 

@@ -177,7 +177,8 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         what = f"expected UTF-8 text, got another byte at offset {error.start}"
-        raise ScenarioError(f"{path}: {what}; save it as UTF-8") from None
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ScenarioError(f"{path}:{line}: {what}; save it as UTF-8") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ScenarioError(f"{path}: can't be read: {reason}") from None
@@ -199,8 +200,9 @@ def _parse(text: str, origin_of_line: Callable[[int], str], where: str) -> Sourc
         place = origin_of_line(mark.line + 1) if mark else where
         what = " ".join(part for part in (error.context, error.problem) if part)
         raise ScenarioError(f"{place}: malformed YAML: {what}") from None
-    except yaml.YAMLError as error:  # a character that YAML forbids: the error's text has several lines
-        raise ScenarioError(f"{where}: malformed YAML: {' '.join(str(error).split())}") from None
+    except yaml.reader.ReaderError as error:  # a character that YAML forbids: the error's text has several lines
+        place = origin_of_line(text.count("\n", 0, error.position) + 1)
+        raise ScenarioError(f"{place}: malformed YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ScenarioError(f"{where}: malformed YAML: nested too deeply") from None
     finally:

@@ -275,11 +275,11 @@ def _explain(error: ValidationError) -> Iterator[Problem]:
         case "required":
             for key in limit:
                 if key not in value:
-                    expected = described(schema["properties"][key])
+                    expected = described(schema["properties"].get(key, {}))
                     yield Problem((*place, key), f"is missing; expected {expected}")
         case "enum":
             if isinstance(value, str):  # else the type is wrong, which is an error of its own
-                yield Problem(place, f"unknown {schema['title']} {shown(value)}; {nearest(value, limit)}")
+                yield Problem(place, f"unknown {schema.get('title', 'value')} {shown(value)}; {nearest(value, limit)}")
         case "minItems" | "minLength":
             least = "at least one value" if isinstance(value, list) else "at least one character"
             yield Problem(place, f"expected {least}, {got}")

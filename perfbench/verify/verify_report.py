@@ -16,6 +16,7 @@ from rich.text import Text
 from perfbench import exit_codes
 from perfbench.errors import RunDirectoryError
 from perfbench.files import strict_json
+from perfbench.files.plain_text import printable_tree
 from perfbench.files.yaml_source import dotted
 from perfbench.run_folder.run_schema import ENVIRONMENT, LARGEST, Schema
 from perfbench.spec.scenario_schema import problems
@@ -27,11 +28,13 @@ _STYLES = {PASS: "green", FAIL: "bold red", SKIPPED: "yellow"}
 
 
 _TEXT: Schema = {"type": "string"}
+_STATUS: Schema = {"type": "string", "enum": [PASS, FAIL, SKIPPED], "title": "result"}
+_SOFTWARE = ("perfbench", "torch", "triton")
 _FINDING: Schema = {
     "type": "object",
     "properties": {
         "what": _TEXT,
-        "status": {"type": "string", "enum": [PASS, FAIL, SKIPPED]},
+        "status": _STATUS,
         "finding": _TEXT,
         "figures": {"type": "object"},
     },
@@ -40,19 +43,36 @@ _FINDING: Schema = {
 _SECTION: Schema = {
     "type": "object",
     "properties": {
+        "status": _STATUS,
         "findings": {"type": "array", "items": _FINDING},
         "seconds": {"type": "number", "minimum": 0, "maximum": LARGEST},
     },
-    "required": ["findings", "seconds"],
+    "required": ["status", "findings", "seconds"],
 }
 # What --resume and the table trust.
 _SCHEMA: Schema = {
     "type": "object",
     "properties": {
         "device": {"type": "object", "properties": {"name": _TEXT}, "required": ["name"]},
-        "environment": ENVIRONMENT,
+        "environment": {
+            **ENVIRONMENT,
+            "properties": {
+                **ENVIRONMENT["properties"],
+                "versions": {
+                    "type": "object",
+                    "properties": {name: {} for name in _SOFTWARE},
+                    "required": list(_SOFTWARE),
+                },
+                "kernel_settings": {"type": "object"},
+            },
+            "required": ["versions", "kernel_settings", "checkout"],
+        },
+        "full": {"type": "boolean"},
+        "budget_s": {"type": ["number", "null"], "minimum": 0, "maximum": LARGEST},
+        "left_out": {"type": "array", "items": _TEXT},
         "sections": {"type": "object", "properties": {}, "additionalProperties": _SECTION},
     },
+    "required": ["device", "environment", "full", "budget_s", "sections"],
 }
 
 
@@ -94,6 +114,7 @@ def exit_code(found: dict[str, Any]) -> int:
 
 def markdown(found: dict[str, Any]) -> str:
     """The verdict, where it ran, and the table."""
+    found = printable_tree(found)
     lines = [f"**{_cell(verdict(found))}**", "", _cell(_where(found)), ""]
     lines += ["| section | what | result | finding |", "| --- | --- | --- | --- |"]
     for section, finding in _findings(found):
@@ -104,7 +125,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 def render(found: dict[str, Any], console: Console | None = None) -> None:
     """Prints the verdict first, then the table."""
-    console = console or Console()
+    console, found = console or Console(), printable_tree(found)
     failed = exit_code(found) != 0
     console.print(Text(verdict(found), _STYLES[FAIL] if failed else _STYLES[PASS]))
     console.print(Text(_where(found), "dim"))
@@ -142,8 +163,6 @@ def read(folder: Path) -> dict[str, Any]:
         raise RunDirectoryError(f"{file}: can't be read ({error}); give another --out") from None
     if not isinstance(found, dict) or found.get("schema_version") != SCHEMA_VERSION:
         raise RunDirectoryError(f"{file}: expected schema_version {SCHEMA_VERSION}; give another --out")
-    if missing := {"device", "full", "environment", "sections"} - set(found):
-        raise RunDirectoryError(f"{file}: lacks {', '.join(sorted(missing))}; give another --out")
     for problem in problems(found, _SCHEMA):
         raise RunDirectoryError(f"{file}: {dotted(problem.place)}: {problem.message}; give another --out")
     return found
@@ -158,7 +177,7 @@ def _findings(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _where(found: dict[str, Any]) -> str:
     seconds = sum(section["seconds"] for section in found["sections"].values())
     versions = found["environment"]["versions"]
-    software = ", ".join(f"{name} {versions[name]}" for name in ("perfbench", "torch", "triton"))
+    software = ", ".join(f"{name} {versions[name]}" for name in _SOFTWARE)
     limit = "" if found["budget_s"] is None else f" of at most {found['budget_s']:.0f}"
     tuned = ", ".join(f"{source} ({gpu})" for gpu, source in found["environment"]["kernel_settings"].items())
     left_out = f"; left out: {', '.join(found['left_out'])}" if found.get("left_out") else ""

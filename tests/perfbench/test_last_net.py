@@ -148,6 +148,32 @@ def test_thousands_of_unknown_keys_are_one_line(tmp_path: Path, capsys: pytest.C
     assert "many.yaml:1: key0: unknown key 'key0'" in said(capsys)
 
 
+@pytest.mark.parametrize("command", [["validate"], ["run", "--dry-run"]])
+def test_what_a_terminal_obeys_is_not_printed_of_a_scenario(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    from perfbench.spec.backbone_config import NAMED_CONFIGS
+
+    backbone = tmp_path / "x\x1b[31m\u202e"
+    backbone.mkdir()
+    (backbone / "config.json").write_text(json.dumps(NAMED_CONFIGS["llama-tiny"]))
+    (backbone / "model.safetensors").touch()
+    for name in (str(backbone), "\u202e"):
+        code = main([*command, written(tmp_path, backbone=json.dumps(name))])
+        assert code == 0 or name == "\u202e"
+        both = "".join(capsys.readouterr())
+        assert all(line.isprintable() for line in both.splitlines())
+
+
+def test_an_error_quotes_whatever_came_in_one_short_line() -> None:
+    assert str(PerfbenchError("a\n\x1b[31m\u202e\ud800b")) == "a \ufffd[31m\ufffd\ufffdb"
+    assert str(PerfbenchError("x.yaml:1: écrit\u00a0ici")) == "x.yaml:1: écrit ici"
+    long = str(PerfbenchError(f"x.yaml:1: {'y' * 200_000}; did you mean 'z'?"))
+    assert len(long) < 1600
+    assert long.startswith("x.yaml:1: y")
+    assert long.endswith("y; did you mean 'z'?")
+
+
 def test_paths_that_can_be_are_left_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert expanded("~/a") == tmp_path / "a"

@@ -26,10 +26,10 @@ from perfbench.files.run_lock import has_files
 from perfbench.files.whole import write
 from perfbench.files.yaml_source import dotted
 from perfbench.finetune.accuracy.accuracy_config import AccuracyConfig
+from perfbench.finetune.accuracy.accuracy_schema import ACCURACY
 from perfbench.finetune.accuracy.paths import as_trained
 from perfbench.finetune.accuracy.verdict import Verdict, judge
 from perfbench.machine import environment
-from perfbench.run_folder.run_schema import ENVIRONMENT, Schema
 from perfbench.spec import method_plugins
 from perfbench.spec.scenario_schema import problems
 
@@ -37,29 +37,6 @@ KIND, SCHEMA_VERSION = "accuracy", 1
 MANIFEST, ITEMS, PAGE = "accuracy.json", "items.jsonl", "index.html"
 
 Item = dict[str, Any]
-
-
-def _by_name(inside: Schema) -> Schema:
-    return {"type": "object", "properties": {}, "additionalProperties": inside}
-
-
-_DONE: Schema = {
-    "type": "object",
-    "properties": {"items": {"type": "integer", "minimum": 0}, "identity": {"type": ["object", "null"]}},
-    "required": ["items"],
-}
-# What --resume and the page trust; paths: task -> path -> method -> what is done.
-_SCHEMA: Schema = {
-    "type": "object",
-    "properties": {
-        "config": {"type": "object"},
-        "environment": ENVIRONMENT,
-        "adapters": {"type": "object"},
-        "paths": _by_name(_by_name(_by_name(_DONE))),
-        "verdict": {"type": ["object", "null"]},
-    },
-    "required": ["config", "environment", "adapters", "left_out", "paths", "verdict"],
-}
 
 
 class AccuracyFolder:
@@ -118,7 +95,7 @@ class AccuracyFolder:
         version = manifest.get("schema_version") if isinstance(manifest, dict) else None
         if version != SCHEMA_VERSION or manifest.get("kind") != KIND:
             raise RunDirectoryError(f"{file}: expected an accuracy run of schema {SCHEMA_VERSION}; give another --out")
-        for problem in problems(manifest, _SCHEMA):
+        for problem in problems(manifest, ACCURACY):
             raise RunDirectoryError(f"{file}: {dotted(problem.place)}: {problem.message}; give another --out")
         return cls(path, manifest)
 
@@ -209,7 +186,9 @@ class AccuracyFolder:
                     identities[task, path, method] = facts["identity"] or {}
         tasks, methods = (list(dict.fromkeys(one[key] for one in config["entries"])) for key in ("task", "method"))
         for task in tasks:
-            if missing := [method for method in methods if not self.is_done(task, trained_path.id, method)]:
+            known = self.manifest["adapters"].get(task, {})
+            there = [one["method"] for one in config["entries"] if one["task"] == task and known.get(one["method"])]
+            if missing := [one for one in methods if one not in there or not self.is_done(task, trained_path.id, one)]:
                 why = f"{task}: {', '.join(missing)} did not answer yet; go on with perfbench accuracy --resume"
                 raise RunDirectoryError(f"{self.path}: not finished: {why}")
         return judge(

@@ -157,6 +157,12 @@ def test_bad_and_unfinished_runs_are_named_and_the_rest_is_imported(tmp_path, ca
     assert len(contents(tmp_path / "s")[0]) == 1
 
 
+def test_where_all_was_refused_nothing_more_is_said(tmp_path, capsys):
+    (run_of(tmp_path, 1) / "run.json").write_text("{")
+    assert main(["history", str(tmp_path / "run-01"), "--store", str(tmp_path / "history.sqlite")]) == 2
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["perfbench", "1 runs"]
+
+
 def test_what_is_no_run_is_skipped_and_counted(tmp_path, capsys):
     run_of(tmp_path / "runs", 1)
     for name, content in (("training", {"schema_version": 2, "kind": "finetune"}), ("other", {"run": 3}), ("list", [])):

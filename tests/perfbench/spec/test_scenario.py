@@ -198,8 +198,14 @@ def test_billion_laughs_is_refused_before_it_grows():
 
 
 def test_not_utf8():
-    Path("x.yaml").write_bytes(b"name: \xff\n")
-    with pytest.raises(ScenarioError, match=r"^x.yaml: expected UTF-8 text, got another byte at offset 6; save it"):
+    Path("x.yaml").write_bytes(b"# first\nname: \xff\n")
+    with pytest.raises(ScenarioError, match=r"^x.yaml:2: expected UTF-8 text, got another byte at offset 14; save it"):
+        load("x.yaml")
+
+
+def test_a_character_that_yaml_forbids_has_its_line():
+    Path("x.yaml").write_bytes(b"# first\r\nname: \x1b[31m\n")
+    with pytest.raises(ScenarioError, match=r"^x.yaml:2: malformed YAML: unacceptable character #x001b"):
         load("x.yaml")
 
 

@@ -51,7 +51,7 @@ def test_a_file_of_that_name_wins(tmp_path: Path) -> None:
         ("multitenent", "multitenent: no such file, and no scenario of that name; did you mean 'multitenant'?"),
         ("scenarios/finetune/boolq_pera.yaml", "did you mean 'finetune/boolq_para'?"),
         ("nothing-alike-at-all", "no such file"),
-        ("m\0ultitenant", "m\0ultitenant: no such file"),
+        ("m\0ultitenant", "m\ufffdultitenant: no such file"),
     ],
 )
 def test_what_is_neither_is_refused(given: str, said: str) -> None:

@@ -200,7 +200,14 @@ def test_a_second_run_goes_on_where_the_first_one_failed(
         said = capsys.readouterr().err
         assert why in said
         assert said.count("\n") == 1
-    bad = (("{", "can't be read"), ("[]", "expected schema_version"), ('{"schema_version": 1}', "lacks device"))
+    whole = json.loads((tmp_path / "out" / verify_report.JSON).read_text())
+    section = {"seconds": 1, "findings": []}
+    bad = (
+        ("{", "can't be read"), ("[]", "expected schema_version"), ('{"schema_version": 1}', "is missing"),
+        (json.dumps(whole | {"budget_s": "x"}), "budget_s: expected a number or null"),
+        (json.dumps(whole | {"sections": {"kernels": section}}), "sections.kernels.status: is missing"),
+        (json.dumps(whole | {"environment": {}}), "environment."),
+    )  # fmt: skip
     for torn, why in bad:
         (tmp_path / "out" / verify_report.JSON).write_text(torn)
         assert main(["verify", "--out", out, "--resume"]) == 2

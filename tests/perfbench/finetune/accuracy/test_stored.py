@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,3 +70,34 @@ def test_what_is_damaged_or_unfinished_is_refused(tmp_path: Path, capsys: pytest
     (path / "accuracy.json").write_text(json.dumps(manifest))
     assert main(["show", str(path)]) == 2
     assert "not finished: skills: para did not answer yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (
+            "config.entries.0.finetune.epochs",
+            "x",
+            "config.entries.0.finetune.epochs: expected an integer >= 1, got 'x'",
+        ),
+        ("config.entries.0.finetune.task", {}, "config.entries.0.finetune.task.name: is missing"),
+        ("left_out.0.reason", None, "left_out.0.reason: expected a string"),
+        ("adapters.skills.lora.0.trainable_parameters", "7", "trainable_parameters: expected an integer >= 0"),
+        ("adapters.skills.lora", {}, "not finished: skills: lora did not answer yet"),
+    ],
+)
+def test_what_the_page_shows_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, value: Any, said: str
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(STORED, path)
+    manifest = around = json.loads((path / "accuracy.json").read_text())
+    *way, last = (int(step) if step == "0" and "adapters" not in place else step for step in place.split("."))
+    for step in way:
+        around = around[step]
+    around[last] = value
+    (path / "accuracy.json").write_text(json.dumps(manifest))
+    assert main(["report", str(path), "--out", str(tmp_path / "page.html")]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
