@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from perfbench.figures import papers
+from perfbench.figures import papers, stats
 from perfbench.files.plain_text import format_bytes
 from perfbench.gate import policy, power
 from perfbench.history import store
@@ -182,6 +182,8 @@ FACTS: dict[str, Callable[[], str]] = {
     "least-processes": lambda: str(policy.LEAST_PROCESSES),
     "implausible-gain": lambda: f"{_POLICY.implausible_gain:.0%}",
     "least-rounds": lambda: str(LEAST_ROUNDS),
+    "least-p95": lambda: f"{stats.TAILS['p95'][1]:,}",
+    "least-p99": lambda: f"{stats.TAILS['p99'][1]:,}",
     "least-change": lambda: f"{store.LEAST_CHANGE:.0%}",
     "accuracy-margin": lambda: f"{100 * _found(ACCURACY, 'config', 'margin'):.0f}",
 }
