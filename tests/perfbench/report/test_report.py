@@ -255,7 +255,7 @@ def test_only_its_own_scripts_may_run():
 def drawn(browser: Any, folder: Path, page: str, **view: Any) -> Any:
     """The page in a browser's tab so tall that every open chart is drawn, once they are."""
     (folder / "report.html").write_text(page, encoding="utf-8")
-    tab = browser.open(folder / "report.html", height=30_000, **view)
+    tab = browser.open(folder / "report.html", height=40_000, **view)
     tab.wait_for("[...document.querySelectorAll('figure')].every(figure => figure.querySelector('svg'))")
     return tab
 
