@@ -103,6 +103,15 @@ def test_the_page_has_the_tails_with_a_dash_where_samples_are_too_few():
     assert [cell == "-" for cell in cells] == [False, False, True, False, False, False]
 
 
+def test_a_chart_rounds_as_the_table_does():
+    """97.4497 was shortened to 97.45 for the chart, which then wrote 97.5 beside the table's 97.4."""
+    page = page_of(ROOT / "results" / "cpu-multitenant")
+    (chart,) = [chart for chart in data_of(page)["charts"][0] if chart["title"].startswith("Share of the bare")]
+    shown = [f"<td>{kept:.1f} [{low:.1f}, {high:.1f}]</td>" for _, kept, low, high in chart["rows"]]
+    assert len(shown) == 6
+    assert [cell for cell in shown if cell not in page] == []
+
+
 def test_every_chart_of_the_issue_is_there_with_its_unit():
     page = page_of(REAL)
     titles = [chart["title"] for chart in data_of(page)["charts"][0]]
