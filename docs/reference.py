@@ -59,7 +59,7 @@ def leaves(command: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 
 def argument_row(action: argparse.Action) -> list[str]:
-    """The row of one option or positional argument: how it is written, what it takes, what it means."""
+    """The row of one option or positional argument: how it is written, what it means, what it takes, its default."""
     names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.metavar or action.dest}`"
     takes = "" if action.nargs == 0 else f"`{action.metavar or action.dest.upper()}`" if action.option_strings else ""
     if action.choices is not None:
@@ -67,7 +67,7 @@ def argument_row(action: argparse.Action) -> list[str]:
     said = plain(str(action.help or "").replace("%%", "%"))
     shown = action.default not in (None, False, [], argparse.SUPPRESS) and "default" not in said
     default = f"`{action.default}`" if shown and not callable(action.default) else ""
-    return [names, takes, default, said + (" (required)" if action.option_strings and action.required else "")]
+    return [names, said + (" (required)" if action.option_strings and action.required else ""), takes, default]
 
 
 def commands_page() -> str:
@@ -78,7 +78,7 @@ def commands_page() -> str:
         parts += [f"## {command.prog}", plain(command.description or "")]
         command.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=76)
         parts += ["", f"```text\n{command.format_usage().strip()}\n```"]
-        parts += ["", table(("argument", "takes", "default", "meaning"), rows)] if rows else []
+        parts += ["", table(("argument", "meaning", "takes", "default"), rows)] if rows else []
     return "\n".join(parts)
 
 
@@ -111,12 +111,12 @@ def field_rows(properties: dict[str, Any], required: Iterable[str] = ()) -> Iter
         default = f"`{json.dumps(field['default'])}`" if "default" in field else ""
         kind = "a mapping" if field.get("type") == "object" else described(field)
         needed = "required" if name in required else default
-        yield [f"`{name}`", plain(kind), needed, plain(field.get("description", ""))]
+        yield [f"`{name}`", plain(field.get("description", "")), plain(kind), needed]
 
 
 def scenario_page() -> str:
     """Every field of a scenario, from its JSON Schema."""
-    heads, found = ("field", "takes", "default", "meaning"), schema()
+    heads, found = ("field", "meaning", "takes", "default"), schema()
     workload = found["properties"]["workload"]["anyOf"][0]
     parts = [
         "# Scenario fields", MADE,
@@ -136,11 +136,11 @@ def scenario_page() -> str:
 
 def metrics_page() -> str:
     """Every figure with its unit, from the one catalogue that defines them."""
-    rows = ([f"`{name}`", plain(one.unit), one.better or "", plain(one.definition)] for name, one in METRICS.items())
+    rows = ([f"`{name}`", plain(one.definition), plain(one.unit), one.better or ""] for name, one in METRICS.items())
     return "\n".join(
         ["# Figures", MADE, "N is the number of new tokens, and an arm is one method in one comparison. "
          "[What is measured](../measured/figures.md) explains them in sentences.\n",
-         table(("figure", "unit", "better", "definition"), rows)]
+         table(("figure", "definition", "unit", "better"), rows)]
     )  # fmt: skip
 
 

@@ -28,8 +28,8 @@ class FanLoraOptions(MethodOptions):
         default=None,
         metadata={
             "anyOf": [LAYERS, {"type": "string", "minLength": 1}, {"type": "null"}],
-            "description": "the modules kept in each layer, or a JSON file with the key `layers`; "
-            "null or absent: FanLoRA's default",
+            "description": "the modules that are kept: a list for each layer, or a JSON file with the key `layers`, "
+            "as a search writes it; null or absent: FanLoRA's default",
         },
     )
 

@@ -30,7 +30,7 @@ IA3_MODULES = ("q", "k", "up")
 class Ia3Options(MethodOptions):
     """The papers' variant: l = 1 + z P with z of dimension `dim`."""
 
-    dim: int = field(default=16, metadata={**RANK, "description": "dimension of z in l = 1 + z P"})
+    dim: int = field(default=16, metadata={**RANK, "description": "the length of the short vector z in l = 1 + z P"})
 
 
 Options = Ia3Options

@@ -33,7 +33,7 @@ class LoraOptions(MethodOptions):
             "items": MODULE,
             "minItems": 1,
             "uniqueItems": True,
-            "description": "the linear modules of every layer that are adapted; default: all seven",
+            "description": "the linear modules that get a low-rank pair in every layer; default: all seven",
         },
     )
 

@@ -15,18 +15,18 @@ from perfbench.methods.shape import MODULES
 Rules = dict[str, Any]
 
 MODULE: Rules = {"type": "string", "enum": list(MODULES), "title": "module"}
-RANK: Rules = {"minimum": 1, "maximum": 1024, "description": "rank R of the adapter"}
+RANK: Rules = {"minimum": 1, "maximum": 1024, "description": "the rank of the adapter"}
 SIZE: Rules = {"minimum": 1, "maximum": 1 << 16}
 ALPHA: Rules = {
     "exclusiveMinimum": 0,
-    "description": "the adapter is scaled by alpha / rank; null or absent: alpha = rank",
+    "description": "what the adapter adds is multiplied by alpha / rank; null or absent: alpha = rank",
 }
 # One list of modules for each layer, as a search for FanLoRA's setting writes it.
 LAYERS: Rules = {
     "type": "array",
     "minItems": 1,
     "items": {"type": "array", "items": MODULE, "uniqueItems": True},
-    "description": "for each layer of the backbone the modules that are kept; may be empty for some layers",
+    "description": "the modules that are kept, a list for each layer of the backbone; a layer's list may be empty",
 }
 
 
@@ -48,7 +48,7 @@ class MethodOptions:
             "minLength": 1,
             "minItems": 1,
             "items": {"type": "string", "minLength": 1},
-            "description": "trained adapters, one for each resident tenant: a folder of PEFT's, of a Trainer's or of "
-            "what `perfbench finetune` or `accuracy` wrote, or a list of folders; null or absent: random ones",
+            "description": "trained adapters, one for each resident tenant: a folder that PEFT, a Trainer, "
+            "`perfbench finetune` or `accuracy` wrote, or a list of such folders; null or absent: random ones",
         },
     )

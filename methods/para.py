@@ -35,7 +35,8 @@ class ParaOptions(MethodOptions):
         default="residual",
         metadata={
             "enum": list(POOLS),
-            "description": "what the generator reads: the residual stream (paper), or its norm",
+            "description": "what the generator reads: the residual stream that enters the layer, as in the "
+            "paper, or its norm",
         },
     )
 

@@ -42,26 +42,30 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "none": Method(None, "the bare backbone; always measured"),
-    "lora": Method("perfbench.methods.lora", "LoRA on all seven linears, rank 4", trained_by=LOW_RANK),
-    "fanlora": Method("perfbench.methods.fanlora", "LoRA on at most two linears a layer, rank 12", trained_by=LOW_RANK),
+    "none": Method(None, "the baseline: the backbone without adapters; it is always measured"),
+    "lora": Method("perfbench.methods.lora", "LoRA: a pair on all seven linear modules, rank 4", trained_by=LOW_RANK),
+    "fanlora": Method(
+        "perfbench.methods.fanlora", "FanLoRA: LoRA on at most two modules of a layer, rank 12", trained_by=LOW_RANK
+    ),
     "ia3": Method(
         "perfbench.methods.ia3",
-        "(IA)3, the papers' variant: scales on Q, K, Up",
+        "(IA)3, the papers' variant: scales on Q, K and Up, made of a matrix and a vector",
         trained_by="perfbench.peft.projected_ia3:config",
     ),
     "ia3-original": Method(
         "perfbench.methods.ia3_original",
-        "(IA)3: scales on K, V, down's input",
+        "(IA)3 as its authors have it: stored scales on K, V and the input of Down",
         trained_by="perfbench.peft.ia3_original:config",
     ),
     "para": Method(
         "perfbench.methods.para",
-        "scales on Q, V, Up made from the prompt, once",
+        "PARA: scales on Q, V and Up, made from the prompt once",
         trained_by="perfbench.peft.para:config",
     ),
-    "peft": Method("perfbench.methods.lora", "the same LoRA in PEFT's mixed batch (adapter_names)", served_by="peft"),
+    "peft": Method(
+        "perfbench.methods.lora", "the same LoRA, served by PEFT in a mixed batch (adapter_names)", served_by="peft"
+    ),
     "peft-single": Method(
-        "perfbench.methods.lora", "the same LoRA in PEFT, one tenant at a time", served_by="peft-single"
+        "perfbench.methods.lora", "the same LoRA, served by PEFT to one tenant at a time", served_by="peft-single"
     ),
 }

@@ -183,6 +183,8 @@ FACTS: dict[str, Callable[[], str]] = {
     "least-processes": lambda: str(policy.LEAST_PROCESSES),
     "implausible-gain": lambda: f"{_POLICY.implausible_gain:.0%}",
     "least-rounds": lambda: str(LEAST_ROUNDS),
+    "least-p95": lambda: f"{stats.TAILS['p95'][1]:,}",
+    "least-p99": lambda: f"{stats.TAILS['p99'][1]:,}",
     "least-change": lambda: f"{store.LEAST_CHANGE:.0%}",
     "accuracy-margin": lambda: f"{100 * _found(ACCURACY, 'config', 'margin'):.0f}",
 }

@@ -85,6 +85,12 @@ def test_every_marked_block_is_what_its_source_gives(page: Path) -> None:
     assert len(re.findall(r"<!-- \w+: ", text)) == len(list(documents.blocks(text))), "a block is not closed"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_no_number_of_a_sentence_starts_a_line(page: Path) -> None:
+    """A comment at the start of a line ends the paragraph, in Markdown of every kind."""
+    assert re.findall(r"^<!-- fact: .*$", page.read_text(encoding="utf-8"), re.MULTILINE) == []
+
+
 def test_a_changed_digit_in_a_block_is_found() -> None:
     """In each kind of block, and in the table of README its every digit."""
     for page in pages():
@@ -171,14 +177,15 @@ def test_every_command_option_field_and_figure_is_in_the_reference() -> None:
     for field in (*found["properties"], *workload):
         assert f"| `{field}` |" in made["reference/scenario.md"]
     for name, metric in METRICS.items():
-        assert f"| `{name}` | {metric.unit.replace('_', chr(92) + '_')} |" in made["reference/metrics.md"]
+        (row,) = [line for line in made["reference/metrics.md"].splitlines() if line.startswith(f"| `{name}` |")]
+        assert f" | {metric.unit.replace('_', chr(92) + '_')} | " in row
 
 
 def test_an_option_that_is_added_is_in_the_reference() -> None:
     command = argparse.ArgumentParser(prog="perfbench added")
     action = command.add_argument("--new|er", type=int, default=3, metavar="N", help="how *many*")
     row = reference().argument_row(action)
-    assert row == ["`--new|er`", "`N`", "`3`", r"how \*many\*"]
+    assert row == ["`--new|er`", r"how \*many\*", "`N`", "`3`"]
     assert r"`--new\|er`" in reference().table(("a", "b", "c", "d"), [row])
 
 

@@ -81,19 +81,20 @@ def test_ci_fails_without_a_test_command(tmp_path):
     assert "README.md: expected a sh block" in done.stderr
 
 
-@pytest.mark.parametrize("failing", ["command", "ruff", "mypy"])
+@pytest.mark.parametrize("failing", ["command", "python", "ruff", "mypy"])
 def test_ci_fails_when_any_part_fails(tmp_path, failing):
-    """Stand-ins for the two linters, so that only the order and the exit codes of .ci/run are tried."""
+    """Stand-ins for Python and the two linters, so that only the order and the exit codes of .ci/run are tried."""
     root = copy_of_ci(tmp_path, f"```sh\nfirst\necho ran >> log; exit {int(failing == 'command')}\n```\n")
     binaries = root / ".venv" / "bin"
     binaries.mkdir(parents=True)
-    for tool in ("ruff", "mypy"):
+    for tool in ("python", "ruff", "mypy"):
         (binaries / tool).write_text(f"#!/bin/sh\necho {tool} $* >> log\nexit {int(failing == tool)}\n")
         (binaries / tool).chmod(0o755)
     done = subprocess.run([root / ".ci" / "run"], capture_output=True, text=True)
     assert done.returncode == 1
-    expected = {"command": ["ran"], "ruff": ["ran", "ruff check ."], "mypy": ["ran", "ruff check .", "mypy"]}
-    assert (root / "log").read_text().split("\n")[:-1] == expected[failing]
+    parts = ["ran", "python -m pytest -m thorough", "ruff check .", "ruff format --check .", "mypy"]
+    last = {"command": 1, "python": 2, "ruff": 3, "mypy": 5}
+    assert [line.rstrip() for line in (root / "log").read_text().splitlines()] == parts[: last[failing]]
 
 
 def test_ci_finds_the_test_data_beside_the_checkout(tmp_path):

@@ -55,20 +55,20 @@ def port(text: str) -> int:
 
 def add_set(parser: argparse.ArgumentParser) -> None:
     """`--set KEY=VALUE`."""
-    about = "change a field; may be repeated"
+    about = "change a field of the file, such as workload.tenants=4; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=about)
 
 
 def add_plugin(parser: argparse.ArgumentParser) -> None:
     """`--plugin FILE`. What has it knows the methods of installed packages as well."""
-    about = "a Python file with more methods; may be repeated"
+    about = "a Python file that adds methods; may be repeated"
     parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help=about)
 
 
 def add_out(parser: argparse.ArgumentParser, default: str) -> None:
     """`--out DIR` and `--resume`."""
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"the folder of results (default: {default})")
-    parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"the new folder of results (default: {default})")
+    parser.add_argument("--resume", action="store_true", help="go on with what was begun in --out")
 
 
 def add_format(parser: argparse.ArgumentParser, default: str) -> None:

@@ -16,16 +16,19 @@ from perfbench.files.plain_text import printable
 def add(commands: Any) -> None:
     """Adds them to the command line."""
     report = commands.add_parser("report", help="one page of one or several runs", description=_report.__doc__)
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run directory")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder that run or accuracy wrote")
     add_format(report, "html")
-    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html; other texts are printed")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html; formats of text are printed")
     report.add_argument("--samples", action="store_true", help="csv, json, parquet: a row for each repetition")
     report.set_defaults(command=_report)
 
     history = commands.add_parser("history", help="how a figure moved over runs", description=_history.__doc__)
     history.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="run directories, or folders of them")
-    history.add_argument("--store", type=Path, default=Path("runs/history.sqlite"), metavar="FILE")
-    history.add_argument("--figure", default="decode_tokens_per_s", metavar="NAME", help="`perfbench list` has them")
+    about = "the SQLite file of all imported runs (default: runs/history.sqlite)"
+    history.add_argument("--store", type=Path, default=Path("runs/history.sqlite"), metavar="FILE", help=about)
+    history.add_argument(
+        "--figure", default="decode_tokens_per_s", metavar="NAME", help="one that `perfbench list` has"
+    )
     history.add_argument("--case", default="*", metavar="GLOB", help="only the cases whose id matches")
     history.add_argument("--machine", default="", metavar="TEXT", help="only machines whose name contains it")
     add_format(history, "table")
@@ -34,8 +37,8 @@ def add(commands: Any) -> None:
 
     profile = commands.add_parser("profile", help="where a case's time goes", description=_profile.__doc__)
     profile.add_argument("scenario", type=Path, help="a YAML file, or a name that `perfbench list` has: multitenant")
-    profile.add_argument("--case", required=True, metavar="ID", help="a case id, or a pattern that fits one alone")
-    profile.add_argument("--steps", type=positive, default=4, metavar="N", help="decode steps (default: 4)")
+    profile.add_argument("--case", required=True, metavar="ID", help="a case id, or a pattern that one case matches")
+    profile.add_argument("--steps", type=positive, default=4, metavar="N", help="decode steps to profile (default: 4)")
     add_set(profile)
     add_plugin(profile)
     profile.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default: runs/<scenario>-profile-...)")
@@ -43,9 +46,9 @@ def add(commands: Any) -> None:
 
     view = commands.add_parser("view", help="open a profile in the browser", description=_view.__doc__)
     view.add_argument("folder", type=Path, metavar="DIR", help="what `perfbench profile` wrote, or a folder of traces")
-    view.add_argument("--port", type=port, default=0, metavar="N", help="on 127.0.0.1 (default: one that is free)")
+    view.add_argument("--port", type=port, default=0, metavar="N", help="port on 127.0.0.1 (default: one that is free)")
     view.add_argument("--no-browser", action="store_true", help="only serve, and print the address")
-    view.add_argument("--tensorboard", action="store_true", help="with TensorBoard and torch-tb-profiler instead")
+    view.add_argument("--tensorboard", action="store_true", help="open it in TensorBoard, with torch-tb-profiler")
     view.set_defaults(command=_view)
 
 
@@ -74,8 +77,8 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _history(arguments: argparse.Namespace) -> int:
     """Imports runs into a store of one file, where each counts once however often it is given, and shows how a figure
-    moved from run to run and where its level changed. What lies among them and is no run
-    is skipped and counted. Exit code 2 where a run can't be read; the rest is imported."""
+    moved from run to run and where its level changed. What lies among them and is no run is skipped and counted. Exit
+    code 2 where a run can't be read; the rest is imported."""
     from collections import Counter
 
     from perfbench.files.whole import write

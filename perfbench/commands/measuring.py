@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
     run.add_argument("scenario", type=Path, help="a YAML file, or a name that `perfbench list` has: multitenant")
     add_set(run)
     add_plugin(run)
-    run.add_argument("--case", metavar="GLOB", help="only the cases whose id matches, and `none` beside them")
+    run.add_argument("--case", metavar="GLOB", help="only the cases whose id matches, and the baseline beside them")
     run.add_argument("--processes", type=positive, metavar="N", help="repeat all of it in N fresh processes")
     run.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     _add_large(run)
@@ -27,9 +27,9 @@ def add(commands: Any) -> None:
     run.set_defaults(command=_run)
 
     show = commands.add_parser("show", help="print a run's table again", description=_show.__doc__)
-    show.add_argument("run", type=Path, help="a run directory")
+    show.add_argument("run", type=Path, metavar="RUN", help="a folder that run, finetune or accuracy wrote")
     add_format(show, "table")
-    about = "`tails`, or metrics of `perfbench list`, separated by commas (default: main)"
+    about = "`main`, `tails` (p50, p95, p99), or figures of `perfbench list`, separated by commas (default: main)"
     show.add_argument("--columns", default="main", metavar="NAMES", help=about)
     show.set_defaults(command=_show)
 
@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
     verify.set_defaults(command=_verify)
 
     validate = commands.add_parser("validate", help="check scenario files", description=_validate.__doc__)
-    validate.add_argument("files", nargs="*", type=Path)
+    validate.add_argument("files", nargs="*", type=Path, metavar="FILE", help="scenario files; at least one")
     _add_large(validate)
     add_plugin(validate)
     validate.add_argument("--schema", action="store_true", help="print the JSON Schema of a scenario, for editors")
@@ -56,19 +56,24 @@ def add(commands: Any) -> None:
 
     params = commands.add_parser("params", help="adapter sizes on a backbone", description=_params.__doc__)
     params.add_argument("backbone", nargs="?", default="llama2-7b", help="a named shape, folder or hub id")
-    params.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="what bytes are counted in")
+    params.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="type in which the bytes are counted")
     add_plugin(params)
     params.set_defaults(command=_params)
 
     roof = commands.add_parser("roof", help="the least possible time on a device", description=_roof.__doc__)
     roof.add_argument("backbone", nargs="?", default="llama2-7b", help="a named shape, folder or hub id")
-    roof.add_argument("--device", default="a40", help="such as a40 or h200; `here` measures this machine")
-    roof.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
-    roof.add_argument("--requests", type=positive, nargs="+", default=[1, 8, 64], metavar="N")
-    roof.add_argument("--tenants", type=positive, metavar="N", help="default: one for each request")
-    roof.add_argument("--prompt-tokens", type=positive, default=274, metavar="N")
-    roof.add_argument("--new-tokens", type=positive, default=32, metavar="N")
-    roof.add_argument("--beams", type=positive, default=1, metavar="N")
+    roof.add_argument("--device", default="a40", help="a GPU, such as a40 or h200; `here` measures this machine")
+    roof.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="type of weights, cache and arithmetic")
+    about = "batch sizes, each of which gets a table (default: 1 8 64)"
+    roof.add_argument("--requests", type=positive, nargs="+", default=[1, 8, 64], metavar="N", help=about)
+    about = "how many tenants the requests of a batch belong to (default: one tenant for each request)"
+    roof.add_argument("--tenants", type=positive, metavar="N", help=about)
+    about = "tokens of each prompt (default: 274, as in the PARA paper)"
+    roof.add_argument("--prompt-tokens", type=positive, default=274, metavar="N", help=about)
+    about = "tokens generated for each request (default: 32)"
+    roof.add_argument("--new-tokens", type=positive, default=32, metavar="N", help=about)
+    about = "beams of each request; 1 is greedy search (default: 1)"
+    roof.add_argument("--beams", type=positive, default=1, metavar="N", help=about)
     add_plugin(roof)
     roof.set_defaults(command=_roof)
 

@@ -170,21 +170,26 @@ def _add_mtbench_options(parser: argparse.ArgumentParser) -> None:
     answer.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter folder (default: the bare backbone)")
     answer.add_argument("--questions", required=True, metavar="DIR", help="FastChat's data/mt_bench")
     answer.add_argument("--out", type=Path, required=True, metavar="FILE", help="such as model_answer/mine.jsonl")
-    answer.add_argument("--model-id", metavar="NAME", help="default: the name of --out")
-    answer.add_argument("--beams", type=positive, default=3, metavar="N", help="default: 3, as in the papers")
-    answer.add_argument("--new-tokens", type=positive, default=1024, metavar="N", help="at most (default: 1024)")
+    answer.add_argument("--model-id", metavar="NAME", help="the model's name (default: that of --out)")
+    answer.add_argument("--beams", type=positive, default=3, metavar="N", help="beams (default: 3, as in the papers)")
+    answer.add_argument(
+        "--new-tokens", type=positive, default=1024, metavar="N", help="at most, of an answer (default: 1024)"
+    )
     answer.add_argument("--batch", type=positive, default=4, metavar="N", help="questions at a time (default: 4)")
-    answer.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
-    answer.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    answer.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="type of weights and arithmetic")
+    about = "where the model runs; auto: on a GPU where there is one"
+    answer.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=about)
     answer.set_defaults(command=_mtbench_answer)
 
     judge = steps.add_parser("judge", help="have them rated", description=_mtbench_judge.__doc__)
     judge.add_argument("answers", type=Path, help="what `answer` wrote")
-    judge.add_argument("--questions", required=True, metavar="DIR", help="the same, with judge_prompts.jsonl")
+    judge.add_argument(
+        "--questions", required=True, metavar="DIR", help="the same folder, with judge_prompts.jsonl in it"
+    )
     judge.add_argument("--out", type=Path, required=True, metavar="FILE", help="where each judgment is appended")
-    judge.add_argument("--url", required=True, help="of the endpoint, such as http://127.0.0.1:8000/v1")
-    judge.add_argument("--model", required=True, help="the judge's name there")
-    judge.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="has the key")
+    judge.add_argument("--url", required=True, help="the endpoint, such as http://127.0.0.1:8000/v1")
+    judge.add_argument("--model", required=True, help="name of the judge model at that address")
+    judge.add_argument("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="variable that holds the key")
     judge.set_defaults(command=_mtbench_judge)
 
 

@@ -65,23 +65,31 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "total_ms": Metric("ms", "lower", "the whole generate call", "sample", "timed"),
+    "total_ms": Metric("ms", "lower", "the whole time of one generate call", "sample", "timed"),
     "ttft_ms": Metric(
-        "ms", "lower", "from the start of generate until the first step's token is chosen", "sample", "timed"
+        "ms", "lower", "the time from the start of generate until the first new token is chosen", "sample", "timed"
     ),
     "follow_up_ttft_ms": Metric(
-        "ms", "lower", "the second turn's ttft: from the cache of the first where the method allows it",
+        "ms", "lower",
+        "the time to the first token of the second turn, which goes on from the first turn's cache where the "
+        "method allows it",
         "sample", "timed", optional=True,
     ),
-    "itl_ms": Metric("ms", "lower", "for each later step, the time since the step before it", "sample", "timed"),
+    "itl_ms": Metric(
+        "ms", "lower", "the time between two tokens: one value for each decode step, the time since the step before it",
+        "sample", "timed",
+    ),
     "decode_tokens_per_s": Metric(
-        "tokens/s", "higher", "requests x (N - 1) / (total - ttft); beams are never multiplied in", "sample", "timed"
+        "tokens/s", "higher",
+        "requests x (N - 1) / (total_ms - ttft_ms): the speed without the prefill; beams are never multiplied in",
+        "sample", "timed",
     ),
     "tokens_per_s": Metric(
-        "tokens/s", "higher", "requests x N / total: the figure to lay beside the papers'", "sample", "timed"
+        "tokens/s", "higher", "requests x N / total_ms: the speed with the prefill, which the papers print",
+        "sample", "timed",
     ),
     "energy_mj_per_token": Metric(
-        "mJ/token", "lower", "device energy in generate / (requests x N) (NVML)",
+        "mJ/token", "lower", "energy that the device takes during generate (NVML) / (requests x N)",
         "sample", "timed", optional=True, take=_energy,
     ),
     "ttft_p50_ms": Metric(
@@ -107,93 +115,120 @@ METRICS: dict[str, Metric] = {
         "ms", "lower", "99% of the steps of all repetitions have an itl_ms of at most this; known from 1,000 steps on",
         "tail", "timed", tail=("itl_ms", "p99"),
     ),
-    "kept": Metric("ratio", "higher", "median over rounds of arm / `none` within the same round", "ratio", "shown"),
+    "kept": Metric(
+        "ratio", "higher", "the arm's speed / that of `none` in the same round, the median over the rounds",
+        "ratio", "shown",
+    ),
     "versus_lora": Metric(
-        "ratio", "higher", "median over rounds of arm / `lora` within the same round: what papers print",
+        "ratio", "higher",
+        "the arm's speed / that of `lora` in the same round, the median over the rounds: the papers have this "
+        "ratio",
         "ratio", "shown",
     ),
     "versus_plain": Metric(
-        "ratio", "higher", "median over rounds of arm / itself on transformers with eager, same round",
+        "ratio", "higher",
+        "the arm's speed / that of the same arm on runtime transformers with kernels eager in the same round, the"
+        " median over the rounds",
         "ratio", "shown",
     ),
     # The workspace of a CPU's kernels grows with the threads and differs between instruction sets.
     "peak_allocated_bytes": Metric(
-        "bytes", "lower", "most memory in tensors on the device, that arm alone", "memory", "exact", one_machine=True
+        "bytes", "lower", "the most memory that tensors take on the device while a batch runs, with that arm alone",
+        "memory", "exact", one_machine=True,
     ),
     "peak_reserved_bytes": Metric(
-        "bytes", "lower", "most device memory the allocator held, that arm alone", "memory", "shown"
+        "bytes", "lower", "the most device memory that torch's allocator holds while a batch runs, with that arm alone",
+        "memory", "shown",
     ),
     "peak_device_bytes": Metric(
-        "bytes", "lower", "most memory in use on the device by all processes (NVML)", "memory", "shown"
+        "bytes", "lower", "the most memory of the device that all processes use together (NVML)", "memory", "shown"
     ),
     "peak_process_bytes": Metric(
-        "bytes", "lower", "most device memory used by the measuring process (NVML)", "memory", "shown"
+        "bytes", "lower", "the most memory of the device that the measuring process uses (NVML)", "memory", "shown"
     ),
     "peak_resident_bytes": Metric(
         "bytes", "lower",
-        "most host memory the measuring process had resident; grows from arm to arm, so it compares none",
+        "the most host memory that the measuring process had resident; it grows from arm to arm, so it compares "
+        "none",
         "memory", "shown",
     ),
-    "adapter_bytes": Metric("bytes", "lower", "adapters of all resident tenants on the device", "memory", "exact"),
+    "adapter_bytes": Metric(
+        "bytes", "lower", "memory on the device of the adapters of all resident tenants", "memory", "exact"
+    ),
     "kv_cache_bytes": Metric(
-        "bytes", "lower", "keys and values when the cache is full, after the last step", "memory", "exact"
+        "bytes", "lower", "memory of the keys and values when the cache is full, after the last step", "memory", "exact"
     ),
     "tenants_that_fit": Metric(
-        "tenants", "higher", "more tenants whose adapters fit in the memory that is left while a batch runs",
+        "tenants", "higher", "how many more tenants' adapters fit into the memory that is left while a batch runs",
         "memory", "shown",
     ),
     "parameters_per_tenant": Metric(
-        "parameters", None, "trained adapter parameters of one tenant, the mean over tenants", "adapters", "exact"
+        "parameters", None, "trained parameters of one tenant's adapter; the mean where tenants differ",
+        "adapters", "exact",
     ),
     "bytes_per_tenant": Metric(
-        "bytes", "lower", "one tenant's adapter as it is served, the mean over tenants", "adapters", "exact"
+        "bytes", "lower", "size of one tenant's adapter as it is served; the mean where tenants differ",
+        "adapters", "exact",
     ),
     "resident_bytes_per_tenant": Metric(
-        "bytes", "lower", "what one more resident tenant takes: a slot of the bank, or all that PEFT makes of it",
+        "bytes", "lower",
+        "memory that one more resident tenant takes: a slot of the bank, or all that PEFT makes of the adapter",
         "adapters", "shown",
     ),
     "admit_ms": Metric(
-        "ms", "lower", "from one cold tenant's checkpoint folder into its slot (page cache warm)", "adapters", "shown"
+        "ms", "lower",
+        "the time that one tenant's adapter takes from its checkpoint folder, in the page cache, into its slot",
+        "adapters", "shown",
     ),
     "aten_ops_per_decode_step": Metric(
         "operations", "lower", "ATen operations called in one decode step", "exact", "exact"
     ),
     "kernel_launches_per_decode_step": Metric(
-        "launches", "lower", "device kernels launched in one step", "exact", "exact"
+        "launches", "lower", "device kernels launched in one decode step", "exact", "exact"
     ),
     "flops_per_decode_step": Metric(
-        "FLOPs", "lower", "floating-point operations of one decode step: as counted, or the least where that is more",
+        "FLOPs", "lower",
+        "floating-point operations of one decode step: those that were counted, or the least that it needs where "
+        "that is more",
         "exact", "exact",
     ),
     "bytes_per_decode_step": Metric(
-        "bytes", "lower", "weights, adapters and cache the last step must read", "exact", "exact"
+        "bytes", "lower", "bytes of weights, adapters and cache that the last decode step has to read", "exact", "exact"
     ),
     "least_flops_per_decode_step": Metric(
-        "FLOPs", "lower", "products that the last step can't do without", "exact", "exact"
+        "FLOPs", "lower", "floating-point operations of the products that the last decode step can't do without",
+        "exact", "exact",
     ),
     "bytes_per_first_decode_step": Metric(
-        "bytes", "lower", "weights, adapters and cache the first decode step must read", "exact", "exact"
+        "bytes", "lower", "bytes of weights, adapters and cache that the first decode step has to read",
+        "exact", "exact",
     ),
     "least_flops_per_first_decode_step": Metric(
-        "FLOPs", "lower", "products that the first decode step can't do without", "exact", "exact"
+        "FLOPs", "lower", "floating-point operations of the products that the first decode step can't do without",
+        "exact", "exact",
     ),
     "kept_bound": Metric(
-        "ratio", "higher", "bytes of `none` per step / bytes of the arm: the `kept` that traffic allows",
+        "ratio", "higher",
+        "bytes that a step of `none` reads / bytes that a step of the arm reads: the highest `kept` that memory "
+        "traffic allows",
         "exact", "exact",
     ),
     "least_ms_per_decode_step": Metric(
-        "ms", "lower", "least bytes or FLOPs over the device's speeds, whichever takes longer: the median of the steps",
+        "ms", "lower",
+        "the least time of the median decode step: its bytes over the device's bandwidth, or its FLOPs over the "
+        "device's peak, whichever takes longer",
         "row", "shown",
     ),
     "roof_share": Metric("ratio", "higher", "least_ms_per_decode_step / the median of itl_ms", "row", "shown"),
     "compiled_registers": Metric(
-        "registers", "lower", "registers of one thread of a compiled kernel (ptxas)", "compiled", "exact"
+        "registers", "lower", "registers that one thread of a compiled kernel uses (ptxas)", "compiled", "exact"
     ),
     "compiled_spill_bytes": Metric(
-        "bytes", "lower", "registers' worth that one thread keeps in memory instead", "compiled", "exact"
+        "bytes", "lower", "registers' worth of bytes that one thread of a compiled kernel keeps in memory instead",
+        "compiled", "exact",
     ),
     "compiled_shared_bytes": Metric(
-        "bytes", "lower", "shared memory of one program of a compiled kernel", "compiled", "exact"
+        "bytes", "lower", "shared memory that one program of a compiled kernel uses", "compiled", "exact"
     ),
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ class Chart:
 
 def _shorten(value: Any) -> Any:
     if isinstance(value, float):
-        short = float(f"{value:.5g}")
+        short = float(f"{value:.7g}")
         return int(short) if short.is_integer() else short
     if isinstance(value, Mapping):
         return {key: _shorten(member) for key, member in value.items()}

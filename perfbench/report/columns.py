@@ -113,7 +113,7 @@ def metrics_of(columns: str) -> list[str] | None:
     for name in columns.split(","):
         if name not in COLUMNS and name not in METRICS:
             known = (MAIN, *COLUMNS, *METRICS)
-            raise PerfbenchError(f"--columns: unknown columns or metric {name!r}; {nearest(name, known)}")
+            raise PerfbenchError(f"--columns: unknown column {name!r}; {nearest(name, known)}")
         found += COLUMNS[name]() if name in COLUMNS else [name]
     return found
 

@@ -20,8 +20,9 @@ from perfbench.run_folder.run_schema import Manifest
 # Comparisons that are open at first, and verdicts shown one by one; more are summed up in words.
 OPEN_FIRST, VERDICTS = 3, 6
 _TAILS = (
-    "Tails of the times of a call: ttft over the repetitions, itl (between two tokens) over all of their steps. "
-    f"A p95 takes {TAILS['p95'][1]:,} of them, a p99 {TAILS['p99'][1]:,}."
+    "Tails: percentiles of the time to the first token (ttft) over the repetitions, and of the time between two tokens "
+    f"(itl) over all their steps. A p95 needs {TAILS['p95'][1]:,} values and a p99 {TAILS['p99'][1]:,}; a dash stands "
+    "where there are fewer."
 )
 # Points of drift in the whole page, so that a thousand cases stay under 3 MB.
 _DRIFT_POINTS = 40_000

@@ -9,7 +9,7 @@ from typing import Any
 
 from perfbench.files.plain_text import printable_lines, printable_tree
 from perfbench.report import formats
-from perfbench.report.columns import MAIN, arm_name, columns_of, paper_columns
+from perfbench.report.columns import MAIN, arm_name, columns_of, metrics_of, paper_columns
 from perfbench.report.read import Run
 from perfbench.report.rows import groups, paper_of, rows, verdict
 from perfbench.report.tables import Column, grid, markdown, pieces, plain
@@ -38,6 +38,9 @@ class RunTable:
     manifest: Manifest
     columns: str = MAIN
     samples: Mapping[str, Sequence[Sample]] | None = None
+
+    def __post_init__(self) -> None:
+        metrics_of(self.columns)  # a wrong name is refused before the first line is printed
 
     def print(self, console: Any) -> None:
         """At most 100 columns wide; the paper's figures stand in a table of their own."""

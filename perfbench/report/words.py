@@ -16,14 +16,15 @@ from perfbench.run_folder.run_schema import Manifest
 _RARE = {"follow_up_tokens": "second turn"}
 _LEGEND = (
     "kept: the share of the bare backbone's decode speed that is left with the adapters in, the median over "
-    "rounds with its 95% interval. ttft: until the first token. a tenant: the size of one adapter as it is served, "
-    "~ the mean where tenants differ; more fit: how many more. roof: the least time of the median step, from what it "
-    "must read, over the time between tokens."
+    "rounds with its 95% interval. ttft: the time until the first token. a tenant: the size of one adapter as "
+    "it is served; where tenants differ, ~ and their mean. more fit: how many more tenants' adapters fit into the "
+    "memory that a running batch leaves. roof: the least time that the median step can take for what it must read and "
+    "compute, as a share of the median time between tokens."
 )
 _LEGEND_OPS = " ops: ATen operations in a decode step."
 _LEGEND_TURNS = (
-    " turn 2 ttft: until the first token of the second turn; all arms but those whose scales are generated from the "
-    "prompt (PARA) read the first turn out of the cache."
+    " turn 2 ttft: the time until the first token of the second turn; all arms but those whose scales are generated "
+    "from the prompt (PARA) read the first turn out of the cache."
 )
 _LEGEND_PLAIN = " times plain: decode speed over that of the same arm on runtime transformers with kernels eager."
 

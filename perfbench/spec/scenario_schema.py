@@ -40,8 +40,8 @@ PAPERS = {"para_table4": "PARA, Table 4", "fanlora_table3": "FanLoRA, Table 3"}
 TENANT_MIXES = {
     "distinct": "the tenants take turns: request i belongs to tenant i mod tenants",
     "identical": "all requests belong to one tenant",
-    "uniform": "each request's tenant is drawn uniformly",
-    "zipf": "each request's tenant is drawn with probability ~ 1 / rank^zipf_exponent",
+    "uniform": "each request's tenant is drawn, all with the same probability",
+    "zipf": "each request's tenant is drawn, the one of rank k with a probability proportional to 1 / k^zipf_exponent",
 }
 
 Schema = dict[str, Any]
@@ -52,7 +52,7 @@ _NAME: Schema = {
     "title": "a name of at most 40 letters, digits, '.', '_' and '-' that starts with a letter or digit",
 }
 # What every arm but `none` may have beside its method's options.
-LABEL: Schema = {"label": {**_NAME, "description": "name of this arm; default: the method's"}}
+LABEL: Schema = {"label": {**_NAME, "description": "how tables name this arm; default: the name of its method"}}
 
 
 def _options(method: Method) -> Schema:
@@ -79,14 +79,14 @@ def _methods(known: dict[str, Method]) -> Schema:
         "type": "array",
         "minItems": 1,
         "items": {"anyOf": [_one_of("method", known), with_options]},
-        "description": "the arms of each comparison: names, or {name: {options}}; `none` is always added",
+        "description": "the methods to compare: names, or {name: {options}}; the baseline `none` is always added",
     }
 
 
 def _axis(value: Schema, description: str, **more: Any) -> Schema:
     """One `value`, or a list of them, which makes an axis of the cases."""
     several = {"type": "array", "items": value, "minItems": 1, "uniqueItems": True}
-    return {"anyOf": [value, several], "description": f"{description} (a list makes an axis)", **more}
+    return {"anyOf": [value, several], "description": f"{description} (a list: each value is measured)", **more}
 
 
 def _integer(minimum: int) -> Schema:
@@ -99,36 +99,40 @@ def _one_of(title: str, names: Any) -> Schema:
 
 _WORKLOAD_FIELDS: Schema = {
     "prompt_tokens": _axis(
-        _integer(1), "exact length of seeded random prompts; together with `prompts`, the maximum length"
+        _integer(1), "how many tokens each random prompt has; with `prompts`, how many of a prompt are used at most"
     ),
     "prompts": {
         "type": "string",
         "pattern": r"\.(txt|jsonl)$",
         "title": "the path of a .txt or .jsonl file",
-        "description": "file of real prompts, relative to the current folder or else to this file",
+        "description": "a file of prompts, looked for from the current folder and then from the folder of the scenario",
     },
-    "new_tokens": _axis(_integer(2), "tokens generated for each request; exact, end-of-sequence is off"),
+    "new_tokens": _axis(
+        _integer(2), "how many tokens each request generates; an end-of-sequence token does not stop it"
+    ),
     "follow_up_tokens": _axis(
         _integer(0),
-        "random tokens that each request says in a second turn, to which it gets new_tokens again; 0: there is none. "
-        "Needs runtime static and beams 1",
+        "how many random tokens each request says in a second turn, after which it generates new_tokens again; 0: "
+        "there is no second turn. It needs runtime static and beams 1",
         default=0,
     ),
-    "beams": _axis(_integer(1), "beam size; 1 is greedy search", default=1),
-    "requests": _axis(_integer(1), "prompts in the batch; rows = requests x beams"),
-    "tenants": _axis(_integer(1), "how many tenants the requests are drawn from"),
-    "resident": _axis(_integer(1), "adapters held in the bank, >= tenants; default: tenants"),
+    "beams": _axis(_integer(1), "how many beams each request searches with; 1 is greedy search", default=1),
+    "requests": _axis(_integer(1), "how many prompts share a batch, which has requests x beams rows"),
+    "tenants": _axis(_integer(1), "how many tenants the requests of a batch belong to"),
+    "resident": _axis(
+        _integer(1), "how many tenants' adapters are held in memory, at least `tenants`; default: `tenants`"
+    ),
     "tenant_mix": _axis(
         _one_of("tenant_mix", TENANT_MIXES),
         "; ".join(f"{name}: {what}" for name, what in TENANT_MIXES.items()),
         default="distinct",
     ),
     "zipf_exponent": _axis(
-        {"type": "number", "exclusiveMinimum": 0}, "exponent of tenant_mix zipf, only with it; default 1.1"
+        {"type": "number", "exclusiveMinimum": 0}, "the exponent of tenant_mix zipf, allowed with it only; default 1.1"
     ),
     "without_adapter": _axis(
         {"type": "number", "minimum": 0, "maximum": 1},
-        "share of the requests that the bare backbone serves",
+        "the share of the requests that belong to no tenant and get no adapter",
         default=0,
     ),
 }
@@ -142,32 +146,35 @@ def _workload(required: list[str]) -> Schema:
     several = {"type": "array", "items": points, "minItems": 1}
     return {
         "anyOf": [{**_POINTS, "required": required}, several],
-        "description": "what one batch holds (a list of mappings makes an axis)",
+        "description": "what one batch holds (a list: each of them is measured)",
     }
 
 
 WORKLOAD_REQUIRED = ["new_tokens", "requests", "tenants"]
 
 _FIELDS: Schema = {
-    "name": {**_NAME, "description": "of the run; default: the file's name without .yaml"},
-    "question": {"type": "string", "description": "one sentence: what this scenario answers"},
-    "backbone": _axis({"type": "string", "minLength": 1}, "a named shape, a folder, or a hub id owner/model"),
-    "dtype": _axis(_one_of("dtype", DTYPES), "type of the weights and of the arithmetic"),
-    "runtime": _axis(_one_of("runtime", RUNTIMES), "how tokens are generated", default="transformers"),
-    "kernels": _axis(_one_of("kernels", KERNELS), "how adapters are computed", default="eager"),
+    "name": {**_NAME, "description": "the name of the run; default: the file's name without .yaml"},
+    "question": {"type": "string", "description": "the question that this scenario answers, in one sentence"},
+    "backbone": _axis(
+        {"type": "string", "minLength": 1},
+        "the shared model: a named shape with random weights, a folder, or a hub id owner/model",
+    ),
+    "dtype": _axis(_one_of("dtype", DTYPES), "the type of the weights and of the arithmetic"),
+    "runtime": _axis(_one_of("runtime", RUNTIMES), "what generates the tokens", default="transformers"),
+    "kernels": _axis(_one_of("kernels", KERNELS), "what computes the adapters' part", default="eager"),
     "workload": _workload(WORKLOAD_REQUIRED),
-    "warmup": {**_integer(1), "description": "untimed repetitions of each arm first", "default": 3},
-    "repetitions": {**_integer(1), "description": "timed repetitions of each arm", "default": 100},
+    "warmup": {**_integer(1), "description": "how often each arm runs before it is timed", "default": 3},
+    "repetitions": {**_integer(1), "description": "how often each arm is timed", "default": 100},
     "processes": {
         **_integer(1),
-        "description": "fresh processes, one after the other, each with all repetitions",
+        "description": "how many fresh processes measure, one after the other, each with all repetitions",
         "default": 1,
     },
     "seed": {
         "type": "integer",
         "minimum": 0,
         "maximum": 2**32 - 1,
-        "description": "of prompts, tenants, random weights and the order of the arms",
+        "description": "the seed of prompts, tenants, random weights and the order of the arms",
         "default": 0,
     },
     "isolation": {
@@ -177,7 +184,7 @@ _FIELDS: Schema = {
     },
     "paper": {
         **_one_of("paper", PAPERS),
-        "description": "whose published numbers to show beside the measured",
+        "description": "the paper whose published numbers are shown beside the measured ones",
     },
 }
 
@@ -194,7 +201,7 @@ def _schema(known: tuple[tuple[str, Method], ...]) -> Schema:
         "type": "object",
         "properties": {**fields, "workload": _workload([])},
         "additionalProperties": False,
-        "description": "what this kind of device changes: mappings merge, lists and scalars replace",
+        "description": "what changes on this kind of device: mappings are merged, lists and single values replaced",
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -202,12 +209,16 @@ def _schema(known: tuple[tuple[str, Method], ...]) -> Schema:
         "type": "object",
         "properties": {
             **fields,
-            "device": {**_one_of("device", DEVICES), "description": "auto: cuda where it is", "default": "auto"},
+            "device": {
+                **_one_of("device", DEVICES),
+                "description": "where it runs; auto: on a GPU where there is one",
+                "default": "auto",
+            },
             "overrides": {
                 "type": "object",
                 "properties": {"cpu": override, "cuda": override},
                 "additionalProperties": False,
-                "description": "partial scenarios, each laid over the file on that kind of device",
+                "description": "what is different on a CPU (`cpu`) and on a GPU (`cuda`)",
             },
         },
         "required": ["backbone", "dtype", "methods", "workload"],

@@ -1,8 +1,9 @@
 """What the benchmarks share: the device, its roof, and a timed call that waits for the device.
 
-    python -m pytest tests/benchmarks --benchmark-only
+    python -m pytest -n 0 tests/benchmarks --benchmark-only
 
-In an ordinary test run each benchmark is called once and not timed.
+-n 0 because nothing is timed in several processes at once. In an ordinary test run each benchmark is called once and
+not timed.
 """
 
 from __future__ import annotations

@@ -100,7 +100,9 @@ def test_another_word_is_answered_with_the_nearest(tmp_path: Path, capsys: pytes
     assert gated(tmp_path, "markdwon")[0] == 2
     assert "unknown format 'markdwon'; did you mean 'markdown'" in capsys.readouterr().err
     assert main(["show", str(REAL), "--columns", "tials"]) == 2
-    assert "--columns: unknown columns or metric 'tials'; did you mean 'tails'" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "--columns: unknown column 'tials'; did you mean 'tails'" in shown.err
+    assert shown.out == "", "nothing of the table is printed before the refusal"
 
 
 def test_bytes_are_not_written_to_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ WIDE = {**PARA, "kept": LORA["kept"], "versus_plain": PLAIN, "arm": "para-of-a-l
 def test_the_check_is_never_lost(width: int) -> None:
     members = (NONE, LORA, WIDE, failed("broken", "check_failed", "other tokens"), failed("big", "out_of_memory", None))
     lines = [line.rstrip() for line in printed(manifest(*members), width).splitlines()]
-    heads = [line for line in lines if line.startswith("arm ")]
+    heads = [line for line in lines if line.startswith("arm  ")]
     assert heads
     assert all(line.endswith(" check") for line in heads)
     for arm, verdict in (("none", "ok"), ("lora", "ok"), ("broken", "FAILED")):

@@ -93,14 +93,23 @@ def test_the_answer_comes_first_and_is_the_tables():
 
 def test_the_page_has_the_tails_with_a_dash_where_samples_are_too_few():
     page = page_of(REAL)
-    assert page.count("A p95 takes 100 of them, a p99 1,000.") == 2
-    table = page[page.index("Tails of the times of a call") :]
+    assert page.count("A p95 needs 100 values and a p99 1,000; a dash stands where there are fewer.") == 2
+    table = page[page.index('<p class="caption">Tails: ') :]
     heads = re.findall(r"<th scope=.col.>(.*?)</th>", table[: table.index("</thead>")], re.DOTALL)
     assert [" ".join(head.split()) for head in heads] == [
         f"{name} p{share} ms" for name in ("ttft", "itl") for share in (50, 95, 99)
     ]
     cells = re.findall(r"<td>(.*?)</td>", table[: table.index("</tr>", table.index("<tbody>"))])
     assert [cell == "-" for cell in cells] == [False, False, True, False, False, False]
+
+
+def test_a_chart_rounds_as_the_table_does():
+    """97.4497 was shortened to 97.45 for the chart, which then wrote 97.5 beside the table's 97.4."""
+    page = page_of(ROOT / "results" / "cpu-multitenant")
+    (chart,) = [chart for chart in data_of(page)["charts"][0] if chart["title"].startswith("Share of the bare")]
+    shown = [f"<td>{kept:.1f} [{low:.1f}, {high:.1f}]</td>" for _, kept, low, high in chart["rows"]]
+    assert len(shown) == 6
+    assert [cell for cell in shown if cell not in page] == []
 
 
 def test_every_chart_of_the_issue_is_there_with_its_unit():
@@ -255,7 +264,7 @@ def test_only_its_own_scripts_may_run():
 def drawn(browser: Any, folder: Path, page: str, **view: Any) -> Any:
     """The page in a browser's tab so tall that every open chart is drawn, once they are."""
     (folder / "report.html").write_text(page, encoding="utf-8")
-    tab = browser.open(folder / "report.html", height=30_000, **view)
+    tab = browser.open(folder / "report.html", height=40_000, **view)
     tab.wait_for("[...document.querySelectorAll('figure')].every(figure => figure.querySelector('svg'))")
     return tab
 

@@ -126,7 +126,7 @@ def test_the_second_turn_s_time_takes_the_place_of_the_operations() -> None:
     assert "second turn 16" in text
     assert "ops: ATen" not in words(text)
     assert "ops: ATen" in words(printed(manifest(NONE, LORA)))
-    assert "turn 2 ttft: until the first token of the second turn" in words(text)
+    assert "turn 2 ttft: the time until the first token of the second turn" in words(text)
 
 
 def test_the_ratio_to_plain_stands_there_where_it_was_measured() -> None:
