@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from perfbench.figures import papers
-from perfbench.figures.stats import LEAST_ROUNDS
+from perfbench.figures import papers, stats
 from perfbench.files.plain_text import format_bytes
 from perfbench.gate import policy, power
 from perfbench.history import store
@@ -182,7 +181,7 @@ FACTS: dict[str, Callable[[], str]] = {
     "least-effect": lambda: f"{_POLICY.primary[0].least_effect:.0%}",
     "least-processes": lambda: str(policy.LEAST_PROCESSES),
     "implausible-gain": lambda: f"{_POLICY.implausible_gain:.0%}",
-    "least-rounds": lambda: str(LEAST_ROUNDS),
+    "least-rounds": lambda: str(stats.LEAST_ROUNDS),
     "least-p95": lambda: f"{stats.TAILS['p95'][1]:,}",
     "least-p99": lambda: f"{stats.TAILS['p99'][1]:,}",
     "least-change": lambda: f"{store.LEAST_CHANGE:.0%}",
