@@ -36,8 +36,9 @@ def test_nobody_is_told_to_install_another_project(folder: str) -> None:
 
 def test_the_extra_all_has_what_the_others_bring_to_a_user() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert extras["all"] == [line for name in ("parquet", "hub", "pandas", "tensorboard", "gguf") for line in extras[name]]
-    assert set(extras) == {"parquet", "hub", "pandas", "tensorboard", "gguf", "all", "lm-eval", "docs", "test"}
+    for_users = ("parquet", "hub", "pandas", "tensorboard", "gguf")
+    assert extras["all"] == [line for name in for_users for line in extras[name]]
+    assert set(extras) == {*for_users, "all", "lm-eval", "docs", "test"}
 
 
 def test_the_licence_is_whole_and_declared() -> None:
