@@ -109,10 +109,10 @@ def conclusion(group: Sequence[Row]) -> Iterator[str]:
         best = max(measured, key=lambda row: row["kept_decode_tokens_per_s"])
         share = f"{best['kept_decode_tokens_per_s']:.1%}"
         enough = _enough(measured)
-        if len(measured) == 1:
-            yield f"{arm_name(best, group)} kept {share} of the bare backbone's decode speed."
-        elif not enough:
+        if not enough:
             yield f"Nothing is ranked: fewer than {LEAST_ROUNDS} rounds, as here, don't tell arms apart."
+        elif len(measured) == 1:
+            yield f"{arm_name(best, group)} kept {share} of the bare backbone's decode speed."
         else:
             name, ties = arm_name(best, group), _ties(best, measured)
             yield f"{name} kept most of the bare backbone's decode speed, {share}{ties}"

@@ -252,6 +252,15 @@ def test_five_rounds_rank_nothing() -> None:
     assert "Nothing is ranked: fewer than 6 rounds" in words(printed(run))
 
 
+def test_two_rounds_say_nothing_of_a_single_arm() -> None:
+    run = copy.deepcopy(manifest(NONE, LORA))
+    for member in run["cases"].values():
+        member["summary"]["total_ms"]["rounds"] = 2
+    text = words(printed(run))
+    assert "Nothing is ranked: fewer than 6 rounds" in text
+    assert "of the bare backbone's decode speed." not in text
+
+
 def test_an_interval_of_few_rounds_is_not_printed_even_where_a_run_has_one() -> None:
     """As perfbench 0.1 wrote it: of three rounds, it held the truth in 74%."""
     text = printed(manifest(NONE, LORA, beside_lora(PARA, 1.09, rounds=3), paper="para_table4"))
