@@ -59,18 +59,22 @@ def process(*command: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_is_an_interrupt_once_and_then_as_before(name: str) -> None:
     number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup the tests begin with SIGHUP ignored
 
     def ended() -> None:
         with interruption.as_ctrl_c():
             try:
                 os.kill(os.getpid(), number)
-                signal.pause()
+                time.sleep(10)
             finally:
                 os.kill(os.getpid(), number)  # a second, while what the first began is cleared up
 
-    with pytest.raises(KeyboardInterrupt):
-        ended()
-    assert signal.getsignal(number) is signal.SIG_DFL
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ended()
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_what_was_ignored_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
