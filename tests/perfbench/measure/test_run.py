@@ -157,7 +157,8 @@ def test_a_full_run_measures_every_case(full: tuple[Path, Any]) -> None:
         else:
             assert case["check"]["shifted_share"] == pytest.approx(1, abs=0.01)
             kept = case["kept"]["decode_tokens_per_s"]
-            assert 0 < kept["low"] <= kept["ratio"] <= kept["high"]
+            assert kept["ratio"] > 0
+            assert kept["low"] is kept["high"] is None  # three rounds are too few for an interval
             assert 0 < case["exact"]["kept_bound"] < 1
             assert case["adapters"]["bytes_per_tenant"] > 0
 
