@@ -120,7 +120,7 @@ from pathlib import Path
 import psutil, torch
 from perfbench.measure.on_device import arms
 from perfbench.methods.registry import METHODS
-from perfbench.runtimes import backbone
+from perfbench.runtimes import backbone, peft_arms
 from perfbench.runtimes.generation import Batch
 from perfbench.spec.cases import Case
 
