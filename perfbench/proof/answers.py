@@ -4,7 +4,7 @@ questions, and an answer follows from backbone, adapter and tokens alone, never 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +25,9 @@ class Kept:
     answers: OrderedDict[Hashable, torch.Tensor] = field(default_factory=OrderedDict)
 
     def put(self, question: Hashable, answer: torch.Tensor) -> None:
-        """Keeps one more, on the host."""
+        """Keeps one more, on the host; what is kept already stays as it is."""
+        if question in self.answers:
+            return
         self.answers[question] = answer.cpu()
         self.held_bytes += answer.nbytes
         while self.held_bytes > self.most_bytes and self.answers:
@@ -63,17 +65,10 @@ class Oracle:
 
     def beam_search(self, asked: Served, beams: int, new_tokens: int, dtype: torch.dtype) -> torch.Tensor:
         """As `oracle.beam_search`, for the prompt and the adapter of `asked`."""
-
-        def search() -> torch.Tensor:
-            return oracle.beam_search(self.backbone, asked.prompt, asked.plan, beams, new_tokens, dtype)
-
         question = (self.adapters, asked.slot, _words(asked.prompt), beams, new_tokens, dtype)
-        return self._kept_or(question, search)
-
-    def _kept_or(self, question: Hashable, ask: Callable[[], torch.Tensor]) -> torch.Tensor:
         found = self.kept.get(question, self.backbone.device)
         if found is None:
-            found = ask()
+            found = oracle.beam_search(self.backbone, asked.prompt, asked.plan, beams, new_tokens, dtype)
             self.kept.put(question, found)
         return found
 

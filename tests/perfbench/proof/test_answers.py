@@ -107,6 +107,8 @@ def test_the_oldest_answers_are_forgotten_beyond_the_limit() -> None:
     assert list(kept.answers) == ["b", "c"]
     assert kept.held_bytes == 80
     assert kept.get("a", torch.device("cpu")) is None
+    kept.put("c", answer)
+    assert kept.held_bytes == 80, "one question asked twice in one call is kept once"
     kept.put("d", torch.zeros(1000))
     assert kept.answers == {}
     assert kept.held_bytes == 0
