@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-# In a log, one line a case is enough; these steps come many times.
-QUIET = ("warming up", "round")
+# A log has a line for each case, and one in between where it would be silent for longer.
+SILENCE_S = 15.0
 
 
 class RunProgress:
@@ -29,6 +30,7 @@ class RunProgress:
         )
         self._task = self._bar.add_task("starting", total=steps)
         self._spoken: str | None = None
+        self._spoken_at = 0.0
 
     def __enter__(self) -> RunProgress:
         self._bar.start()
@@ -40,9 +42,12 @@ class RunProgress:
     def say(self, subject: str, text: str) -> None:
         """What is being done now, and to which case."""
         self._bar.update(self._task, description=escape(f"{subject.rsplit('/', 1)[-1]}: {text}"))
-        if not self._console.is_terminal and subject != self._spoken and not text.startswith(QUIET):
+        now = time.monotonic()
+        # In the rounds the cases take turns, so that each would be a new one.
+        new = subject != self._spoken and not text.startswith("round")
+        if not self._console.is_terminal and (new or now - self._spoken_at >= SILENCE_S):
             self._console.print(f"{subject}: {text}", markup=False, highlight=False, soft_wrap=True)
-            self._spoken = subject
+            self._spoken, self._spoken_at = subject, now
 
     def warn(self, text: str) -> None:
         """A line that stays, on a terminal too."""

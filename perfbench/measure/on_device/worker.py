@@ -271,7 +271,7 @@ class Session:
         # All are built before any warms up: an arm that makes room for its adapters moves the weights of all.
         built = {}
         for case in cases:
-            self.emit("phase", case=case.id, text="admitting tenants")
+            self.emit("phase", case=case.id, text="admitting tenants beside the other arms")
             built[case.id] = self._build(case)
         for case in cases:
             self.emit("phase", case=case.id, text="warming up")
