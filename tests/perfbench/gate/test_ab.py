@@ -413,6 +413,8 @@ def test_a_process_proves_itself_with_the_worker_of_either_layout(tmp_path: Path
         git(folder, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "one")
         here = Revision("one", git(folder, "rev-parse", "HEAD"), folder.resolve(), Path(sys.executable), "")
         prove_own_code(here, str(folder.resolve()), {where: git(folder, "rev-parse", f"HEAD:{where}")})
+        with pytest.raises(ComparisonError, match="is not loaded"):
+            prove_own_code(here, str(folder.resolve()), {})
 
 
 def test_every_arm_stands_at_every_place_equally_often() -> None:
