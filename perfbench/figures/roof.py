@@ -136,9 +136,9 @@ def least_s_of_step(first: Work, last: Work, step: int, steps: int, device: Devi
     same each time."""
     part = step / (steps - 1) if steps > 1 else 1.0
     found_bytes, found_flops = (
-        start + (end - start) * part for start, end in ((first.bytes, last.bytes), (first.flops, last.flops))
+        round(start + (end - start) * part) for start, end in ((first.bytes, last.bytes), (first.flops, last.flops))
     )
-    return max(found_bytes / device.bytes_per_s, found_flops / device.flops_per_s[dtype])
+    return Work(found_bytes, 0, 0, found_flops).least_s(device, dtype)
 
 
 # A vendor's figures can't be beaten. One that was measured on a machine that others use too may be a bad moment's.
