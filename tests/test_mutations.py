@@ -92,7 +92,7 @@ FAULTS = (
     Fault("PARA pooled at the first token, on both runtimes", (
         (TRANSFORMERS, "pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), self.last_prompt_token]",
          "pooled = hidden[:, 0]"),
-        (f"{STATIC}/decoder.py", "stream.view(requests, length, -1)[every, last]",
+        (f"{STATIC}/forward.py", "stream.view(requests, length, -1)[every, last]",
          "stream.view(requests, length, -1)[:, 0]"),),
         "para: FAILED", runtime="[transformers, static]", methods="[para]"),
     Fault("PARA's vectors made again for every token", (

@@ -19,10 +19,10 @@ from perfbench.methods.shape import MODULE_PATHS
 from perfbench.profiling.on_device.ranges import BIND, KV_CACHE, MODEL, VECTORS, Ranges, replace
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Arm
-from perfbench.runtimes.static import decoder as static_decoder
+from perfbench.runtimes.static import forward as static_forward
 from perfbench.runtimes.static.adapters import Adapters
 from perfbench.runtimes.static.arm import StaticArm
-from perfbench.runtimes.static.decoder import Decoder
+from perfbench.runtimes.static.forward import Forward
 from perfbench.runtimes.transformers_plan import AdaptedLinear, PlanArm
 
 # Where a module lives in a decoder layer of Hugging Face's model -> its kind; PEFT puts its own inside the linears.
@@ -97,7 +97,7 @@ def _static(stack: ExitStack, ranges: Ranges, arm: StaticArm, kernels: str) -> N
     """Ranges around what runtime static calls by name.
 
     It relies on: arm.decoder, made anew where it is None, with the forms that the tables above have then;
-    arm.capture, which makes a step a thing to replay; the decoder's `_product(x, layer, kind, ...)` and
+    arm.capture, which makes a step a thing to replay; the forward pass's `_product(x, layer, kind, ...)` and
     `_generate_scales`; `product` and `scaled_dot_product_attention`, names of its module; `Adapters.take`.
     A replayed step calls nothing that a range could be around, so that it is not captured here: the same kernels run,
     launched one by one.
@@ -121,10 +121,10 @@ def _static(stack: ExitStack, ranges: Ranges, arm: StaticArm, kernels: str) -> N
     last_layer = [0]
 
     def known_product(function: Callable[..., Any]) -> Callable[..., Any]:
-        def inside(decoder: Decoder, x: torch.Tensor, layer: int, kind: str, **options: Any) -> Any:
+        def inside(forward: Forward, x: torch.Tensor, layer: int, kind: str, **options: Any) -> Any:
             layer_in_flight[0] = last_layer[0] = layer
             try:
-                return in_layer(kind, function)(decoder, x, layer, kind, **options)
+                return in_layer(kind, function)(forward, x, layer, kind, **options)
             finally:
                 layer_in_flight[0] = None
 
@@ -134,10 +134,10 @@ def _static(stack: ExitStack, ranges: Ranges, arm: StaticArm, kernels: str) -> N
         head = ranges.around("head", function)
         return lambda *args: (head if layer_in_flight[0] is None else function)(*args)
 
-    replace(stack, Decoder, "_product", known_product)
-    replace(stack, static_decoder, "product", product_of_no_layer)
-    replace(stack, static_decoder, "scaled_dot_product_attention", lambda function: in_layer("attention", function))
-    replace(stack, Decoder, "_generate_scales", lambda function: ranges.around(VECTORS, function))
+    replace(stack, Forward, "_product", known_product)
+    replace(stack, static_forward, "product", product_of_no_layer)
+    replace(stack, static_forward, "scaled_dot_product_attention", lambda function: in_layer("attention", function))
+    replace(stack, Forward, "_generate_scales", lambda function: ranges.around(VECTORS, function))
     replace(stack, Adapters, "take", lambda function: ranges.around(BIND, function))
     for forms, kind in STATIC_FORMS:
         stack.callback(forms.__setitem__, kernels, forms[kernels])

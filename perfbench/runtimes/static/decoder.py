@@ -3,47 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from perfbench.kernels import (
-    decode_attention,
-    low_rank,
-    qkv_epilogue,
-    residual_rmsnorm,
-    row_scale,
-    swiglu_epilogue,
-    vector_generator,
-)
+from perfbench.kernels import decode_attention
 from perfbench.runtimes.generation import Batch
-from perfbench.runtimes.static.adapters import BARE, Adapters, BoundGenerator, each_request_s
+from perfbench.runtimes.static.adapters import Adapters
 from perfbench.runtimes.static.cache import KVCache
 from perfbench.runtimes.static.capture import Step, weak
-from perfbench.runtimes.static.product import OF_FEW_ROWS, product, takes_tail
+from perfbench.runtimes.static.forward import Forward, View
 from perfbench.runtimes.static.weights import Weights
 
-# A prefill of so few rows takes the ranks out of the base product, as a decode step does: on an H200 the launches of a
-# shrink and an expand for each module, from the host, were 20 of the 34 ms of 274 tokens.
-MOST_ROWS_WITH_TAIL = 512
 
-
-class View(NamedTuple):
-    """What one decode step sees of the cache. cos, sin [rows or 1, D]; the rest, for every layer, as
-    `qkv_epilogue` (entries, at) and `decode_attention` (prompt, where, mask, filled) take it."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    entries: list[torch.Tensor] | tuple[torch.Tensor, ...]
-    at: torch.Tensor | None
-    prompt: list[torch.Tensor] | tuple[torch.Tensor, ...]
-    where: torch.Tensor | None
-    mask: torch.Tensor | None
-    filled: torch.Tensor | None
-
-
-class Decoder:
+class Decoder(Forward):
     """Weights, adapters and cache for batches of one size. `start` one, `prefill` it, then `step` by step; never waits
     for the device in between.
 
@@ -62,8 +34,8 @@ class Decoder:
         *,
         padded: bool,
     ):
-        self.weights, self.adapters, self.cache = weights, adapters, cache
-        self.layers = adapters.layers if adapters else [BARE] * weights.shape.layers
+        super().__init__(weights, adapters, kernels)
+        self.cache = cache
         self.steps = 0
         size, device = cache.size, weights.device
         rows = size.requests * size.beams
@@ -78,16 +50,7 @@ class Decoder:
         self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
         self._logits = torch.empty(0, device=device)
-        self._few_rows = OF_FEW_ROWS[kernels]
-        self._shrink = low_rank.SHRINKS[kernels]
-        self._expand = low_rank.EXPANDS[kernels]
-        self._from_product = low_rank.FROM_PRODUCT[kernels]
-        self._qkv = qkv_epilogue.FORMS[kernels]
-        self._swiglu = swiglu_epilogue.FORMS[kernels]
-        self._norm = residual_rmsnorm.FORMS[kernels]
-        self._attention = decode_attention.FORMS[kernels]
         self._mask = decode_attention.MASKS[kernels]
-        self._vectors = vector_generator.FORMS[kernels]
 
     def start(self, batch: Batch) -> None:
         """Takes a batch of this decoder's size: its adapters and its padding, copied to where the steps find them."""
@@ -127,40 +90,12 @@ class Decoder:
         return self._read(whole.input_ids[:, past:], past, whole.attention_mask)
 
     def _read(self, ids: torch.Tensor, past: int, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Reads ids [Q, C] after `past` tokens in the cache, attention_mask [Q, past + C] being for all of them."""
-        weights = self.weights
-        requests, length = ids.shape
-        end = past + length
-        cos, sin = self._rotation(attention_mask, past)
-        allowed = self._allowed(past, end)
-        residual = weights.embed(ids).view(requests * length, -1)
-        normed = residual_rmsnorm.norm(residual, weights.layers[0].input_norm, weights.eps)
-        last = (attention_mask[:, past:] * torch.arange(length, device=residual.device)).argmax(dim=1)
-        every = torch.arange(requests, device=residual.device)
-        group = weights.shape.heads // weights.shape.kv_heads
-        for i, bound in enumerate(self.layers):
-            if bound.generator is not None:
-                stream = normed if bound.generator.stacked.normalised else residual
-                self._generate_scales(bound.generator, stream.view(requests, length, -1)[every, last])
-            seen = self.cache.prompt[i][:, :, :, :end]
-            qkv, h = self._product(normed, i, "qkv", prefill=True)
-            q = self._finish_qkv(i, qkv, h, cos, sin, seen[:, :, :, past:].permute(0, 3, 1, 2, 4), None)
-            keys, values = seen.unbind(1)
-            if group > 1:
-                keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
-            q = q.unflatten(0, (requests, length)).transpose(1, 2)
-            attended = scaled_dot_product_attention(q, keys, values, allowed, is_causal=allowed is None)
-            attended = attended.transpose(1, 2).reshape(requests * length, -1)
-            if i == len(self.layers) - 1:  # nothing but the last token of each prompt is needed from here on
-                residual = residual.view(requests, length, -1)[:, -1].contiguous()
-                attended = attended.view(requests, length, -1)[:, -1].contiguous()
-            normed = self._finish_layer(i, residual, attended, prefill=True)
-        return product(normed, weights.head)
+        return self.read(ids, past, attention_mask, self.cache.prompt, self._allowed(past, past + ids.shape[1]))
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Takes one more token of each row, int64 [rows]; logits [rows, V] of what follows, until the next step."""
         if self._capture is None:
-            logits = self._run(tokens, self._growing_view())
+            logits = self.run(tokens, self._growing_view())
         else:
             self._tokens.copy_(tokens)
             if self._replay is None:
@@ -178,7 +113,7 @@ class Decoder:
 
     def _fixed_step(self) -> None:
         """The step on what lies in fixed tensors; run twice it does the same."""
-        self._logits = self._run(self._tokens, self._fixed_view())
+        self._logits = self.run(self._tokens, self._fixed_view())
 
     def _growing_view(self) -> View:
         """The cache up to this step, as far as the host knows it."""
@@ -196,7 +131,7 @@ class Decoder:
             where = cache.ancestors[:, : n + 1] + steps * len(self._rows)
         return View(
             cos, sin, entries=[entry[n] for entry in cache.entries], at=None,
-            prompt=[entry[:, :, :, :end] for entry in cache.prompt], where=where,
+            prompt=[entry[:, :, :, :end] for entry in cache.prompt], generated=cache.generated, where=where,
             mask=None if self._padding is None else self._padding[..., :end], filled=None,
         )  # fmt: skip
 
@@ -214,78 +149,8 @@ class Decoder:
             filled = filled + length
         return View(
             weights.cos[positions], weights.sin[positions], entries=cache.entries, at=at,
-            prompt=cache.prompt, where=where, mask=mask, filled=filled,
+            prompt=cache.prompt, generated=cache.generated, where=where, mask=mask, filled=filled,
         )  # fmt: skip
-
-    def _run(self, tokens: torch.Tensor, view: View) -> torch.Tensor:
-        weights, cache = self.weights, self.cache
-        residual = weights.embed(tokens)
-        normed = residual_rmsnorm.norm(residual, weights.layers[0].input_norm, weights.eps)
-        for i in range(len(self.layers)):
-            qkv, h = self._product(normed, i, "qkv")
-            q = self._finish_qkv(i, qkv, h, view.cos, view.sin, view.entries[i], view.at)
-            generated = cache.generated[i] if cache.generated else None
-            attended = self._attention(q, view.prompt[i], generated, view.where, view.mask, view.filled)
-            normed = self._finish_layer(i, residual, attended)
-        return product(normed, weights.head)
-
-    def _product(
-        self, x: torch.Tensor, i: int, name: str, *, prefill: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The fused product `name` of layer i, and h as the fused operations take it, None without a low-rank pair."""
-        projection, bound = self.weights.layers[i].projections[name], self.layers[i].projections[name]
-        of_rows = product if prefill else self._few_rows
-        if bound.a is None or bound.weight is None or bound.expansion is None:
-            return of_rows(x, projection.weight, projection.bias), None
-        if not takes_tail(x) or (prefill and len(x) > MOST_ROWS_WITH_TAIL):
-            own = self.adapters.own if self.adapters else None
-            y, h = of_rows(x, projection.weight, projection.bias), self._shrink(x, bound.a, own)
-            if not prefill:
-                return y, h
-            # With many rows of a request its adapter is worth a product of tiles: the epilogues take it row by row.
-            self._expand(y, h, bound.expansion)
-            return y, None
-        adapters, each, _ = bound.a.shape
-        both = of_rows(x, bound.weight, bound.bias)
-        y, ranks = both[:, : projection.columns], both[:, projection.columns :]
-        return y, self._from_product(ranks[:, : adapters * each], adapters)
-
-    def _finish_qkv(
-        self, i: int, qkv: torch.Tensor, h: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
-        entry: torch.Tensor, at: torch.Tensor | None,
-    ) -> torch.Tensor:  # fmt: skip
-        bound = self.layers[i].projections["qkv"]
-        return self._qkv(qkv, h, bound.expansion, bound.scale, cos, sin, entry, at)
-
-    def _finish_layer(
-        self, i: int, residual: torch.Tensor, attended: torch.Tensor, *, prefill: bool = False
-    ) -> torch.Tensor:
-        """From the attention's output to the normed input of the next layer (or of the head); residual in place."""
-        weights, bound = self.weights, self.layers[i].projections
-        y, h = self._product(attended, i, "o", prefill=prefill)
-        normed = self._norm(residual, y, h, bound["o"].expansion, weights.layers[i].post_norm, weights.eps)
-        gate_up, h = self._product(normed, i, "gate_up", prefill=prefill)
-        inner = self._swiglu(gate_up, h, bound["gate_up"].expansion, bound["gate_up"].scale, weights.activation)
-        y, h = self._product(inner, i, "down", prefill=prefill)
-        following = weights.layers[i + 1].input_norm if i + 1 < len(weights.layers) else weights.norm
-        return self._norm(residual, y, h, bound["down"].expansion, following, weights.eps)
-
-    def _generate_scales(self, generator: BoundGenerator, pooled: torch.Tensor) -> None:
-        """The scales of the layer's projections: PARA's vectors, from its input at the last prompt tokens [Q, hidden],
-        and what other tenants of the batch have stored."""
-        stacked, own = generator.stacked, self.adapters.own if self.adapters else None
-        vectors = self._vectors(pooled, stacked.w_down, stacked.w_up, stacked.bias_minus_one, own)
-        for place in generator.places:
-            if place.columns is not None:
-                place.to.copy_(vectors[:, place.columns])
-            if place.stored is not None:
-                stored = place.stored if own is None else each_request_s(place.stored, own)
-                place.to.copy_(stored if place.columns is None else row_scale.one_after_the_other(stored, place.to))
-
-    def _rotation(self, attention_mask: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin [Q x C, D] of the tokens after `past`; padding takes the place of the first token."""
-        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, past:].flatten()
-        return self.weights.cos[positions], self.weights.sin[positions]
 
     def _allowed(self, past: int, end: int) -> torch.Tensor | None:
         """bool [Q or 1, 1, C, end] of C = end - past tokens, or None for the plain causal mask.

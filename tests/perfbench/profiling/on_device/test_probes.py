@@ -18,7 +18,7 @@ from perfbench.profiling import breakdown, trace
 from perfbench.profiling.on_device import probes
 from perfbench.profiling.on_device.ranges import PhaseClock, Ranges
 from perfbench.runtimes import backbone
-from perfbench.runtimes.static import decoder as static_decoder
+from perfbench.runtimes.static import forward as static_forward
 from perfbench.runtimes.static.adapters import Adapters
 from perfbench.spec import cases, scenario
 
@@ -135,7 +135,7 @@ def test_a_time_planted_in_one_kind_shows_there(model: backbone.Backbone, tmp_pa
 
 @contextmanager
 def _one_more_operation(arm: Any) -> Iterator[None]:
-    real = static_decoder.OF_FEW_ROWS["eager"]
+    real = static_forward.OF_FEW_ROWS["eager"]
     products = {layer.projections["o"].weight.data_ptr() for layer in arm.weights.layers}
 
     def slower(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Any:
@@ -143,11 +143,11 @@ def _one_more_operation(arm: Any) -> Iterator[None]:
             x = x.add(0)
         return real(x, weight, *rest)
 
-    static_decoder.OF_FEW_ROWS["eager"], arm.decoder = slower, None
+    static_forward.OF_FEW_ROWS["eager"], arm.decoder = slower, None
     try:
         yield
     finally:
-        static_decoder.OF_FEW_ROWS["eager"], arm.decoder = real, None
+        static_forward.OF_FEW_ROWS["eager"], arm.decoder = real, None
 
 
 @pytest.mark.parametrize(("runtime", "arm"), [("transformers", "lora"), ("transformers", "peft"), ("static", "para")])
@@ -161,8 +161,8 @@ def test_nothing_is_left_behind_even_after_an_error(
             (name, sorted(vars(module)), list(module._forward_hooks), list(module._forward_pre_hooks))
             for name, module in built.arm.model.named_modules()
         ]
-        shared = (static_decoder.product, static_decoder.scaled_dot_product_attention, Adapters.take,
-                  Cache.update, static_decoder.Decoder._product, static_decoder.Decoder._generate_scales,
+        shared = (static_forward.product, static_forward.scaled_dot_product_attention, Adapters.take,
+                  Cache.update, static_forward.Forward._product, static_forward.Forward._generate_scales,
                   dict(low_rank.SHRINKS), dict(qkv_epilogue.FORMS))  # fmt: skip
         return modules, shared, sorted(vars(built.arm))
 

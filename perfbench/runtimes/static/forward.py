@@ -1,0 +1,171 @@
+"""The layers' arithmetic over the fused weights: how prompts are read and how a decode step is taken, with the adapters
+of the rows. Where keys and values lie, and what a step sees of them, the caller says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from perfbench.kernels import (
+    decode_attention,
+    low_rank,
+    qkv_epilogue,
+    residual_rmsnorm,
+    row_scale,
+    swiglu_epilogue,
+    vector_generator,
+)
+from perfbench.runtimes.static.adapters import BARE, Adapters, BoundGenerator, each_request_s
+from perfbench.runtimes.static.product import OF_FEW_ROWS, product, takes_tail
+from perfbench.runtimes.static.weights import Weights
+
+# A prefill of so few rows takes the ranks out of the base product, as a decode step does: on an H200 the launches of a
+# shrink and an expand for each module, from the host, were 20 of the 34 ms of 274 tokens.
+MOST_ROWS_WITH_TAIL = 512
+
+
+class View(NamedTuple):
+    """What one decode step sees of the cache. cos, sin [rows or 1, D]; the rest, for every layer, as
+    `qkv_epilogue` (entries, at) and `decode_attention` (prompt, generated, where, mask, filled) take it."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    entries: list[torch.Tensor] | tuple[torch.Tensor, ...]
+    at: torch.Tensor | None
+    prompt: list[torch.Tensor] | tuple[torch.Tensor, ...]
+    generated: tuple[torch.Tensor, ...]
+    where: torch.Tensor | None
+    mask: torch.Tensor | None
+    filled: torch.Tensor | None
+
+
+class Forward:
+    """Weights and the adapters of some rows, by one kernel set."""
+
+    def __init__(self, weights: Weights, adapters: Adapters | None, kernels: str):
+        self.weights, self.adapters = weights, adapters
+        self.layers = adapters.layers if adapters else [BARE] * weights.shape.layers
+        self._few_rows = OF_FEW_ROWS[kernels]
+        self._shrink = low_rank.SHRINKS[kernels]
+        self._expand = low_rank.EXPANDS[kernels]
+        self._from_product = low_rank.FROM_PRODUCT[kernels]
+        self._qkv = qkv_epilogue.FORMS[kernels]
+        self._swiglu = swiglu_epilogue.FORMS[kernels]
+        self._norm = residual_rmsnorm.FORMS[kernels]
+        self._attention = decode_attention.FORMS[kernels]
+        self._vectors = vector_generator.FORMS[kernels]
+
+    def read(
+        self,
+        ids: torch.Tensor,
+        past: int,
+        attention_mask: torch.Tensor,
+        cache: Sequence[torch.Tensor],
+        allowed: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Reads ids int64 [Q, C] after `past` tokens; logits [Q, V] of what follows them.
+
+        attention_mask [Q, past + C], for all tokens; cache: [Q, 2, H_kv, >= past + C, D] of each layer, which takes
+        their keys and values; allowed: bool [Q or 1, 1, C, past + C], or None for the plain causal mask.
+        """
+        weights = self.weights
+        requests, length = ids.shape
+        end = past + length
+        cos, sin = self._rotation(attention_mask, past)
+        residual = weights.embed(ids).view(requests * length, -1)
+        normed = residual_rmsnorm.norm(residual, weights.layers[0].input_norm, weights.eps)
+        last = (attention_mask[:, past:] * torch.arange(length, device=residual.device)).argmax(dim=1)
+        every = torch.arange(requests, device=residual.device)
+        group = weights.shape.heads // weights.shape.kv_heads
+        for i, bound in enumerate(self.layers):
+            if bound.generator is not None:
+                stream = normed if bound.generator.stacked.normalised else residual
+                self._generate_scales(bound.generator, stream.view(requests, length, -1)[every, last])
+            seen = cache[i][:, :, :, :end]
+            qkv, h = self._product(normed, i, "qkv", prefill=True)
+            q = self._finish_qkv(i, qkv, h, cos, sin, seen[:, :, :, past:].permute(0, 3, 1, 2, 4), None)
+            keys, values = seen.unbind(1)
+            if group > 1:
+                keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+            q = q.unflatten(0, (requests, length)).transpose(1, 2)
+            attended = scaled_dot_product_attention(q, keys, values, allowed, is_causal=allowed is None)
+            attended = attended.transpose(1, 2).reshape(requests * length, -1)
+            if i == len(self.layers) - 1:  # nothing but the last token of each prompt is needed from here on
+                residual = residual.view(requests, length, -1)[:, -1].contiguous()
+                attended = attended.view(requests, length, -1)[:, -1].contiguous()
+            normed = self._finish_layer(i, residual, attended, prefill=True)
+        return product(normed, weights.head)
+
+    def run(self, tokens: torch.Tensor, view: View) -> torch.Tensor:
+        """One more token of each row, int64 [rows]; logits [rows, V] of what follows."""
+        weights = self.weights
+        residual = weights.embed(tokens)
+        normed = residual_rmsnorm.norm(residual, weights.layers[0].input_norm, weights.eps)
+        for i in range(len(self.layers)):
+            qkv, h = self._product(normed, i, "qkv")
+            q = self._finish_qkv(i, qkv, h, view.cos, view.sin, view.entries[i], view.at)
+            generated = view.generated[i] if view.generated else None
+            attended = self._attention(q, view.prompt[i], generated, view.where, view.mask, view.filled)
+            normed = self._finish_layer(i, residual, attended)
+        return product(normed, weights.head)
+
+    def _product(
+        self, x: torch.Tensor, i: int, name: str, *, prefill: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The fused product `name` of layer i, and h as the fused operations take it, None without a low-rank pair."""
+        projection, bound = self.weights.layers[i].projections[name], self.layers[i].projections[name]
+        of_rows = product if prefill else self._few_rows
+        if bound.a is None or bound.weight is None or bound.expansion is None:
+            return of_rows(x, projection.weight, projection.bias), None
+        if not takes_tail(x) or (prefill and len(x) > MOST_ROWS_WITH_TAIL):
+            own = self.adapters.own if self.adapters else None
+            y, h = of_rows(x, projection.weight, projection.bias), self._shrink(x, bound.a, own)
+            if not prefill:
+                return y, h
+            # With many rows of a request its adapter is worth a product of tiles: the epilogues take it row by row.
+            self._expand(y, h, bound.expansion)
+            return y, None
+        adapters, each, _ = bound.a.shape
+        both = of_rows(x, bound.weight, bound.bias)
+        y, ranks = both[:, : projection.columns], both[:, projection.columns :]
+        return y, self._from_product(ranks[:, : adapters * each], adapters)
+
+    def _finish_qkv(
+        self, i: int, qkv: torch.Tensor, h: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
+        entry: torch.Tensor, at: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        bound = self.layers[i].projections["qkv"]
+        return self._qkv(qkv, h, bound.expansion, bound.scale, cos, sin, entry, at)
+
+    def _finish_layer(
+        self, i: int, residual: torch.Tensor, attended: torch.Tensor, *, prefill: bool = False
+    ) -> torch.Tensor:
+        """From the attention's output to the normed input of the next layer (or of the head); residual in place."""
+        weights, bound = self.weights, self.layers[i].projections
+        y, h = self._product(attended, i, "o", prefill=prefill)
+        normed = self._norm(residual, y, h, bound["o"].expansion, weights.layers[i].post_norm, weights.eps)
+        gate_up, h = self._product(normed, i, "gate_up", prefill=prefill)
+        inner = self._swiglu(gate_up, h, bound["gate_up"].expansion, bound["gate_up"].scale, weights.activation)
+        y, h = self._product(inner, i, "down", prefill=prefill)
+        following = weights.layers[i + 1].input_norm if i + 1 < len(weights.layers) else weights.norm
+        return self._norm(residual, y, h, bound["down"].expansion, following, weights.eps)
+
+    def _generate_scales(self, generator: BoundGenerator, pooled: torch.Tensor) -> None:
+        """The scales of the layer's projections: PARA's vectors, from its input at the last prompt tokens [Q, hidden],
+        and what other tenants of the batch have stored."""
+        stacked, own = generator.stacked, self.adapters.own if self.adapters else None
+        vectors = self._vectors(pooled, stacked.w_down, stacked.w_up, stacked.bias_minus_one, own)
+        for place in generator.places:
+            if place.columns is not None:
+                place.to.copy_(vectors[:, place.columns])
+            if place.stored is not None:
+                stored = place.stored if own is None else each_request_s(place.stored, own)
+                place.to.copy_(stored if place.columns is None else row_scale.one_after_the_other(stored, place.to))
+
+    def _rotation(self, attention_mask: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin [Q x C, D] of the tokens after `past`; padding takes the place of the first token."""
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, past:].flatten()
+        return self.weights.cos[positions], self.weights.sin[positions]
