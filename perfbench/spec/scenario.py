@@ -315,6 +315,9 @@ def _axes(source: Source, place: Place, path: Path) -> WorkloadAxes:
             _refuse(source, f"{message}; raise resident or lower tenants", *field_name)
     if any(_axis(values.get("follow_up_tokens", 0))):
         _check_second_turn(source, place, values)
+    if "continuous" in _axis(source.values.get("runtime", ())) and _axis(values.get("beams", 1)) != (1,):
+        message = "runtime continuous has no beams; choose beams 1, or leave that runtime out"
+        _refuse(source, message, *_last_set(source, (*place, "beams"), ("runtime",)))
     prompts = values.get("prompts")
     return WorkloadAxes(
         prompts=None if prompts is None else _existing(source, prompts, path, "file", *place, "prompts"),
@@ -334,8 +337,8 @@ def _axes(source: Source, place: Place, path: Path) -> WorkloadAxes:
 def _check_second_turn(source: Source, place: Place, values: dict[str, Any]) -> None:
     """Refuses a second turn where nothing could go on from the first one's cache."""
     runtimes, beams = _axis(source.values.get("runtime", "transformers")), _axis(values.get("beams", 1))
-    if "transformers" in runtimes:
-        message = "a second turn needs runtime static, transformers reads everything again; choose runtime static"
+    if runtimes != ("static",):
+        message = "a second turn needs runtime static, the others read everything again; choose runtime static alone"
         _refuse(source, message, *place, "follow_up_tokens")
     if beams != (1,):
         _refuse(source, "a second turn follows greedy search only; choose beams 1", *place, "follow_up_tokens")
