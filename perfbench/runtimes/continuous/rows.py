@@ -1,6 +1,6 @@
 """The rows of one cache, each of which holds a request of its own length with its own adapter.
 
-The rows in use are the first ones: where a request leaves, the last row moves to its place, so that a decode step reads
+The rows in use are the first ones: where a request ends, another row is moved to its place, so that a decode step reads
 and computes nothing for rows that are empty. A request is read in one piece or in several, beside others' steps.
 """
 
@@ -123,19 +123,10 @@ class Rows:
             self._steps[count] = Step(self.weights, some, count, self._kernels, self.cache.prompt)
         return self._steps[count]
 
-    def leave(self, row: int) -> int:
-        """Ends what `row` holds. The last row moves to its place: returns which that was."""
-        last = len(self.lengths) - 1
-        if row != last:
-            self._move(last, row)
-        self.lengths.pop()
-        return last
-
-    def tensors(self) -> list[torch.Tensor]:
-        """What it holds on the device beside the weights and the bank."""
-        return [*self.cache.tensors(), *(self.adapters.tensors() if self.adapters else [])]
-
-    def _move(self, source: int, to: int) -> None:
+    def move(self, source: int, to: int) -> None:
+        """Copies all that row `source` holds to row `to`."""
+        if source == to:
+            return
         length = self.lengths[source]
         most = max(length, self._written[to])
         for entry in self.cache.prompt:
@@ -143,6 +134,10 @@ class Rows:
         if self.adapters is not None:
             self.adapters.move(source, to)
         self.lengths[to], self._written[to] = length, most
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What it holds on the device beside the weights and the bank."""
+        return [*self.cache.tensors(), *(self.adapters.tensors() if self.adapters else [])]
 
     def _grow(self, row: int, length: int) -> None:
         if length > self.capacity:
