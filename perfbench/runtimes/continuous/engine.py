@@ -7,8 +7,10 @@ scales from its last token is read in one piece. Requests start in the order in 
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,13 +25,20 @@ NOBODY = -1
 @dataclass(eq=False)
 class Request:
     """What is asked: `prompt` int64 [S], at most `new_tokens` tokens after it, the adapter of `tenant`; a token of
-    `eos` ends it. `tokens`: what it has got so far."""
+    `eos` ends it.
+
+    `tokens`: what it has got so far, `token_s`: when the host had each, by the engine's clock; `began_s`: when it got a
+    row; `loaded`: whether its adapter was loaded for it.
+    """
 
     prompt: torch.Tensor
     new_tokens: int
     tenant: int = NOBODY
     eos: frozenset[int] = frozenset()
     tokens: list[int] = field(default_factory=list)
+    token_s: list[float] = field(default_factory=list)
+    began_s: float = math.nan
+    loaded: bool = False
 
     @property
     def ended(self) -> bool:
@@ -40,9 +49,15 @@ class Request:
 class Engine:
     """Greedy generation for requests that come at any time, over rows and, where there are adapters, a residency."""
 
-    def __init__(self, rows: Rows, residency: Residency | None, chunk: int | None = None):
-        """chunk: how many tokens of a prompt are read at a time; None: all of them."""
-        self.rows, self.residency, self.chunk = rows, residency, chunk
+    def __init__(
+        self,
+        rows: Rows,
+        residency: Residency | None,
+        chunk: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        """chunk: how many tokens of a prompt are read at a time; None: all of them. clock: seconds."""
+        self.rows, self.residency, self.chunk, self.clock = rows, residency, chunk, clock
         self.waiting: deque[Request] = deque()
         self.decoding: list[Request] = []  # of row 0, 1, ...
         self.reading: Request | None = None  # in the row after those
@@ -67,6 +82,16 @@ class Engine:
             raise ValueError(f"a request of tenant {request.tenant}, where there are no adapters")
         self.waiting.append(request)
 
+    def abandon(self) -> None:
+        """Forgets all requests."""
+        for request in (*self.decoding, *([self.reading] if self.reading else [])):
+            if request.tenant != NOBODY and self.residency is not None:
+                self.residency.give_back(request.tenant)
+        self.waiting.clear()
+        self.decoding.clear()
+        self.reading = None
+        self.rows.lengths.clear()
+
     def turn(self) -> list[Request]:
         """One turn; the requests that got a token, once for each, in the order in which they did. All tokens are on the
         host then."""
@@ -87,7 +112,7 @@ class Engine:
         logits = self.rows.read(row, piece)
         if done + len(piece) < len(request.prompt):
             return []
-        request.tokens.append(int(logits.argmax()))
+        self._give(request, int(logits.argmax()))
         self.decoding.append(request)
         self.reading = None
         return [request]
@@ -99,11 +124,13 @@ class Engine:
         request, slot = self.waiting[0], NOBODY
         if request.tenant != NOBODY:
             assert self.residency is not None
+            loads = self.residency.counted.loads
             found = self.residency.take(request.tenant)
             if found is None:
                 return False
-            slot = found
+            slot, request.loaded = found, self.residency.counted.loads > loads
         self.rows.enter(slot)
+        request.began_s = self.clock()
         self.reading = self.waiting.popleft()
         return True
 
@@ -122,8 +149,12 @@ class Engine:
         last = torch.tensor([request.tokens[-1] for request in self.decoding], device=self.rows.weights.device)
         chosen: Sequence[int] = self.rows.step(last).argmax(dim=-1).tolist()
         for request, token in zip(self.decoding, chosen, strict=True):
-            request.tokens.append(token)
+            self._give(request, token)
         return list(self.decoding)
+
+    def _give(self, request: Request, token: int) -> None:
+        request.tokens.append(token)
+        request.token_s.append(self.clock())
 
     def _leave_ended(self, requests: list[Request]) -> None:
         """Takes those out that have ended. The last row that decodes moves to the place of each, and the row that is
