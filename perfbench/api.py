@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from perfbench.run_folder.run_schema import Manifest
     from perfbench.spec.cases import Comparison
     from perfbench.spec.scenario import Scenario
+    from perfbench.spec.traffic import TrafficScenario
 
 # A file, the name of a scenario that `perfbench list` has, or the very values of one.
 Given = str | Path | Mapping[str, Any]
@@ -213,6 +214,27 @@ def run(
     prepared = prepare(scenario, set=set, case=case, large=large, say=say)
     folder = _out(out, resume, prepared.default_out)
     return prepared.measure(folder, resume=resume, retry_failed=retry_failed, say=say)
+
+
+def prepare_traffic(scenario: Given, *, set: Settings = (), say: Say = _to_stderr) -> TrafficScenario:
+    """A traffic scenario that was checked and may be measured. Raises as `traffic`."""
+    from perfbench.files.plain_text import printable
+    from perfbench.machine.device import device_kind
+    from perfbench.spec import traffic as spec
+
+    found = spec.load(scenario, _settings(set), device_kind)
+    for note in found.common.notes:
+        say(printable(note))
+    return found
+
+
+def measure_traffic(scenario: TrafficScenario, out: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Measures what is not measured yet into the folder `out`; what traffic.json then holds."""
+    from perfbench.files import run_lock
+    from perfbench.traffic.traffic_run import execute
+
+    with run_lock.held(out, resume=resume):
+        return execute(scenario, out, resume=resume).manifest
 
 
 def load(path: str | Path) -> Run:

@@ -10,13 +10,15 @@ from typing import Any
 from perfbench import exit_codes
 from perfbench.commands.arguments import add_format, add_plugin, add_set, port, positive
 from perfbench.errors import PerfbenchError
-from perfbench.files.plain_text import printable
+from perfbench.files.plain_text import printable, printable_tree
 
 
 def add(commands: Any) -> None:
     """Adds them to the command line."""
     report = commands.add_parser("report", help="one page of one or several runs", description=_report.__doc__)
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a folder that run or accuracy wrote")
+    report.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="a folder that run, traffic or accuracy wrote"
+    )
     add_format(report, "html")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html; formats of text are printed")
     report.add_argument("--samples", action="store_true", help="csv, json, parquet: a row for each repetition")
@@ -61,7 +63,15 @@ def _report(arguments: argparse.Namespace) -> int:
     from perfbench.report.formats import put
     from perfbench.report.read import read_runs
     from perfbench.report.write import RunsReport, SampleRows
+    from perfbench.traffic import traffic_folder, traffic_report
 
+    traffic = [path for path in arguments.runs if traffic_folder.is_traffic(path)]
+    if traffic and len(arguments.runs) > 1:
+        raise PerfbenchError(f"report: {traffic[0]} is a run of traffic, whose page is its own; give it alone")
+    if traffic:
+        manifest = printable_tree(traffic_folder.read_manifest(traffic[0]))
+        put(traffic_report.TrafficReport(manifest), arguments.format, arguments.out, filed="report")
+        return exit_codes.OK
     judged = [path for path in arguments.runs if stored.is_accuracy(path)]
     if judged and len(arguments.runs) > 1:
         raise PerfbenchError(f"report: {judged[0]} is an accuracy run, whose page is its own; give it alone")

@@ -26,8 +26,15 @@ def add(commands: Any) -> None:
     run.add_argument("--retry-failed", action="store_true", help=about)
     run.set_defaults(command=_run)
 
+    traffic = commands.add_parser("traffic", help="how many tenants, in live traffic", description=_traffic.__doc__)
+    traffic.add_argument("scenario", type=Path, help="a YAML file of traffic, or a name that `perfbench list` has")
+    add_set(traffic)
+    add_plugin(traffic)
+    add_out(traffic, "runs/<scenario>-<time>")
+    traffic.set_defaults(command=_traffic)
+
     show = commands.add_parser("show", help="print a run's table again", description=_show.__doc__)
-    show.add_argument("run", type=Path, metavar="RUN", help="a folder that run, finetune or accuracy wrote")
+    show.add_argument("run", type=Path, metavar="RUN", help="a folder that run, traffic, finetune or accuracy wrote")
     add_format(show, "table")
     about = "`main`, `tails` (p50, p95, p99), or figures of `perfbench list`, separated by commas (default: main)"
     show.add_argument("--columns", default="main", metavar="NAMES", help=about)
@@ -124,6 +131,29 @@ def _run(arguments: argparse.Namespace) -> int:
     return run.exit_code
 
 
+def _traffic(arguments: argparse.Namespace) -> int:
+    """Sends requests of many tenants at random moments to a server with each method, and finds how many tenants it
+    holds within targets for latency. Exit codes: 0 all measured, 1 some answers are not those of their adapters, 2 bad
+    input, 4 some method crashed."""
+    from rich.console import Console
+
+    from perfbench import api
+    from perfbench.files.plain_text import printable_tree
+    from perfbench.report.formats import put
+    from perfbench.traffic import traffic_report, traffic_run
+
+    notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    scenario = api.prepare_traffic(arguments.scenario, set=arguments.set, say=notes.print)
+    out = out_of(arguments, traffic_run.default_out(scenario), "folder")
+    try:
+        manifest = api.measure_traffic(scenario, out, resume=arguments.resume)
+    except KeyboardInterrupt:
+        return interrupted(["traffic", arguments.scenario], arguments, out)
+    put(traffic_report.TrafficReport(printable_tree(manifest)), "table")
+    notes.print(f"results: {out}; a page of them: perfbench report {out}")
+    return traffic_report.exit_code(manifest)
+
+
 def _show(arguments: argparse.Namespace) -> int:
     """Prints a run's table as it was printed at its end, or with other columns, or in another format; a fine-tuning's
     and an accuracy run's as they were printed. Same exit codes as the command that wrote it."""
@@ -132,7 +162,12 @@ def _show(arguments: argparse.Namespace) -> int:
     from perfbench.report.formats import put
     from perfbench.report.table import RunTable
     from perfbench.run_folder.run_directory import RunDirectory
+    from perfbench.traffic import traffic_folder, traffic_report
 
+    if traffic_folder.is_traffic(arguments.run):
+        manifest = traffic_folder.read_manifest(arguments.run)
+        put(traffic_report.TrafficReport(printable_tree(manifest)), arguments.format)
+        return traffic_report.exit_code(manifest)
     if stored.is_training(arguments.run):
         return stored.show(arguments.run, arguments.format)
     directory = RunDirectory.open(arguments.run)

@@ -10,7 +10,8 @@ from perfbench import exit_codes
 from perfbench.errors import PerfbenchError
 from perfbench.files.paths import expanded
 from perfbench.files.plain_text import printable
-from perfbench.spec import cases, cost, scenario
+from perfbench.files.yaml_source import read
+from perfbench.spec import cases, cost, scenario, traffic
 from perfbench.spec.backbone_config import is_named
 
 
@@ -33,6 +34,8 @@ def summary(path: Path, *, large: bool = False) -> str:
     large: also where it costs more than most do. A backbone is checked against the scenario where that needs no
     network: a named shape or a local folder.
     """
+    if traffic.is_traffic(read(path).values):
+        return _traffic_summary(path)
     document = scenario.load(path)
     parts = []
     for kind in document.device_kinds:
@@ -44,6 +47,17 @@ def summary(path: Path, *, large: bool = False) -> str:
         count = sum(len(comparison.cases) for comparison in cases.expand(resolved, large=large))
         unchecked = f", {', '.join(remote)} not looked up" if remote else ""
         parts.append(f"{count} cases on {kind}{unchecked}")
+    return "; ".join(parts)
+
+
+def _traffic_summary(path: Path) -> str:
+    """The same of a traffic scenario."""
+    parts = []
+    asked = str(read(path).values.get("device", "auto"))
+    for kind in scenario.DEVICE_KINDS if asked == "auto" else (asked,):
+        found = traffic.load(path, [], lambda _, kind=kind: (kind, ""))  # type: ignore[misc]
+        points = "a search" if found.traffic.tenants is None else f"{len(traffic.points_of(found.traffic))} points"
+        parts.append(f"{points} with each of {len(found.comparison.cases)} methods on {kind}")
     return "; ".join(parts)
 
 

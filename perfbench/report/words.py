@@ -76,7 +76,7 @@ def hardware(manifest: Manifest, comparison: Mapping[str, Any], group: Sequence[
     of = f" of {planned} planned" if planned is not None and counted != [planned] else ""
     return (
         f"On {here}; medians of {rounds}{of} rounds{within}."
-        f"{_busy(manifest['environment'])}{_correlated(manifest, comparison, group)}"
+        f"{busy(manifest['environment'])}{_correlated(manifest, comparison, group)}"
     )
 
 
@@ -93,7 +93,7 @@ def _correlated(manifest: Manifest, comparison: Mapping[str, Any], group: Sequen
     )
 
 
-def _busy(environment: Mapping[str, Any]) -> str:
+def busy(environment: Mapping[str, Any]) -> str:
     """A sentence where other work filled the machine's cores when the run began: then nothing here is steady."""
     load, cores = environment.get("load_average"), (environment.get("cpu") or {}).get("usable_cores")
     # A run that follows another finds about as much load as there are cores, its predecessor's.

@@ -135,6 +135,14 @@ def load(
     return _build(source, path, kind, tuple(notes))
 
 
+def points_of(traffic: Traffic) -> list[tuple[int, float]]:
+    """(tenants, requests a second of all of them) of each point, where none is searched for."""
+    assert traffic.tenants is not None
+    if traffic.rate_per_tenant is not None:
+        return [(tenants, tenants * traffic.rate_per_tenant) for tenants in traffic.tenants]
+    return [(tenants, rate) for tenants in traffic.tenants for rate in traffic.rates]
+
+
 def is_traffic(values: Any) -> bool:
     """Whether a scenario file is one of traffic."""
     return isinstance(values, dict) and "traffic" in values

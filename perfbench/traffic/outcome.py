@@ -49,41 +49,58 @@ def most_misses(count: int, targets: Targets) -> int:
     return int(count * (1 - targets.share) + 1e-9)
 
 
-def figures(answered: Sequence[Answered], targets: Targets) -> dict[str, Any]:
-    """Of all requests of a measurement, in the order in which they were due: what is counted of them.
+def counted(answered: Sequence[Answered]) -> list[Answered]:
+    """Of all requests of a measurement, in the order in which they were due, those that count."""
+    return [answered[place] for place in counted_places(len(answered))]
 
-    held: whether enough kept the targets; kept_share; goodput_per_s: requests a second that kept them; ttft_ms, itl_ms,
+
+def kept_share(answered: Sequence[Answered], targets: Targets) -> float:
+    """The share of the requests that count which kept the targets."""
+    own = counted(answered)
+    return sum(one.keeps(targets) for one in own) / len(own)
+
+
+def held(answered: Sequence[Answered], targets: Targets) -> bool:
+    """Whether enough requests of a measurement kept the targets."""
+    own = counted(answered)
+    return sum(not one.keeps(targets) for one in own) <= most_misses(len(own), targets)
+
+
+def figures(repetitions: Sequence[Sequence[Answered]], targets: Targets) -> dict[str, Any]:
+    """What the requests of all repetitions of a point say together.
+
+    counted; kept_share; goodput_per_s: requests a second that kept the targets; tokens_per_s; ttft_ms, itl_ms,
     total_ms, wait_ms: median, p95 and p99 (None where there are too few); tenants_seen; worst_tenant_ttft_ms: the
     largest of the tenants' median times to the first token; fairness: Jain's index of these, 1 where all are alike;
-    wait_growth: milliseconds by which the wait grew from the first request counted to the last.
+    loaded_share: of the requests whose adapter had to be loaded; wait_growth_ms: by how much the wait for a row grew
+    from the first request to the last, the largest of the repetitions.
     """
-    counted = [answered[place] for place in counted_places(len(answered))]
-    kept = sum(one.keeps(targets) for one in counted)
-    seconds = counted[-1].due_s - counted[0].due_s
-    between = [gap for one in counted for gap in one.itl_ms]
-    of_tenants = _by_tenant(counted)
+    apart = [counted(answered) for answered in repetitions]
+    together = [one for own in apart for one in own]
+    kept = sum(one.keeps(targets) for one in together)
+    seconds = sum(own[-1].due_s - own[0].due_s for own in apart)
+    of_tenants = _by_tenant(together)
     return {
-        "counted": len(counted),
-        "held": len(counted) - kept <= most_misses(len(counted), targets),
-        "kept_share": kept / len(counted),
+        "counted": len(together),
+        "kept_share": kept / len(together),
         "goodput_per_s": kept / seconds if seconds else None,
-        "tokens_per_s": sum(len(one.itl_ms) + 1 for one in counted) / seconds if seconds else None,
-        "ttft_ms": _tails([one.ttft_ms for one in counted]),
-        "itl_ms": _tails(between),
-        "total_ms": _tails([one.total_ms for one in counted]),
-        "wait_ms": _tails([one.wait_ms for one in counted]),
-        "tenants_seen": len({one.tenant for one in counted}),
+        "tokens_per_s": sum(len(one.itl_ms) + 1 for one in together) / seconds if seconds else None,
+        "ttft_ms": _tails([one.ttft_ms for one in together]),
+        "itl_ms": _tails([gap for one in together for gap in one.itl_ms]),
+        "total_ms": _tails([one.total_ms for one in together]),
+        "wait_ms": _tails([one.wait_ms for one in together]),
+        "tenants_seen": len({one.tenant for one in together}),
         "worst_tenant_ttft_ms": max(of_tenants),
         "fairness": sum(of_tenants) ** 2 / (len(of_tenants) * sum(value**2 for value in of_tenants)),
-        "loads": sum(one.loaded for one in counted),
-        "wait_growth_ms": _growth(counted) * seconds,
+        "loaded_share": sum(one.loaded for one in together) / len(together),
+        "wait_growth_ms": max(_growth(own) * (own[-1].due_s - own[0].due_s) for own in apart),
     }
 
 
-def _by_tenant(counted: Sequence[Answered]) -> list[float]:
+def _by_tenant(answered: Sequence[Answered]) -> list[float]:
     """Each tenant's median time to the first token."""
     of: dict[int, list[float]] = {}
-    for one in counted:
+    for one in answered:
         of.setdefault(one.tenant, []).append(one.ttft_ms)
     return [median(values) for values in of.values()]
 
@@ -94,9 +111,9 @@ def _tails(values: Sequence[float]) -> dict[str, float | None]:
     return {"median": median(values), "p95": tail(values, "p95"), "p99": tail(values, "p99")}
 
 
-def _growth(counted: Sequence[Answered]) -> float:
+def _growth(answered: Sequence[Answered]) -> float:
     """Milliseconds a second by which the wait for a row grows, by least squares."""
-    at, wait = [one.due_s for one in counted], [one.wait_ms for one in counted]
+    at, wait = [one.due_s for one in answered], [one.wait_ms for one in answered]
     middle, level = fmean(at), fmean(wait)
     spread = sum((x - middle) ** 2 for x in at)
     return sum((x - middle) * (y - level) for x, y in zip(at, wait, strict=True)) / spread if spread else 0.0

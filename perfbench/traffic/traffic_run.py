@@ -21,7 +21,7 @@ from perfbench.measure.children import WORKER_LOG, Child
 from perfbench.measure.run import cause, threads
 from perfbench.progress import RunProgress
 from perfbench.spec import cases, method_plugins
-from perfbench.spec.traffic import TrafficScenario
+from perfbench.spec.traffic import TrafficScenario, points_of
 from perfbench.traffic import outcome
 from perfbench.traffic.requests import Due, all_at_once, draw
 from perfbench.traffic.search import Found, search
@@ -82,17 +82,8 @@ def execute(scenario: TrafficScenario, out: Path, *, resume: bool) -> TrafficFol
 
 def _steps(scenario: TrafficScenario) -> int:
     """About how many measurements there will be; a search takes some eight of them, the last ones twice."""
-    points = 10 if scenario.traffic.tenants is None else len(points_of(scenario)) * scenario.repetitions
+    points = 10 if scenario.traffic.tenants is None else len(points_of(scenario.traffic)) * scenario.repetitions
     return len(scenario.comparison.cases) * (2 + points)
-
-
-def points_of(scenario: TrafficScenario) -> list[tuple[int, float]]:
-    """(tenants, requests a second of all of them) of each point, where none is searched for."""
-    traffic = scenario.traffic
-    assert traffic.tenants is not None
-    if traffic.rate_per_tenant is not None:
-        return [(tenants, tenants * traffic.rate_per_tenant) for tenants in traffic.tenants]
-    return [(tenants, rate) for tenants in traffic.tenants for rate in traffic.rates]
 
 
 @dataclass
@@ -154,7 +145,7 @@ class Session:
             found = yield from self._search(arm, round(FIRST_LOAD * throughput / traffic.rate_per_tenant))
             entry["most_tenants"] = asdict(found)
         else:
-            for tenants, rate in points_of(self.scenario):
+            for tenants, rate in points_of(traffic):
                 yield from self._point(arm, tenants, rate, give_up=False)
         if "proof" not in entry:
             if arm not in self._answering:  # of a run that goes on all may be known but this
@@ -176,16 +167,19 @@ class Session:
 
     def _point(self, arm: str, tenants: int, rate: float, *, give_up: bool) -> Generator[Key, Measured, bool]:
         """All repetitions of a point, or those up to the first that misses the targets where that is the question."""
+        targets = self.scenario.targets
         point: dict[str, Any] = {"tenants": tenants, "rate_per_s": rate, "held": True, "repetitions": []}
+        whole = []
         for repetition in range(self.scenario.repetitions):
             found = yield Key(arm, tenants, rate, repetition)
-            figures = None
+            share = None if found.answered is None else outcome.kept_share(found.answered, targets)
+            point["repetitions"].append({"sent": found.sent, "kept_share": share, "loaded_bytes": found.loaded_bytes})
             if found.answered is not None:
-                figures = outcome.figures(found.answered, self.scenario.targets) | {"loaded_bytes": found.loaded_bytes}
-            point["repetitions"].append(figures)
-            point["held"] &= figures is not None and figures["held"]
+                whole.append(found.answered)
+            point["held"] &= found.answered is not None and outcome.held(found.answered, targets)
             if give_up and not point["held"]:
                 break
+        point["figures"] = outcome.figures(whole, targets) if whole else None
         self._arm(arm)["points"].append(point)
         return bool(point["held"])
 
