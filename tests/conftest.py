@@ -29,7 +29,9 @@ from tests.browser import Browser
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Benchmarks are called once and not timed, unless they are asked for."""
+    """Benchmarks are called once and not timed, unless they are asked for. No garbage is collected until the tests are,
+    since the libraries that they import leave none."""
+    gc.disable()
     if not (config.option.benchmark_only or config.option.benchmark_enable):
         config.option.benchmark_disable = True
 
@@ -57,6 +59,7 @@ def pytest_collection_finish() -> None:
     """The libraries that the tests have imported stay: collections of garbage need not look through them."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
