@@ -21,7 +21,7 @@ FLOORS = (
     {"methods.registry", "methods.shape", "methods.options", "methods.dtypes"},
     {"files", "figures", "machine", "spec", "run_folder", "progress", "crash_report", "interruption"},
     {"report", "history", "gate", "doctor"},
-    {"measure", "profiling", "verify"},
+    {"measure", "profiling", "verify", "traffic"},
     {"kernels"},
     {"methods"},
     {"runtimes", "proof", "peft", "on_device", "ab_worker"},

@@ -46,6 +46,9 @@ def choose(comparisons: Sequence[Comparison], wanted: str) -> Comparison:
             f"{', ...' if len(found) > 3 else ''}"
         )
     comparison, chosen = by_id[found[0]]
+    if chosen.runtime == "continuous":
+        raise ScenarioError(f"--case {wanted}: the profiler can't look into runtime continuous; its layers are those "
+                            f"of runtime static: choose the same case there")  # fmt: skip
     bare = next(case for case in comparison.cases if case.method == "none" and case.kernels == chosen.kernels)
     return replace(comparison, cases=(bare,) if chosen == bare else (bare, chosen))
 

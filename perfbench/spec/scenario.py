@@ -137,7 +137,7 @@ def load(given: str | Path | Mapping[str, Any], sets: Sequence[str] = ()) -> Doc
         path, found = shipped.find(given)
         source = read(path)
     _validate(source)
-    parsed = [_parse_set(text) for text in sets]
+    parsed = [parse_set(text) for text in sets]
     notes = [found] if found else []
     notes += [assign(source, keys, value) for keys, value in parsed if keys == ["device"]]
     _validate(source)
@@ -153,7 +153,7 @@ def resolve(document: Document, device_kind: str, why: str = "") -> Scenario:
     source = copy.deepcopy(document.source)
     if device_kind not in document.device_kinds:
         message = f"asks for {document.device}, but the device here is {device_kind}; choose auto or {device_kind}"
-        _refuse(source, message, "device")
+        refuse(source, message, "device")
     notes = list(document.notes)
     if document.device == "auto":
         notes.append(f"device auto -> {device_kind}" + (f" ({why})" if why else ""))
@@ -163,7 +163,7 @@ def resolve(document: Document, device_kind: str, why: str = "") -> Scenario:
         notes.append(f"overrides.{device_kind}: {', '.join(changes) or 'changes nothing'}")
     notes += [assign(source, keys, value) for keys, value in document.sets]
     _validate(source)
-    return _build(source, document.path, device_kind, tuple(notes))
+    return of_source(source, document.path, device_kind, tuple(notes))
 
 
 def check_against_backbone(scenario: Scenario) -> None:
@@ -178,16 +178,16 @@ def check_against_backbone(scenario: Scenario) -> None:
         shape = BackboneShape.of_config(config)
         for runtime in scenario.runtime:
             if (reason := unsupported(runtime, config)) is not None:
-                _refuse(scenario.source, f"{backbone}: {reason}", "runtime")
+                refuse(scenario.source, f"{backbone}: {reason}", "runtime")
         for place, axes in zip(places, scenario.workload, strict=True):
             problem = _point_problem(axes, backbone, shape)
             if problem:
-                _refuse(scenario.source, problem[1], *place, problem[0])
+                refuse(scenario.source, problem[1], *place, problem[0])
         for arm in scenario.methods:
             setting = getattr(arm.options, "setting", None)
             if setting is not None and len(setting) != shape.layers:
                 message = f"arm {arm.label!r}: expected a setting of {shape.layers} layers, those of {backbone}"
-                _refuse(scenario.source, f"{message}, got {len(setting)}", "methods")
+                refuse(scenario.source, f"{message}, got {len(setting)}", "methods")
 
 
 def _point_problem(axes: WorkloadAxes, backbone: str, shape: BackboneShape) -> tuple[str, str] | None:
@@ -215,7 +215,7 @@ def _point_problem(axes: WorkloadAxes, backbone: str, shape: BackboneShape) -> t
     return None
 
 
-def _parse_set(text: str) -> tuple[list[str], Source]:
+def parse_set(text: str) -> tuple[list[str], Source]:
     """The keys and the value of `key.sub=value`; else ScenarioError."""
     key, separator, value = text.partition("=")
     origin, keys = f"--set {' '.join(text.split())}", key.strip().split(".")
@@ -228,10 +228,13 @@ def _parse_set(text: str) -> tuple[list[str], Source]:
 
 def _validate(source: Source) -> None:
     """ScenarioError for the first thing, in the order of the file, that the schema refuses."""
+    if isinstance(source.values, dict) and "traffic" in source.values and "workload" not in source.values:
+        message = "a scenario of traffic, expected one of fixed batches; measure it with perfbench traffic"
+        refuse(source, message, "traffic")
     found = problems(source.values)
     if found:
         first = first_written(source, found)
-        _refuse(source, first.message, *first.place)
+        refuse(source, first.message, *first.place)
 
 
 def _last_set(source: Source, *places: Place) -> Place:
@@ -239,7 +242,7 @@ def _last_set(source: Source, *places: Place) -> Place:
     return next((place for place in places if source.origin(place).startswith("--set ")), places[0])
 
 
-def _refuse(source: Source, message: str, *place: str | int) -> NoReturn:
+def refuse(source: Source, message: str, *place: str | int) -> NoReturn:
     """Raises ScenarioError: where `place` was written, its name, the message."""
     origin, name = source.origin(place), dotted(place)
     # `--set workload.tenants=0` names its place already.
@@ -248,18 +251,19 @@ def _refuse(source: Source, message: str, *place: str | int) -> NoReturn:
     raise ScenarioError(" ".join(text.splitlines()))  # a key between quotes may hold a line break
 
 
-def _build(source: Source, path: Path, device_kind: str, notes: tuple[str, ...]) -> Scenario:
-    """The frozen scenario of values that the schema accepts."""
+def of_source(source: Source, path: Path, device_kind: str, notes: tuple[str, ...]) -> Scenario:
+    """The frozen scenario of values that the schema accepts. ScenarioError for what is impossible whatever the backbone
+    is."""
     values = source.values
     dtypes, runtimes = _axis(values["dtype"]), _axis(values.get("runtime", "transformers"))
     kernels = _axis(values.get("kernels", "eager"))
     for name in kernels:
         if (reason := kernels_problem(name, device_kind)) is not None:
-            _refuse(source, reason, "kernels")
+            refuse(source, reason, "kernels")
     arms = _arms(source, path)
     notes += tuple(_unserved(source, arms, runtimes))
     if device_kind == "cpu" and "fp16" in dtypes:
-        _refuse(source, "fp16 on the CPU is slow and partly unsupported by torch; choose bf16 or fp32", "dtype")
+        refuse(source, "fp16 on the CPU is slow and partly unsupported by torch; choose bf16 or fp32", "dtype")
     return Scenario(
         name=values.get("name") or re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-_") or "scenario",
         question=values.get("question", ""),
@@ -301,20 +305,23 @@ def _axes(source: Source, place: Place, path: Path) -> WorkloadAxes:
         values = values[index]
     if "prompt_tokens" not in values and "prompts" not in values:
         message = "expected prompt_tokens (random prompts) or prompts (a file of real ones), got neither"
-        _refuse(source, message, *place)
+        refuse(source, message, *place)
     mixes = _axis(values.get("tenant_mix", "distinct"))
     if "zipf_exponent" in values and "zipf" not in mixes:
         message = f"expected only with tenant_mix zipf, got {', '.join(mixes)}; remove it, or choose zipf"
-        _refuse(source, message, *place, "zipf_exponent")
+        refuse(source, message, *place, "zipf_exponent")
     tenants, resident = _axis(values["tenants"]), _axis(values.get("resident"))
     for held in resident:
         if held is not None and held < max(tenants):
             drawn = next(drawn for drawn in tenants if held < drawn)
             field_name = _last_set(source, (*place, "resident"), (*place, "tenants"))
             message = f"more tenants than the bank's capacity: resident {held} with tenants {drawn}"
-            _refuse(source, f"{message}; raise resident or lower tenants", *field_name)
+            refuse(source, f"{message}; raise resident or lower tenants", *field_name)
     if any(_axis(values.get("follow_up_tokens", 0))):
         _check_second_turn(source, place, values)
+    if "continuous" in _axis(source.values.get("runtime", ())) and _axis(values.get("beams", 1)) != (1,):
+        message = "runtime continuous has no beams; choose beams 1, or leave that runtime out"
+        refuse(source, message, *_last_set(source, (*place, "beams"), ("runtime",)))
     prompts = values.get("prompts")
     return WorkloadAxes(
         prompts=None if prompts is None else _existing(source, prompts, path, "file", *place, "prompts"),
@@ -334,11 +341,11 @@ def _axes(source: Source, place: Place, path: Path) -> WorkloadAxes:
 def _check_second_turn(source: Source, place: Place, values: dict[str, Any]) -> None:
     """Refuses a second turn where nothing could go on from the first one's cache."""
     runtimes, beams = _axis(source.values.get("runtime", "transformers")), _axis(values.get("beams", 1))
-    if "transformers" in runtimes:
-        message = "a second turn needs runtime static, transformers reads everything again; choose runtime static"
-        _refuse(source, message, *place, "follow_up_tokens")
+    if runtimes != ("static",):
+        message = "a second turn needs runtime static, the others read everything again; choose runtime static alone"
+        refuse(source, message, *place, "follow_up_tokens")
     if beams != (1,):
-        _refuse(source, "a second turn follows greedy search only; choose beams 1", *place, "follow_up_tokens")
+        refuse(source, "a second turn follows greedy search only; choose beams 1", *place, "follow_up_tokens")
 
 
 def _existing(source: Source, name: str, scenario: Path, kind: str, *place: str | int) -> str:
@@ -346,12 +353,12 @@ def _existing(source: Source, name: str, scenario: Path, kind: str, *place: str 
     try:
         written = expanded(name)
     except PerfbenchError as error:
-        _refuse(source, f"expected a {kind}, got {error}", *place)
+        refuse(source, f"expected a {kind}, got {error}", *place)
     for candidate in (written, scenario.parent / name):
         if candidate.is_file() if kind == "file" else candidate.is_dir():
             return str(candidate)
     beside = "" if Path(name).is_absolute() else f", neither in the current folder nor in {scenario.parent}"
-    _refuse(source, f"no such {kind} {name!r}{beside}", *place)
+    refuse(source, f"no such {kind} {name!r}{beside}", *place)
 
 
 def _arms(source: Source, path: Path) -> tuple[Arm, ...]:
@@ -362,12 +369,12 @@ def _arms(source: Source, path: Path) -> tuple[Arm, ...]:
         method, options = (item, {}) if isinstance(item, str) else next(iter(item.items()))
         label = options.get("label", method)
         if label == "none" and method != "none":
-            _refuse(source, "the label 'none' is the bare backbone's; choose another", "methods", index)
+            refuse(source, "the label 'none' is the bare backbone's; choose another", "methods", index)
         if label in first_at:
             message = f"the label {label!r} is that of methods.{first_at[label]} already"
             remedy = f"give it another, such as {{{method}: {{label: {label}-2}}}}"
             remedy = "keep one" if method == "none" else remedy
-            _refuse(source, f"{message}; {remedy}", "methods", index)
+            refuse(source, f"{message}; {remedy}", "methods", index)
         first_at[label] = index
         arms[label] = Arm(label, method, _options(source, path, ("methods", index, method), method, options))
     return tuple(arms.values())
@@ -378,7 +385,7 @@ def _unserved(source: Source, arms: Sequence[Arm], runtimes: Sequence[str]) -> I
     for arm in arms:
         if not any(serves(runtime, arm.method) for runtime in runtimes):
             message = f"{arm.method} is served by PEFT, on runtime transformers only; add that runtime"
-            _refuse(source, f"{message}, or leave {arm.label} out", "methods")
+            refuse(source, f"{message}, or leave {arm.label} out", "methods")
     for runtime in runtimes:
         left_out = [arm.label for arm in arms if not serves(runtime, arm.method)]
         if left_out:
@@ -398,11 +405,11 @@ def _options(source: Source, path: Path, place: Place, method: str, options: dic
         file = _existing(source, values["setting"], path, "file", *place, "setting")
         values["setting"] = _read_setting(source, file, *place, "setting")
     if values.get("setting") is not None and not any(values["setting"]):
-        _refuse(source, "expected at least one module in some layer, got none", *place, "setting")
+        refuse(source, "expected at least one module in some layer, got none", *place, "setting")
     try:
         return made_of(**{key: frozen(value) for key, value in values.items()})
     except ValueError as error:
-        _refuse(source, str(error), *place)
+        refuse(source, str(error), *place)
 
 
 def _adapters(source: Source, value: Any, path: Path, *place: str | int) -> str | list[str]:
@@ -417,13 +424,13 @@ def _read_setting(source: Source, file: str, *place: str | int) -> Any:
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        _refuse(source, f"{file}: expected a JSON file, can't read it: {error}", *place)
+        refuse(source, f"{file}: expected a JSON file, can't read it: {error}", *place)
     if not isinstance(content, dict) or "layers" not in content:
-        _refuse(source, f"{file}: expected a JSON object with the key 'layers'", *place)
+        refuse(source, f"{file}: expected a JSON object with the key 'layers'", *place)
     layers = content["layers"]
     found = problems(layers, LAYERS)
     if found:
-        _refuse(source, f"{file}: {dotted(('layers', *found[0].place))}: {found[0].message}", *place)
+        refuse(source, f"{file}: {dotted(('layers', *found[0].place))}: {found[0].message}", *place)
     return layers
 
 

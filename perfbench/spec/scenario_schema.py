@@ -29,6 +29,7 @@ DEVICES = ("auto", "cpu", "cuda")
 RUNTIMES = {
     "transformers": "the Hugging Face model and its generate()",
     "static": "our own decode loop over fused weights and a fixed cache, for the Llama family",
+    "continuous": "the same arithmetic for requests that join and leave between decode steps, without beams",
 }
 KERNELS = {"eager": "plain torch", "triton": "fused Triton kernels, on a CUDA device"}
 

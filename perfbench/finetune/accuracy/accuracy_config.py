@@ -18,7 +18,10 @@ from perfbench.errors import nearest
 from perfbench.files.yaml_source import Place, Source
 from perfbench.finetune import finetune_config
 from perfbench.finetune.finetune_config import DTYPES, FinetuneConfig, check, read_source, refuse
-from perfbench.spec.scenario_schema import KERNELS, RUNTIMES, problems
+from perfbench.spec.scenario_schema import KERNELS, problems
+
+# Runtimes that stop where an answer ends. `continuous` does too, under traffic; its arithmetic is that of `static`.
+ANSWERING = ("transformers", "static")
 
 _LABEL = {"type": "string", "pattern": r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$", "title": "a short name"}
 
@@ -48,7 +51,7 @@ SCHEMA: dict[str, Any] = {
         "serve": {
             "type": "object",
             "properties": {
-                "runtimes": _several(list(RUNTIMES), "runtime"),
+                "runtimes": _several(list(ANSWERING), "runtime"),
                 "kernels": _several(list(KERNELS), "kernels"),
                 "dtypes": _several(DTYPES, "dtype"),
                 "requests": {"type": "integer", "minimum": 2},
@@ -80,7 +83,7 @@ class Serving:
     """How the adapters are served: on each runtime, with each kernel set and in each dtype that the machine has;
     `requests`: prompts of one mixed batch."""
 
-    runtimes: tuple[str, ...] = tuple(RUNTIMES)
+    runtimes: tuple[str, ...] = ANSWERING
     kernels: tuple[str, ...] = tuple(KERNELS)
     dtypes: tuple[str, ...] = DTYPES
     requests: int = 16

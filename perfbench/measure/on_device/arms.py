@@ -25,6 +25,7 @@ from perfbench.methods.plan import AdapterPlan, plan_bytes
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
 from perfbench.runtimes.backbone import Backbone
+from perfbench.runtimes.continuous.arm import ContinuousArm
 from perfbench.runtimes.generation import Arm, Batch
 from perfbench.runtimes.peft_arms import PeftMixedArm, PeftSingleArm, expect_mixable
 from perfbench.runtimes.peft_arms import admit as admit_peft
@@ -36,7 +37,11 @@ from perfbench.spec.cases import Case
 ADMISSIONS = 5
 
 # Runtime -> what serves a bank of layer plans, or none, on it.
-PLAN_ARMS: dict[str, type[PlanArm] | type[StaticArm]] = {"transformers": PlanArm, "static": StaticArm}
+PLAN_ARMS: dict[str, type[PlanArm] | type[StaticArm] | type[ContinuousArm]] = {
+    "transformers": PlanArm,
+    "static": StaticArm,
+    "continuous": ContinuousArm,
+}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from perfbench.machine.nvml import Nvml
 from perfbench.runtimes.backbone import tensor_bytes
+from perfbench.runtimes.continuous.arm import ContinuousArm
 from perfbench.runtimes.generation import Arm, Batch
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.transformers_plan import PlanArm
@@ -67,7 +68,7 @@ def adapter_bytes(arm: Arm, weight_bytes: int) -> int:
 
     What is left of the peak beside these, the KV cache and the `weight_bytes` of the backbone is the call's workspace.
     """
-    if isinstance(arm, (PlanArm, StaticArm)):
+    if isinstance(arm, (PlanArm, StaticArm, ContinuousArm)):
         return sum(t.nbytes for t in arm.bank.tensors()) if arm.bank else 0
     return tensor_bytes(arm.model) - weight_bytes
 
@@ -85,6 +86,10 @@ def _full_cache_bytes(arm: Arm, batch: Batch) -> int:
         arm.generate(batch)
         assert arm.decoder is not None
         return sum(t.nbytes for t in arm.decoder.cache.tensors())
+    if isinstance(arm, ContinuousArm):
+        arm.generate(batch)
+        assert arm.rows is not None
+        return sum(t.nbytes for t in arm.rows.cache.tensors())
     causal = next(module for module in arm.model.modules() if isinstance(module, PreTrainedModel))
     hook = causal.register_forward_hook(see)
     try:

@@ -27,7 +27,7 @@ ALIGNED_ROWS = 16
 @dataclass
 class Bound:
     """What one fused projection gets from T adapters: a [T, R of all its modules, D_in] and the other halves, or None,
-    with the weight (and bias) that ends with a; its scale or None."""
+    with the weight (and bias) that ends with a, None where a stands apart; its scale or None."""
 
     a: torch.Tensor | None = None
     weight: torch.Tensor | None = None
@@ -95,11 +95,16 @@ def rooms(bank: Bank, adapters: int) -> list[Rooms]:
 
 
 class Adapters:
-    """Room for the adapters of one size of batch: `layers` says what every layer gets, `take` fills it."""
+    """Room for the adapters of one size of batch: `layers` says what every layer gets, `take` fills it.
 
-    def __init__(self, bank: Bank, weights: Weights, requests: int, adapters: int, kernels: str):
+    tails: whether the first halves of the low-rank pairs lie in the tails of the weights, where room was reserved for
+    them, or in a buffer of their own.
+    """
+
+    def __init__(self, bank: Bank, weights: Weights, requests: int, adapters: int, kernels: str, *, tails: bool = True):
         self._bank = bank
         self._kernels = kernels
+        self._tails = tails
         self._rest = bank.rest.new_empty(adapters, bank.rest.shape[1])
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (to, from), from self._rest
         self._shrinks: list[tuple[torch.Tensor, torch.Tensor]] = []  # (to [T, n], from [slots, n])
@@ -160,11 +165,14 @@ class Adapters:
     ) -> None:
         resident = neighbours([source.low_rank[module].a for module in paired])  # [slots, R, D_in]
         adapters, ranks, d_in = len(self._rest), *resident.shape[1:]
-        used = tail_rows(adapters, ranks)
-        bound.weight, bound.bias = with_tail(used)
-        tail = bound.weight[len(bound.weight) - used :][: adapters * ranks]
-        bound.a = tail.view(adapters, ranks, d_in)
-        self._shrinks.append((tail.view(adapters, -1), resident.flatten(1)))
+        if self._tails:
+            used = tail_rows(adapters, ranks)
+            bound.weight, bound.bias = with_tail(used)
+            tail = bound.weight[len(bound.weight) - used :][: adapters * ranks]
+            bound.a = tail.view(adapters, ranks, d_in)
+        else:
+            bound.a = resident.new_empty(adapters, ranks, d_in)
+        self._shrinks.append((bound.a.view(adapters, -1), resident.flatten(1)))
         weights = [mine.low_rank[module].b for module in paired]
         alike = None
         if self._kernels == "eager" and len(paired) == len(columns) > 1 and len({w.shape for w in weights}) == 1:

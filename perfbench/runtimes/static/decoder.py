@@ -34,8 +34,8 @@ class Decoder(Forward):
         *,
         padded: bool,
     ):
-        super().__init__(weights, adapters, kernels)
-        self.cache = cache
+        super().__init__(weights, adapters.layers if adapters else None, adapters.own if adapters else None, kernels)
+        self.adapters, self.cache = adapters, cache
         self.steps = 0
         size, device = cache.size, weights.device
         rows = size.requests * size.beams

@@ -18,7 +18,7 @@ from perfbench.kernels import (
     swiglu_epilogue,
     vector_generator,
 )
-from perfbench.runtimes.static.adapters import BARE, Adapters, BoundGenerator, each_request_s
+from perfbench.runtimes.static.adapters import BARE, BoundGenerator, BoundLayer, each_request_s
 from perfbench.runtimes.static.product import OF_FEW_ROWS, product, takes_tail
 from perfbench.runtimes.static.weights import Weights
 
@@ -43,11 +43,13 @@ class View(NamedTuple):
 
 
 class Forward:
-    """Weights and the adapters of some rows, by one kernel set."""
+    """Weights and the adapters of some rows, by one kernel set. layers: what each layer gets from the adapters, None
+    without any; own: int64 [requests], which of them each request has, as `Adapters` has it."""
 
-    def __init__(self, weights: Weights, adapters: Adapters | None, kernels: str):
-        self.weights, self.adapters = weights, adapters
-        self.layers = adapters.layers if adapters else [BARE] * weights.shape.layers
+    def __init__(self, weights: Weights, layers: list[BoundLayer] | None, own: torch.Tensor | None, kernels: str):
+        self.weights = weights
+        self.layers = layers or [BARE] * weights.shape.layers
+        self._own = own
         self._few_rows = OF_FEW_ROWS[kernels]
         self._shrink = low_rank.SHRINKS[kernels]
         self._expand = low_rank.EXPANDS[kernels]
@@ -118,11 +120,10 @@ class Forward:
         """The fused product `name` of layer i, and h as the fused operations take it, None without a low-rank pair."""
         projection, bound = self.weights.layers[i].projections[name], self.layers[i].projections[name]
         of_rows = product if prefill else self._few_rows
-        if bound.a is None or bound.weight is None or bound.expansion is None:
+        if bound.a is None or bound.expansion is None:
             return of_rows(x, projection.weight, projection.bias), None
-        if not takes_tail(x) or (prefill and len(x) > MOST_ROWS_WITH_TAIL):
-            own = self.adapters.own if self.adapters else None
-            y, h = of_rows(x, projection.weight, projection.bias), self._shrink(x, bound.a, own)
+        if bound.weight is None or not takes_tail(x) or (prefill and len(x) > MOST_ROWS_WITH_TAIL):
+            y, h = of_rows(x, projection.weight, projection.bias), self._shrink(x, bound.a, self._own)
             if not prefill:
                 return y, h
             # With many rows of a request its adapter is worth a product of tiles: the epilogues take it row by row.
@@ -156,7 +157,7 @@ class Forward:
     def _generate_scales(self, generator: BoundGenerator, pooled: torch.Tensor) -> None:
         """The scales of the layer's projections: PARA's vectors, from its input at the last prompt tokens [Q, hidden],
         and what other tenants of the batch have stored."""
-        stacked, own = generator.stacked, self.adapters.own if self.adapters else None
+        stacked, own = generator.stacked, self._own
         vectors = self._vectors(pooled, stacked.w_down, stacked.w_up, stacked.bias_minus_one, own)
         for place in generator.places:
             if place.columns is not None:

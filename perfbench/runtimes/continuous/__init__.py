@@ -1,0 +1,1 @@
+"""Runtime `continuous`: requests join and leave between decode steps."""

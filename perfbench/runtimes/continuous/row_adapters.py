@@ -1,0 +1,76 @@
+"""The adapters of rows that change one at a time: a request that enters a row brings its tenant's along."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from perfbench.kernels.low_rank import Expansion
+from perfbench.kernels.row_scale import Scale
+from perfbench.methods.bank import Bank
+from perfbench.runtimes.static.adapters import Adapters, Bound, BoundGenerator, BoundLayer
+from perfbench.runtimes.static.weights import Weights
+
+
+class OfRows(NamedTuple):
+    """What neighbouring rows get, as views of what all rows have: of each layer, and which adapter each row has."""
+
+    layers: list[BoundLayer]
+    own: torch.Tensor | None
+
+
+class RowAdapters(Adapters):
+    """Room for an adapter in each of `rows` rows. The scales that a prompt's last token makes belong to its row too."""
+
+    def __init__(self, bank: Bank, weights: Weights, rows: int, kernels: str):
+        # Rows that are read alone and rows that take a step together see the same buffers, which a tail, whose length
+        # is that of one product, could not give them.
+        super().__init__(bank, weights, rows, rows, kernels, tails=False)
+        if self.own is not None:
+            torch.arange(rows, out=self.own)
+
+    def put(self, row: int, slot: int) -> None:
+        """Copies the adapter in the bank's `slot`, -1 being none, to `row`."""
+        (source,) = self._bank.rows([slot]).tolist()
+        self._rest[row].copy_(self._bank.rest[source])
+        for to, resident in self._shrinks:
+            to[row].copy_(resident[source])
+        for to, mine in self._copies:
+            to[row].copy_(mine[row])
+
+    def move(self, source: int, to: int) -> None:
+        """Copies all that row `source` has to row `to`."""
+        places = [self._rest, *self._generated, *(place for place, _ in (*self._shrinks, *self._copies))]
+        for place in places:
+            place[to].copy_(place[source])
+
+    def of_rows(self, first: int, end: int) -> OfRows:
+        """Of rows `first` to `end` - 1."""
+        rows = slice(first, end)
+        own = None if self.own is None else self.own[: end - first]
+        return OfRows([_of_layer(layer, rows, own) for layer in self.layers], own)
+
+
+def _of_layer(layer: BoundLayer, rows: slice, own: torch.Tensor | None) -> BoundLayer:
+    generator = layer.generator
+    if generator is not None:
+        places = tuple(
+            place._replace(to=place.to[rows], stored=None if place.stored is None else place.stored[rows])
+            for place in generator.places
+        )
+        generator = BoundGenerator(generator.stacked.map(lambda stacked: stacked[rows]), places)
+    return BoundLayer({name: _of_bound(bound, rows, own) for name, bound in layer.projections.items()}, generator)
+
+
+def _of_bound(bound: Bound, rows: slice, own: torch.Tensor | None) -> Bound:
+    def some(stacked: torch.Tensor | None) -> torch.Tensor | None:
+        return None if stacked is None else stacked[rows]
+
+    expansion, scale = bound.expansion, bound.scale
+    if expansion is not None:
+        parts = tuple((rank, column, b[rows]) for rank, column, b in expansion.parts)
+        expansion = Expansion(parts, some(expansion.alike), own)
+    if scale is not None:
+        scale = Scale(scale.minus_one[rows], scale.first_column, own if scale.own is not None else None)
+    return Bound(some(bound.a), None, None, expansion, scale)

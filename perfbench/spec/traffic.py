@@ -1,0 +1,236 @@
+"""A traffic scenario: read, laid over per kind of device, changed by `--set`, checked, frozen. Free of torch.
+
+    scenario = load("scenarios/traffic.yaml", ["server.rows=4"], device_kind)
+
+What every scenario has is checked as `perfbench.spec.scenario` does it, with the longest request as its workload.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from perfbench.errors import ScenarioError
+from perfbench.files.yaml_source import Source, lay_over, of_values, read
+from perfbench.spec import cases, scenario, shipped
+from perfbench.spec.cases import Comparison
+from perfbench.spec.scenario import Scenario, parse_set, refuse
+from perfbench.spec.scenario_schema import first_written, problems
+from perfbench.spec.traffic_schema import SEARCH, schema
+
+OWN = ("traffic", "server", "targets", "repetitions")
+DEFAULT_ZIPF_EXPONENT = 1.0
+DEFAULT_RESIDENT = 16
+# More in one measurement take minutes at any rate that a test of targets needs, and hours at others.
+MOST_REQUESTS = 100_000
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens: lognormal with this `median` and this standard deviation of the logarithm, at least 1 and at most `most`;
+    `sigma` 0 is the median always."""
+
+    median: int
+    sigma: float
+    most: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The requests. tenants: the numbers of them to be measured, None where the largest is looked for; rates: requests
+    a second of all together, empty where `rate_per_tenant` says it."""
+
+    prompt_tokens: Lengths
+    new_tokens: Lengths
+    tenants: tuple[int, ...] | None
+    rate_per_tenant: float | None
+    rates: tuple[float, ...]
+    zipf_exponent: float | None  # None: uniform
+    without_adapter: float
+    arrivals: str
+    burstiness: float
+    requests: int
+
+
+@dataclass(frozen=True)
+class Server:
+    """What serves them; `chunk_tokens` None: a prompt is read at once."""
+
+    rows: int
+    resident: int
+    chunk_tokens: int | None
+
+    def capacity(self, traffic: Traffic) -> int:
+        """How many tokens a row has room for: the longest request, whose last token is never read."""
+        return traffic.prompt_tokens.most + traffic.new_tokens.most - 1
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Milliseconds to the first token and, on average, between two; `share`: of the requests that keep both."""
+
+    ttft_ms: float
+    itl_ms: float
+    share: float
+
+
+@dataclass(frozen=True)
+class TrafficScenario:
+    """All of it. `common`: the fields of any scenario, its workload being one batch of the longest requests."""
+
+    common: Scenario
+    comparison: Comparison
+    traffic: Traffic
+    server: Server
+    targets: Targets
+    repetitions: int
+
+    def to_json(self) -> dict[str, Any]:
+        """What was asked for, resolved, as plain JSON data."""
+        common = {name: getattr(self.common, name) for name in ("name", "question", "device", "seed", "notes")}
+        return common | {
+            "backbone": self.comparison.backbone,
+            "dtype": self.comparison.dtype,
+            "kernels": self.common.kernels[0],
+            "methods": [asdict(arm) for arm in self.common.methods],
+            "traffic": asdict(self.traffic),
+            "server": asdict(self.server),
+            "targets": asdict(self.targets),
+            "repetitions": self.repetitions,
+        }
+
+
+def load(
+    given: str | Path | Mapping[str, Any], sets: Sequence[str], device_kind: Callable[[str], tuple[str, str]]
+) -> TrafficScenario:
+    """Reads and checks a traffic scenario: a file, the name of one that comes with perfbench, or its very values.
+
+    device_kind: what is asked for (auto | cpu | cuda) -> (cpu | cuda, why). ScenarioError and BackboneError, in one
+    line, for whatever can't be measured.
+    """
+    if isinstance(given, Mapping):
+        path, found, source = Path("traffic"), None, of_values(given, "traffic")
+    else:
+        path, found = shipped.find(given)
+        source = read(path)
+    notes = [found] if found else []
+    _validate(source)
+    parsed = [parse_set(text) for text in sets]
+    for keys, value in [item for item in parsed if item[0] == ["device"]]:
+        notes.append(scenario.assign(source, keys, value))
+    _validate(source)
+    asked = str(source.values.get("device", "auto"))
+    kind, why = device_kind(asked)
+    if asked == "auto":
+        notes.append(f"device auto -> {kind}" + (f" ({why})" if why else ""))
+    written = copy.deepcopy(source)
+    if source.values.pop("overrides", {}).get(kind):
+        changes = list(lay_over(source, (), written, ("overrides", kind)))
+        notes.append(f"overrides.{kind}: {', '.join(changes) or 'changes nothing'}")
+    notes += [scenario.assign(source, keys, value) for keys, value in parsed if keys != ["device"]]
+    _validate(source)
+    return _build(source, path, kind, tuple(notes))
+
+
+def is_traffic(values: Any) -> bool:
+    """Whether a scenario file is one of traffic."""
+    return isinstance(values, dict) and "traffic" in values
+
+
+def _validate(source: Source) -> None:
+    if isinstance(source.values, dict) and "workload" in source.values and not is_traffic(source.values):
+        message = "a scenario of fixed batches, expected one of traffic; measure it with perfbench run"
+        refuse(source, message, "workload")
+    if found := problems(source.values, schema()):
+        first = first_written(source, found)
+        refuse(source, first.message, *first.place)
+
+
+def _build(source: Source, path: Path, kind: str, notes: tuple[str, ...]) -> TrafficScenario:
+    traffic = _traffic(source)
+    values = source.values.get("server", {})
+    server = Server(
+        rows=values.get("rows", 8),
+        resident=values.get("resident", DEFAULT_RESIDENT),
+        chunk_tokens=values.get("chunk_tokens"),
+    )
+    limits = source.values["targets"]
+    targets = Targets(float(limits["ttft_ms"]), float(limits["itl_ms"]), float(limits.get("share", 0.99)))
+    common = _common(source, path, kind, notes, traffic, server)
+    read = [arm.label for arm in common.methods if getattr(arm.options, "adapters", None) is not None]
+    if read and traffic.tenants is None:
+        message = f"{', '.join(read)}: adapters from folders are as many as there are; say numbers in place of search"
+        refuse(source, message, "traffic", "tenants")
+    (comparison,) = cases.expand(common)
+    repetitions = source.values.get("repetitions", 2)
+    return TrafficScenario(common, comparison, traffic, server, targets, repetitions)
+
+
+def _traffic(source: Source) -> Traffic:
+    values = source.values["traffic"]
+    searched = values["tenants"] == SEARCH
+    if ("rate" in values) == ("rate_per_tenant" in values):
+        message = "expected either rate_per_tenant or rate"
+        refuse(source, f"{message}, got {'both' if 'rate' in values else 'neither'}", "traffic")
+    if searched and "rate" in values:
+        message = "the number of tenants can be searched only where each sends requests: say rate_per_tenant"
+        refuse(source, message, "traffic", "rate")
+    for name, field, only in (("zipf_exponent", "tenant_mix", "zipf"), ("burstiness", "arrivals", "gamma")):
+        if name in values and values.get(field) != only:
+            refuse(source, f"expected only with {field} {only}; remove it, or choose {only}", "traffic", name)
+    requests = values.get("requests", 300)
+    if requests > MOST_REQUESTS:
+        refuse(source, f"expected at most {MOST_REQUESTS:,}, got {requests:,}", "traffic", "requests")
+    return Traffic(
+        prompt_tokens=_lengths(source, "prompt_tokens"),
+        new_tokens=_lengths(source, "new_tokens"),
+        tenants=None if searched else _several(values["tenants"]),
+        rate_per_tenant=float(values["rate_per_tenant"]) if "rate_per_tenant" in values else None,
+        rates=tuple(map(float, _several(values.get("rate", ())))),
+        zipf_exponent=float(values.get("zipf_exponent", DEFAULT_ZIPF_EXPONENT))
+        if values.get("tenant_mix") == "zipf"
+        else None,
+        without_adapter=float(values.get("without_adapter", 0)),
+        arrivals=values.get("arrivals", "poisson"),
+        burstiness=float(values.get("burstiness", 1)),
+        requests=requests,
+    )
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _lengths(source: Source, name: str) -> Lengths:
+    value = source.values["traffic"][name]
+    if isinstance(value, int):
+        return Lengths(value, 0.0, value)
+    if value["most"] < value["median"]:
+        message = f"expected at least the median {value['median']}, got {value['most']}"
+        refuse(source, message, "traffic", name, "most")
+    return Lengths(value["median"], float(value["sigma"]), value["most"])
+
+
+def _common(
+    source: Source, path: Path, kind: str, notes: tuple[str, ...], traffic: Traffic, server: Server
+) -> Scenario:
+    """The fields of any scenario, checked against the backbone."""
+    values = {name: value for name, value in source.values.items() if name not in OWN and name != "device"}
+    workload = {
+        "prompt_tokens": traffic.prompt_tokens.most,
+        "new_tokens": max(2, traffic.new_tokens.most),
+        "requests": server.rows,
+        "tenants": min(server.rows, server.resident),
+        "resident": server.resident,
+    }
+    of_any = Source({**values, "runtime": "continuous", "workload": workload}, dict(source.origins))
+    of_any.origins[("workload",)] = source.origin(("traffic",))
+    found = scenario.of_source(of_any, path, kind, notes)
+    try:
+        scenario.check_against_backbone(found)
+    except ScenarioError as error:
+        raise ScenarioError(str(error).replace("workload.", "traffic.")) from None
+    return found

@@ -1,0 +1,134 @@
+"""The folder of a traffic run: traffic.json, and measurements.jsonl with every request measured. Free of torch.
+
+What has been measured stands in measurements.jsonl alone; the figures in traffic.json are made of it again whenever the
+run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from perfbench.errors import RunDirectoryError
+from perfbench.files import strict_json, whole
+from perfbench.traffic.outcome import Answered
+
+SCHEMA_VERSION = 1
+MANIFEST, MEASUREMENTS = "traffic.json", "measurements.jsonl"
+COLUMNS = tuple(field.name for field in fields(Answered))
+
+
+class Key(NamedTuple):
+    """Which measurement: of which arm, with how many tenants, at how many requests a second, which time."""
+
+    arm: str
+    tenants: int
+    rate: float
+    repetition: int
+
+
+class Measured(NamedTuple):
+    """What a measurement gave: its requests in the order in which they were due, None where it was given up after
+    `sent` of them; `loaded_bytes`: of adapters, from the host."""
+
+    answered: list[Answered] | None
+    sent: int
+    loaded_bytes: int | None
+
+
+class TrafficFolder:
+    """A folder that was just made, or that holds a run of the same scenario."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], measured: dict[Key, Measured]):
+        self.path, self.manifest, self.measured = path, manifest, measured
+
+    @classmethod
+    def create(cls, path: Path, manifest: dict[str, Any]) -> TrafficFolder:
+        """A new folder. RunDirectoryError where it can't be made, or holds something."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(entry.name != "lock" and not entry.name.startswith(".") for entry in path.iterdir()):
+                raise RunDirectoryError(f"{path}: is not empty; measure with another --out, or go on with --resume")
+            made = cls(path, manifest, {})
+            made.write()
+            (path / MEASUREMENTS).touch()
+        except OSError as error:
+            raise RunDirectoryError(f"{path}: can't be written ({error.strerror})") from None
+        return made
+
+    @classmethod
+    def open(cls, path: Path) -> TrafficFolder:
+        """The run in a folder. RunDirectoryError where there is none, or it is damaged."""
+        manifest = read_manifest(path)
+        file, measured = path / MEASUREMENTS, {}
+        try:
+            lines = file.read_bytes().split(b"\n")
+        except OSError as error:
+            raise RunDirectoryError(f"{file}: can't be read ({error.strerror})") from None
+        for number, line in enumerate(lines[:-1], start=1):  # what follows the last line end was torn
+            try:
+                key, found = _parse(strict_json.parse(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunDirectoryError(f"{file}:{number}: is damaged ({error}); restore it, or measure anew") from None
+            measured[key] = found
+        return cls(path, manifest, measured)
+
+    def add(self, key: Key, found: Measured) -> None:
+        """Appends a measurement. RunDirectoryError where it can't be written."""
+        rows = None if found.answered is None else [[getattr(one, name) for name in COLUMNS] for one in found.answered]
+        line = json.dumps(
+            {**key._asdict(), "sent": found.sent, "loaded_bytes": found.loaded_bytes, "columns": COLUMNS, "rows": rows},
+            allow_nan=False, separators=(",", ":"),
+        )  # fmt: skip
+        file = self.path / MEASUREMENTS
+        try:
+            with file.open("r+b") as out:
+                kept = out.read()
+                out.seek(kept.rfind(b"\n") + 1)
+                out.truncate()
+                out.write(line.encode() + b"\n")
+        except OSError as error:
+            raise RunDirectoryError(f"{file}: can't be written ({error.strerror})") from None
+        self.measured[key] = found
+
+    def write(self) -> None:
+        """Writes traffic.json, whole or not at all."""
+        text = json.dumps(self.manifest, indent=1, allow_nan=False, ensure_ascii=False)
+        whole.write(self.path / MANIFEST, text.encode() + b"\n")
+
+
+def is_traffic(path: Path) -> bool:
+    """Whether a folder holds a traffic run."""
+    return (path / MANIFEST).is_file()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What traffic.json holds. RunDirectoryError where it is not there, damaged, or of another version."""
+    file = path / MANIFEST
+    try:
+        found: Any = strict_json.parse(file.read_bytes())
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RunDirectoryError(f"{file}: can't be read ({why}); expected the folder of a traffic run") from None
+    if not isinstance(found, dict) or found.get("schema_version") != SCHEMA_VERSION:
+        got = found.get("schema_version") if isinstance(found, dict) else found
+        raise RunDirectoryError(f"{file}: schema_version: expected {SCHEMA_VERSION}, got {got!r}")
+    missing = [name for name in ("scenario", "environment", "arms") if not isinstance(found.get(name), Mapping)]
+    if missing:
+        raise RunDirectoryError(f"{file}: {missing[0]}: expected a mapping, got {found.get(missing[0])!r}")
+    return found
+
+
+def _parse(line: Any) -> tuple[Key, Measured]:
+    rows = line["rows"]
+    answered = None
+    if rows is not None:
+        named = (dict(zip(line["columns"], row, strict=True)) for row in rows)
+        answered = [Answered(**{**one, "itl_ms": tuple(one["itl_ms"])}) for one in named]
+        if any(one.ttft_ms < 0 or min(one.itl_ms, default=0) < 0 for one in answered):
+            raise ValueError("a time below 0")
+    key = Key(line["arm"], line["tenants"], line["rate"], line["repetition"])
+    return key, Measured(answered, line["sent"], line["loaded_bytes"])

@@ -1,0 +1,292 @@
+"""`perfbench traffic`: the parent process, which decides what is measured next and writes what the child finds. Free of
+torch.
+
+Of each arm the throughput is measured first with every row busy: there a search for the most tenants begins. Then the
+arms take turns, a measurement each, so that what changes on the machine meanwhile touches all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from perfbench import __version__
+from perfbench.errors import PerfbenchError, RunDirectoryError
+from perfbench.files.paths import stamped
+from perfbench.machine import environment
+from perfbench.measure.children import WORKER_LOG, Child
+from perfbench.measure.run import cause, threads
+from perfbench.progress import RunProgress
+from perfbench.spec import cases, method_plugins
+from perfbench.spec.traffic import TrafficScenario
+from perfbench.traffic import outcome
+from perfbench.traffic.requests import Due, all_at_once, draw
+from perfbench.traffic.search import Found, search
+from perfbench.traffic.traffic_folder import SCHEMA_VERSION, Key, Measured, TrafficFolder
+
+WORKER = "perfbench.traffic.on_device.traffic_worker"
+# All requests at once: so many times the rows, after a round to warm up.
+FULL_ROUNDS, WARM_ROUNDS = 4, 1
+# Where the search begins: a server at this share of its throughput still answers.
+FIRST_LOAD = 0.6
+# The rate of a measurement in which all requests are there from the start.
+AT_ONCE = 0.0
+
+
+class ChildDied(Exception):
+    """The child process ended in the middle of a job."""
+
+
+def default_out(scenario: TrafficScenario) -> Path:
+    """`runs/<scenario>-<UTC time>`."""
+    return stamped(scenario.common.name)
+
+
+def manifest_of(scenario: TrafficScenario) -> dict[str, Any]:
+    """The traffic.json of a run in which nothing has been measured yet."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "perfbench_version": __version__,
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished_at": None,
+        "scenario": scenario.to_json(),
+        "environment": environment.collect(scenario.common.device, threads()),
+        "backbone": None,
+        "plugins": method_plugins.as_json(),
+        "arms": {case.arm: {"method": case.method, "status": "pending"} for case in scenario.comparison.cases},
+    }
+
+
+def execute(scenario: TrafficScenario, out: Path, *, resume: bool) -> TrafficFolder:
+    """Measures what is not measured yet into the folder `out`. PerfbenchError for what can't be measured."""
+    fresh = manifest_of(scenario)
+    if resume:
+        folder = TrafficFolder.open(out)
+        same = ("backbone", "methods", "traffic", "server", "targets", "dtype", "kernels", "seed", "repetitions")
+        changed = [name for name in same if folder.manifest["scenario"].get(name) != fresh["scenario"][name]]
+        if changed:
+            raise RunDirectoryError(f"{out}: holds a run with another {changed[0]}; measure with another --out")
+    else:
+        folder = TrafficFolder.create(out, fresh)
+    with RunProgress(_steps(scenario)) as progress:
+        session = Session(scenario, folder, progress)
+        try:
+            session.run()
+        finally:
+            session.end()
+    return folder
+
+
+def _steps(scenario: TrafficScenario) -> int:
+    """About how many measurements there will be; a search takes some eight of them, the last ones twice."""
+    points = 10 if scenario.traffic.tenants is None else len(points_of(scenario)) * scenario.repetitions
+    return len(scenario.comparison.cases) * (2 + points)
+
+
+def points_of(scenario: TrafficScenario) -> list[tuple[int, float]]:
+    """(tenants, requests a second of all of them) of each point, where none is searched for."""
+    traffic = scenario.traffic
+    assert traffic.tenants is not None
+    if traffic.rate_per_tenant is not None:
+        return [(tenants, tenants * traffic.rate_per_tenant) for tenants in traffic.tenants]
+    return [(tenants, rate) for tenants in traffic.tenants for rate in traffic.rates]
+
+
+@dataclass
+class Plan:
+    """What is still to be measured of an arm: a generator of keys that is sent what each gave."""
+
+    arm: str
+    steps: Generator[Key, Measured, None]
+    wanted: Key | None = None
+
+
+class Session:
+    """One run over one child process, or another where that one died."""
+
+    def __init__(self, scenario: TrafficScenario, folder: TrafficFolder, progress: RunProgress):
+        self.scenario, self.folder, self.progress = scenario, folder, progress
+        self._child: Child | None = None
+        self._prepared: set[str] = set()
+        self._answering: set[str] = set()  # of which arms the child has answers
+
+    def run(self) -> None:
+        """Every arm to its end, the arms taking turns."""
+        plans = [Plan(case.arm, self._plan(case.arm)) for case in self.scenario.comparison.cases]
+        for plan in plans:
+            plan.wanted = next(plan.steps)
+        while plans:
+            for plan in list(plans):
+                assert plan.wanted is not None
+                try:
+                    plan.wanted = plan.steps.send(self._measured(plan.wanted))
+                except StopIteration:
+                    plans.remove(plan)
+                except ChildDied as died:
+                    self._arm(plan.arm).update(status="crashed", reason=str(died))
+                    self._forget()
+                    plans.remove(plan)
+                self.folder.write()
+        self.folder.manifest["finished_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+        self.folder.write()
+
+    def end(self) -> None:
+        """Ends the child process."""
+        if self._child is not None:
+            self._child.end()
+
+    def _arm(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.folder.manifest["arms"][name]
+        return found
+
+    def _plan(self, arm: str) -> Generator[Key, Measured, None]:
+        """Throughput with all rows busy, then the search or the points, then the proof of the last answers."""
+        entry, traffic = self._arm(arm), self.scenario.traffic
+        entry.update(status="pending", points=[])
+        most = max(traffic.tenants or (self.scenario.server.resident,))
+        full = yield Key(arm, most, AT_ONCE, 0)
+        entry["throughput_per_s"] = throughput = _throughput(full)
+        if traffic.tenants is None:
+            assert traffic.rate_per_tenant is not None
+            found = yield from self._search(arm, round(FIRST_LOAD * throughput / traffic.rate_per_tenant))
+            entry["most_tenants"] = asdict(found)
+        else:
+            for tenants, rate in points_of(self.scenario):
+                yield from self._point(arm, tenants, rate, give_up=False)
+        if "proof" not in entry:
+            if arm not in self._answering:  # of a run that goes on all may be known but this
+                self._full(Key(arm, most, AT_ONCE, 0))
+            entry["proof"] = self._job(arm, {"do": "prove", "arm": arm, "tenants": most})["proof"]
+        entry["status"] = entry["proof"]["status"]
+
+    def _search(self, arm: str, start: int) -> Generator[Key, Measured, Found]:
+        asked = search(start)
+        tenants = next(asked)
+        while True:
+            rate = tenants * (self.scenario.traffic.rate_per_tenant or 0.0)
+            held = yield from self._point(arm, tenants, rate, give_up=True)
+            try:
+                tenants = asked.send(held)
+            except StopIteration as ended:
+                found: Found = ended.value
+                return found
+
+    def _point(self, arm: str, tenants: int, rate: float, *, give_up: bool) -> Generator[Key, Measured, bool]:
+        """All repetitions of a point, or those up to the first that misses the targets where that is the question."""
+        point: dict[str, Any] = {"tenants": tenants, "rate_per_s": rate, "held": True, "repetitions": []}
+        for repetition in range(self.scenario.repetitions):
+            found = yield Key(arm, tenants, rate, repetition)
+            figures = None
+            if found.answered is not None:
+                figures = outcome.figures(found.answered, self.scenario.targets) | {"loaded_bytes": found.loaded_bytes}
+            point["repetitions"].append(figures)
+            point["held"] &= figures is not None and figures["held"]
+            if give_up and not point["held"]:
+                break
+        self._arm(arm)["points"].append(point)
+        return bool(point["held"])
+
+    def _measured(self, key: Key) -> Measured:
+        """What is known of a measurement, or what the child finds."""
+        known = self.folder.measured.get(key)
+        if known is None:
+            known = self._measure(key)
+            self.folder.add(key, known)
+        self.progress.advance()
+        return known
+
+    def _measure(self, key: Key) -> Measured:
+        scenario = self.scenario
+        seed = f"{scenario.common.seed}/{key.repetition}"
+        if key.rate == AT_ONCE:
+            return self._full(key)
+        due = draw(scenario.traffic, key.tenants, key.rate, seed)
+        searched = scenario.traffic.tenants is None
+        misses = outcome.most_misses(len(outcome.counted_places(len(due))), scenario.targets) if searched else None
+        return self._requests(key, due, f"{key.tenants:,} tenants, {key.rate:,.3g} requests/s", misses)
+
+    def _full(self, key: Key) -> Measured:
+        """With every row busy, after a round to warm up."""
+        for rounds in (WARM_ROUNDS, FULL_ROUNDS):
+            count = rounds * self.scenario.server.rows
+            due = all_at_once(self.scenario.traffic, key.tenants, count, f"{self.scenario.common.seed}/full")
+            found = self._requests(key, due, "all rows busy", None)
+        return found
+
+    def _requests(self, key: Key, due: list[Due], text: str, misses: int | None) -> Measured:
+        job = {
+            "do": "measure",
+            "arm": key.arm,
+            "due": [[one.due_s, one.tenant, one.prompt_tokens, one.new_tokens] for one in due],
+            "seed": key.repetition,
+            "targets": asdict(self.scenario.targets),
+            "misses": misses,
+            "text": text,
+        }
+        found = self._job(key.arm, job)
+        answered = found["answered"]
+        if answered is not None:
+            self._answering.add(key.arm)
+            answered = [outcome.Answered(**{**one, "itl_ms": tuple(one["itl_ms"])}) for one in answered]
+        return Measured(answered, found["sent"], found["loaded_bytes"])
+
+    def _job(self, arm: str, job: dict[str, Any]) -> dict[str, Any]:
+        """What the child answers to a job about an arm, which is prepared first where it is not there yet."""
+        if self._child is None:
+            self._child = Child(WORKER, self.folder.path / WORKER_LOG)
+            for event in self._events(self._opening()):
+                if event["event"] == "backbone":
+                    self.folder.manifest["backbone"] = {name: event[name] for name in ("parameters", "bytes")}
+        if arm not in self._prepared:
+            most = max(self.scenario.traffic.tenants or (0,))
+            for event in self._events({"do": "prepare", "arm": arm, "tenants": most}):
+                self._arm(arm).update(
+                    {name: value for name, value in event.items() if name.endswith(("bytes", "tenant"))}
+                )
+            self._prepared.add(arm)
+        (found,) = self._events(job)
+        return found
+
+    def _opening(self) -> dict[str, Any]:
+        scenario = self.scenario
+        return {
+            "comparison": cases.to_json(scenario.comparison),
+            "seed": scenario.common.seed,
+            "threads": threads(),
+            "plugins": method_plugins.as_json(),
+            "rows": scenario.server.rows,
+            "resident": scenario.server.resident,
+            "capacity": scenario.server.capacity(scenario.traffic),
+            "chunk": scenario.server.chunk_tokens,
+        }
+
+    def _events(self, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """What the child says to a job, but for phases, which are shown. ChildDied where it ends before `done`."""
+        assert self._child is not None
+        found: list[dict[str, Any]] = []
+        for event in self._child.events(job, last=False):
+            if event["event"] == "phase":
+                self.progress.say(event["case"] or self.scenario.comparison.backbone, event["text"])
+            elif event["event"] == "error":
+                if event["kind"] == "bad_input":
+                    raise PerfbenchError(event["message"])
+                raise ChildDied(event["message"])
+            elif event["event"] == "done":
+                return iter(found)
+            else:
+                found.append(event)
+        raise ChildDied(cause(self._child.end()))
+
+    def _forget(self) -> None:
+        """After the child's death: the next job starts another, which prepares its arms anew."""
+        self.end()
+        self._child, self._prepared, self._answering = None, set(), set()
+
+
+def _throughput(found: Measured) -> float:
+    """Requests a second with all rows busy."""
+    assert found.answered is not None
+    return len(found.answered) / max(one.total_ms for one in found.answered) * 1e3
