@@ -367,8 +367,12 @@ def test_an_isolated_run_that_was_killed_is_resumed(scenario: Path, tmp_path: Pa
     assert resumed.returncode == 0, resumed.stderr
     turns = Counter((sample["case"].rsplit("/", 1)[-1], sample["round"]) for sample in samples_of(out))
     for arm, times in (("lora-eager", 1), ("ia3-eager", 1), ("none-eager", 2)):
-        assert [turns[arm, number] for number in range(LONG)] == [times] * LONG
-    # The kill may tear one round: its arms were then timed by two processes, and are never compared with each other.
+        counts = [turns[arm, number] for number in range(LONG)]
+        # The kill may tear one round after the bare backbone's turn, which then takes it once more, beside the arm.
+        torn = counts.count(times + 1) if arm == "none-eager" else 0
+        assert torn <= 1
+        assert counts.count(times) == LONG - torn
+    # Or its arms were timed by two processes, and are never compared with each other.
     paired = [by_arm(out)[arm]["kept"]["decode_tokens_per_s"]["rounds"] for arm in ("lora", "ia3")]
     assert sum(paired) in (2 * LONG - 1, 2 * LONG)
 
