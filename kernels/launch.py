@@ -9,6 +9,7 @@ import triton
 
 from perfbench.kernels.low_rank import Expansion
 from perfbench.kernels.placement import on_gpu
+from perfbench.kernels.rotation import Rotation
 from perfbench.kernels.row_scale import Scale
 
 # Below 16 tl.dot has no instruction to compile to.
@@ -32,6 +33,15 @@ class Expand(NamedTuple):
 
 class Scaling(NamedTuple):
     """What a fused kernel is told of the scales. tensors: the scales, and which of them each request has; numbers:
+    elements between adapters, first column, columns, rows of a request; constants by name."""
+
+    tensors: tuple[torch.Tensor, torch.Tensor]
+    numbers: tuple[int, int, int, int]
+    constants: dict[str, Any]
+
+
+class Turning(NamedTuple):
+    """What a fused kernel is told of the rotation. tensors: the sines, and which of them each request has; numbers:
     elements between adapters, first column, columns, rows of a request; constants by name."""
 
     tensors: tuple[torch.Tensor, torch.Tensor]
@@ -103,6 +113,24 @@ def scale_arguments(scale: Scale | None, y: torch.Tensor) -> Scaling:
         (minus_one, y if own is None else own),
         (minus_one.stride(0), first, columns, rows),
         {"SCALED": True, "SCALE_OWN": own is not None},
+    )
+
+
+def turn_arguments(rotation: Rotation | None, y: torch.Tensor) -> Turning:
+    """What a fused kernel that rotates y [rows, D] is told. Without a rotation y stands in, unread. ValueError."""
+    if rotation is None:
+        return Turning((y, y), (0, 0, 0, 1), {"TURNED": False, "SINE_OWN": False, "SINE_HALF": 1})
+    sine, half, first, own = rotation
+    columns = sine.shape[-1]
+    check_rows("sine", sine, (len(sine), columns), y)
+    check_own(own, y)
+    if first + columns > y.shape[1] or half < 1 or columns % (2 * half):
+        raise ValueError(f"sine: expected groups of {2 * half} of the {y.shape[1] - first} columns, got {columns}")
+    rows = len(y) // requests_of(len(sine), own, len(y))
+    return Turning(
+        (sine, y if own is None else own),
+        (sine.stride(0), first, columns, rows),
+        {"TURNED": True, "SINE_OWN": own is not None, "SINE_HALF": half},
     )
 
 

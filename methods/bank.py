@@ -10,12 +10,21 @@ or without a module, leave zeros in the rest of their place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from perfbench.errors import AdapterError
 from perfbench.methods.plan import AdapterPlan, LayerPlan, LowRank
-from perfbench.methods.shape import MODULES
+
+# What a module can get -> the field of LayerPlan that says so.
+OPERATIONS = {
+    "a low-rank pair": "low_rank",
+    "a scale": "scale_minus_one",
+    "a rotation": "rotation",
+    "a scale of the input": "input_scale_minus_one",
+}
 
 
 class Bank:
@@ -28,7 +37,7 @@ class Bank:
         """
         self.capacity = capacity
         self.free = list(range(capacity))[::-1]
-        self.layout: AdapterPlan = tuple(_in_order(layer).map(lambda t: t.to("meta")) for layer in layout)
+        self.layout: AdapterPlan = tuple(layer.in_order().map(lambda t: t.to("meta")) for layer in layout)
         shrinks = [pair.a.numel() for layer in self.layout for pair in layer.low_rank.values()]
         rest = [t.numel() for layer in self.layout for t in _without_shrinks(layer)]
         self._sizes = (shrinks, rest)
@@ -45,9 +54,8 @@ class Bank:
             for module, pair in layer.low_rank.items():
                 a, b = next(first), next(second)
                 pairs[module] = LowRank(a.view(count, *pair.a.shape), b.view(count, *pair.b.shape))
-            others = LayerPlan({}, layer.scale_minus_one, layer.generator)
-            others = others.map(lambda t: next(second).view(count, *t.shape))
-            return LayerPlan(pairs, others.scale_minus_one, others.generator)
+            others = replace(layer, low_rank={}).map(lambda t: next(second).view(count, *t.shape))
+            return replace(others, low_rank=pairs)
 
         return tuple(map(of_layer, self.layout))
 
@@ -103,53 +111,53 @@ def union_layout(plans: Sequence[AdapterPlan]) -> AdapterPlan:
 
 def _union(layers: Sequence[LayerPlan]) -> LayerPlan:
     low_rank: dict[str, LowRank] = {}
-    scales: dict[str, torch.Tensor] = {}
-    generators = [layer.generator for layer in layers if layer.generator is not None]
     for layer in layers:
         for module, pair in layer.low_rank.items():
             rank = max(pair.a.shape[0], low_rank[module].a.shape[0] if module in low_rank else 0)
             low_rank[module] = LowRank(*(torch.empty(rank, t.shape[1], device="meta") for t in (pair.a, pair.b)))
-        for module, scale in layer.scale_minus_one.items():
-            scales[module] = scale.to("meta")
-    if not generators:
-        return LayerPlan(low_rank, scales)
+    generators = [layer.generator for layer in layers if layer.generator is not None]
     if len({(g.modules, g.normalised) for g in generators}) > 1:
         raise AdapterError("adapters of one bank must share their generator's modules and pooling")
-    largest = max(generators, key=lambda g: g.w_down.shape[1])
-    return LayerPlan(low_rank, scales, largest.map(lambda t: t.to("meta")))
-
-
-def _in_order(layer: LayerPlan) -> LayerPlan:
-    """The layer with its modules in the order in which they run: those that read the same input are neighbours."""
+    if len(halves := {own.half for layer in layers for own in layer.rotation.values()}) > 1:
+        sizes = ", ".join(str(2 * half) for half in sorted(halves))
+        raise AdapterError(f"adapters of one bank must share the size of the groups that they rotate, got {sizes}")
+    largest = max(generators, key=lambda g: g.w_down.shape[1], default=None)
     return LayerPlan(
-        {module: layer.low_rank[module] for module in MODULES if module in layer.low_rank},
-        {module: layer.scale_minus_one[module] for module in MODULES if module in layer.scale_minus_one},
-        layer.generator,
-    )
+        low_rank,
+        _any_of([layer.scale_minus_one for layer in layers]),
+        largest,
+        _any_of([layer.rotation for layer in layers]),
+        _any_of([layer.input_scale_minus_one for layer in layers]),
+    ).map(lambda t: t.to("meta"))
+
+
+def _any_of(of_layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Every module of any, where all that a module can have are of one size."""
+    return {module: own for one in of_layers for module, own in one.items()}
 
 
 def _without_shrinks(layer: LayerPlan) -> list[torch.Tensor]:
     """What `rest` holds of a layer, in order."""
-    others = LayerPlan({}, layer.scale_minus_one, layer.generator)
-    return [*(pair.b for pair in layer.low_rank.values()), *others.tensors()]
+    return [*(pair.b for pair in layer.low_rank.values()), *replace(layer, low_rank={}).tensors()]
 
 
 def _pairs(index: int, stacked: LayerPlan, layer: LayerPlan) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(stack, tensor) for every tensor of one layer of an adapter. AdapterError where a stack has no place for it."""
-    pairs = []
-    for module, pair in layer.low_rank.items():
-        if module not in stacked.low_rank:
-            raise AdapterError(f"layer {index}: the bank was laid out without a low-rank pair on {module}")
-        pairs += [(stacked.low_rank[module].a, pair.a), (stacked.low_rank[module].b, pair.b)]
-    for module, scale in layer.scale_minus_one.items():
-        if module not in stacked.scale_minus_one:
-            raise AdapterError(f"layer {index}: the bank was laid out without a scale on {module}")
-        pairs.append((stacked.scale_minus_one[module], scale))
+    for what, field in OPERATIONS.items():
+        for module in getattr(layer, field):
+            if module not in getattr(stacked, field):
+                raise AdapterError(f"layer {index}: the bank was laid out without {what} on {module}")
     if layer.generator is not None:
         own, place = layer.generator, stacked.generator
         if place is None or (place.modules, place.normalised) != (own.modules, own.normalised):
             raise AdapterError(f"layer {index}: the bank was laid out for another generator")
-        pairs += [(place.w_down, own.w_down), (place.w_up, own.w_up), (place.bias_minus_one, own.bias_minus_one)]
+    for module, turned in layer.rotation.items():
+        if turned.half != stacked.rotation[module].half:
+            size = 2 * stacked.rotation[module].half
+            raise AdapterError(f"layer {index}: the bank rotates {module} in groups of {size}, not {2 * turned.half}")
+    only = {field: {m: getattr(stacked, field)[m] for m in getattr(layer, field)} for field in OPERATIONS.values()}
+    places = replace(stacked, **only, generator=stacked.generator if layer.generator is not None else None)
+    pairs = list(zip(places.tensors(), layer.tensors(), strict=True))
     for stack, tensor in pairs:
         if stack[0].dim() != tensor.dim() or any(s < t for s, t in zip(stack.shape[1:], tensor.shape, strict=True)):
             raise AdapterError(f"layer {index}: expected at most {list(stack.shape[1:])}, got {list(tensor.shape)}")

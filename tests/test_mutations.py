@@ -61,7 +61,7 @@ CACHING = """
                 clock.mark()
             return self._kept"""
 # Acts while prompts are read, and is forgotten for the tokens after them.
-LINEAR = """        y = linear(x, self.weight, self.bias)
+LINEAR = """        y = linear(self._scaled_input(x), self.weight, self.bias)
 """
 PREFILL_ONLY = (
     LINEAR

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from perfbench.errors import PerfbenchError, nearest
@@ -118,11 +118,11 @@ def decode_step(
     attention = 2 * shape.layers * shape.heads * shape.head_dim * seen
     adapter_bytes = adapter_products = 0
     for layer in plan or ():
-        pairs = sum(t.numel() for pair in layer.low_rank.values() for t in (pair.a, pair.b))
-        scales = sum(t.numel() for t in layer.scale_minus_one.values())
+        # A number that is stored is read once, and multiplied with one of each row.
+        stored = sum(t.numel() for t in replace(layer, generator=None).tensors())
         made = layer.generator.bias_minus_one.numel() if layer.generator is not None else 0
-        adapter_bytes += (len(set(tenants)) * (pairs + scales) + len(tenants) * made) * size
-        adapter_products += len(tenants) * beams * (pairs + scales + made)
+        adapter_bytes += (len(set(tenants)) * stored + len(tenants) * made) * size
+        adapter_products += len(tenants) * beams * (stored + made)
     return Work(
         weight_bytes=weights * size,
         cache_bytes=2 * shape.layers * shape.kv_heads * shape.head_dim * cached * size,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from perfbench.kernels.low_rank import Expansion
+from perfbench.kernels.rotation import Rotation
 from perfbench.kernels.row_scale import Scale
 from perfbench.methods.bank import Bank
 from perfbench.methods.plan import Generator, LayerPlan
@@ -27,13 +28,16 @@ ALIGNED_ROWS = 16
 @dataclass
 class Bound:
     """What one fused projection gets from T adapters: a [T, R of all its modules, D_in] and the other halves, or None,
-    with the weight (and bias) that ends with a; its scale or None."""
+    with the weight (and bias) that ends with a; its scale and its rotation or None; and where inputs are scaled, for
+    each module its columns of the product and its scale minus one [T, D_in], or None."""
 
     a: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     expansion: Expansion | None = None
     scale: Scale | None = None
+    rotation: Rotation | None = None
+    inputs: tuple[tuple[slice, torch.Tensor | None], ...] = ()
 
 
 class Place(NamedTuple):
@@ -139,14 +143,20 @@ class Adapters:
             paired = [module for module in modules if module in mine.low_rank]
             if paired:
                 self._bind_pairs(bound[name], mine, source, layer.projections[name].with_tail, paired, columns)
-            scaled = [module for module in modules if module in mine.scale_minus_one]
+            scaled = {module: mine.scale_minus_one[module] for module in modules if module in mine.scale_minus_one}
             if scaled and mine.generator is None:
-                scales = [mine.scale_minus_one[module] for module in scaled]
-                minus_one = neighbours(scales) if adjacent(scaled, modules) else None
-                if minus_one is None:
-                    minus_one, places = self._stretch(shape, modules, scaled, len(self._rest))
-                    self._copies += zip(places, scales, strict=True)
-                bound[name].scale = Scale(minus_one, columns[scaled[0]], self.own)
+                bound[name].scale = Scale(
+                    self._side_by_side(shape, modules, scaled), columns[next(iter(scaled))], self.own
+                )
+            turned = {module: mine.rotation[module].sine for module in modules if module in mine.rotation}
+            if turned:
+                first, sines = next(iter(turned)), self._side_by_side(shape, modules, turned)
+                bound[name].rotation = Rotation(sines, mine.rotation[first].half, columns[first], self.own)
+            if any(module in mine.input_scale_minus_one for module in modules):
+                bound[name].inputs = tuple(
+                    (slice(first, first + shape.features(module)[1]), mine.input_scale_minus_one.get(module))
+                    for module, first in columns.items()
+                )
         return BoundLayer(bound, self._bind_generator(mine, bound, shape, requests))
 
     def _bind_pairs(
@@ -200,6 +210,14 @@ class Adapters:
                     own = None if start is None else slice(start, start + to.shape[1])
                     found.append(Place(to, own, stored.get(module)))
         return BoundGenerator(generator, tuple(found))
+
+    def _side_by_side(self, shape: BackboneShape, modules: Sequence[str], own: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[T, columns] from the first module of `own` to the last, zeros at those in between that have nothing."""
+        if adjacent(list(own), modules):
+            return neighbours(list(own.values()))
+        stretch, places = self._stretch(shape, modules, list(own), len(self._rest))
+        self._copies += zip(places, own.values(), strict=True)
+        return stretch
 
     def _stretch(
         self, shape: BackboneShape, modules: Sequence[str], scaled: list[str], rows: int

@@ -18,11 +18,11 @@ from perfbench.kernels import (
     vector_generator,
 )
 from perfbench.runtimes.generation import Batch
-from perfbench.runtimes.static.adapters import BARE, Adapters, BoundGenerator, each_request_s
+from perfbench.runtimes.static.adapters import BARE, Adapters, Bound, BoundGenerator, each_request_s
 from perfbench.runtimes.static.cache import KVCache
 from perfbench.runtimes.static.capture import Step, weak
 from perfbench.runtimes.static.product import OF_FEW_ROWS, product, takes_tail
-from perfbench.runtimes.static.weights import Weights
+from perfbench.runtimes.static.weights import Projection, Weights
 
 # A prefill of so few rows takes the ranks out of the base product, as a decode step does: on an H200 the launches of a
 # shrink and an expand for each module, from the host, were 20 of the 34 ms of 274 tokens.
@@ -88,6 +88,7 @@ class Decoder:
         self._attention = decode_attention.FORMS[kernels]
         self._mask = decode_attention.MASKS[kernels]
         self._vectors = vector_generator.FORMS[kernels]
+        self._scaled = row_scale.SCALED_ROWS[kernels]
 
     def start(self, batch: Batch) -> None:
         """Takes a batch of this decoder's size: its adapters and its padding, copied to where the steps find them."""
@@ -235,40 +236,68 @@ class Decoder:
         """The fused product `name` of layer i, and h as the fused operations take it, None without a low-rank pair."""
         projection, bound = self.weights.layers[i].projections[name], self.layers[i].projections[name]
         of_rows = product if prefill else self._few_rows
+        if bound.inputs:
+            return self._of_scaled_inputs(x, projection, bound, of_rows, prefill=prefill)
         if bound.a is None or bound.weight is None or bound.expansion is None:
             return of_rows(x, projection.weight, projection.bias), None
         if not takes_tail(x) or (prefill and len(x) > MOST_ROWS_WITH_TAIL):
-            own = self.adapters.own if self.adapters else None
-            y, h = of_rows(x, projection.weight, projection.bias), self._shrink(x, bound.a, own)
-            if not prefill:
-                return y, h
-            # With many rows of a request its adapter is worth a product of tiles: the epilogues take it row by row.
-            self._expand(y, h, bound.expansion)
-            return y, None
+            return self._beside(of_rows(x, projection.weight, projection.bias), x, bound, prefill=prefill)
         adapters, each, _ = bound.a.shape
         both = of_rows(x, bound.weight, bound.bias)
         y, ranks = both[:, : projection.columns], both[:, projection.columns :]
         return y, self._from_product(ranks[:, : adapters * each], adapters)
+
+    def _beside(
+        self, y: torch.Tensor, x: torch.Tensor, bound: Bound, *, prefill: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """y, and h by a product of its own."""
+        if bound.a is None or bound.expansion is None:
+            return y, None
+        h = self._shrink(x, bound.a, self.adapters.own if self.adapters else None)
+        if not prefill:
+            return y, h
+        # With many rows of a request its adapter is worth a product of tiles: the epilogues take it row by row.
+        self._expand(y, h, bound.expansion)
+        return y, None
+
+    def _of_scaled_inputs(
+        self,
+        x: torch.Tensor,
+        projection: Projection,
+        bound: Bound,
+        of_rows: Callable[..., torch.Tensor],
+        *,
+        prefill: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `_product`, module by module, since each reads x by a scale of its own: no weight is read twice."""
+        own, y = self.adapters.own if self.adapters else None, x.new_empty(len(x), projection.columns)
+        for columns, minus_one in bound.inputs:
+            read = x if minus_one is None else self._scaled(x, minus_one, own)
+            bias = None if projection.bias is None else projection.bias[columns]
+            y[:, columns] = of_rows(read, projection.weight[columns], bias)
+        return self._beside(y, x, bound, prefill=prefill)
 
     def _finish_qkv(
         self, i: int, qkv: torch.Tensor, h: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
         entry: torch.Tensor, at: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
         bound = self.layers[i].projections["qkv"]
-        return self._qkv(qkv, h, bound.expansion, bound.scale, cos, sin, entry, at)
+        return self._qkv(qkv, h, bound.expansion, bound.scale, cos, sin, entry, at, bound.rotation)
 
     def _finish_layer(
         self, i: int, residual: torch.Tensor, attended: torch.Tensor, *, prefill: bool = False
     ) -> torch.Tensor:
         """From the attention's output to the normed input of the next layer (or of the head); residual in place."""
         weights, bound = self.weights, self.layers[i].projections
+        o, both, down = bound["o"], bound["gate_up"], bound["down"]
         y, h = self._product(attended, i, "o", prefill=prefill)
-        normed = self._norm(residual, y, h, bound["o"].expansion, weights.layers[i].post_norm, weights.eps)
+        post_norm = weights.layers[i].post_norm
+        normed = self._norm(residual, y, h, o.expansion, post_norm, weights.eps, o.scale, o.rotation)
         gate_up, h = self._product(normed, i, "gate_up", prefill=prefill)
-        inner = self._swiglu(gate_up, h, bound["gate_up"].expansion, bound["gate_up"].scale, weights.activation)
+        inner = self._swiglu(gate_up, h, both.expansion, both.scale, weights.activation, both.rotation)
         y, h = self._product(inner, i, "down", prefill=prefill)
         following = weights.layers[i + 1].input_norm if i + 1 < len(weights.layers) else weights.norm
-        return self._norm(residual, y, h, bound["down"].expansion, following, weights.eps)
+        return self._norm(residual, y, h, down.expansion, following, weights.eps, down.scale, down.rotation)
 
     def _generate_scales(self, generator: BoundGenerator, pooled: torch.Tensor) -> None:
         """The scales of the layer's projections: PARA's vectors, from its input at the last prompt tokens [Q, hidden],

@@ -43,10 +43,12 @@ def adapted(
     parts: Parts,
     scale: tuple[torch.Tensor, int] | None,
     own: Sequence[int],
+    rotation: tuple[torch.Tensor, int, int] | None = None,
 ) -> torch.Tensor:
-    """y [rows, D] with the low-rank parts and then the scale of each row's own adapter, -1 none.
+    """y [rows, D] with the low-rank parts and then the scale and the rotation of each row's own adapter, -1 none.
 
-    ranks [rows, R]: what each row gives with its own adapter; scale: l - 1 [T, columns] and its first column.
+    ranks [rows, R]: what each row gives with its own adapter; scale: l - 1 [T, columns] and its first column; rotation:
+    sine [T, columns], half of a group of them, the first column.
     """
     out = y.double().clone()
     for row, adapter in enumerate(own):
@@ -55,9 +57,15 @@ def adapted(
         for rank, column, b in parts:
             mine = ranks[row, rank : rank + b.shape[1]].double()
             out[row, column : column + b.shape[2]] += mine @ b[adapter].double()
+        unturned = out[row].clone()
         if scale is not None:
             minus_one, first = scale
             out[row, first : first + minus_one.shape[1]] *= 1 + minus_one[adapter].double()
+        if rotation is not None:
+            sine, half, first = rotation
+            for i, turned in enumerate(sine[adapter].tolist()):
+                other = i + half if i % (2 * half) < half else i - half
+                out[row, first + i] += unturned[first + other] * turned
     return out
 
 

@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from perfbench.errors import AdapterError
-from perfbench.methods import parameters
+from perfbench.methods import ia3_original, parameters
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.checkpoints import module_patterns
 from perfbench.methods.checkpoints.adapter_folder import CONFIG, WEIGHTS
 from perfbench.methods.plan import AdapterPlan
 from perfbench.methods.registry import METHODS
-from perfbench.methods.shape import BackboneShape
+from perfbench.methods.shape import MODULE_PATHS, BackboneShape
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Batch
 from perfbench.runtimes.transformers_plan import PlanArm
-from perfbench.spec.backbone_config import find_config
+from perfbench.spec.backbone_config import NAMED_CONFIGS, find_config
 
 TINY = BackboneShape.of_config(find_config("llama-tiny"))
 
@@ -212,9 +212,15 @@ def test_a_damaged_adalora_is_refused_by_name(fault: str, tmp_path: Path) -> Non
     assert "\n" not in str(raised.value)
 
 
+ALL = [path.rsplit(".", 1)[1] for path in MODULE_PATHS.values()]
 IA3: dict[str, tuple[str, list[str], list[str]]] = {
     "original": ("ia3-original", ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
     "papers'": ("ia3", ["q_proj", "k_proj", "up_proj"], []),
+    "outputs of all": ("ia3-original", ALL, []),
+    "up and the input of down": ("ia3-original", ["up_proj", "down_proj"], ["down_proj"]),
+    # As PEFT's own comparison of methods has it.
+    "all, and the inputs of the feedforward": ("ia3-original", ALL, ["gate_proj", "up_proj", "down_proj"]),
+    "inputs of all": ("ia3-original", ALL, ALL),
 }
 
 
@@ -225,17 +231,31 @@ def test_ia3_is_served_as_by_peft(kind: str, tmp_path: Path) -> None:
     assert_served_as_by_peft(folder, load(method, folder))
 
 
+def test_a_scale_on_o_s_input_is_one_on_v_where_every_head_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = NAMED_CONFIGS["llama-tiny"] | {"num_key_value_heads": 4}
+    monkeypatch.setitem(NAMED_CONFIGS, "llama-tiny", config)
+    folder = make(tmp_path, peft.IA3Config(target_modules=["v_proj", "o_proj"], feedforward_modules=["o_proj"]))
+    plan = ia3_original.load(folder, BackboneShape.of_config(config), METHODS["ia3-original"].options())
+    assert all(set(layer.scale_minus_one) == {"v"} and not layer.input_scale_minus_one for layer in plan)
+    assert_served_as_by_peft(folder, plan)
+
+
 @pytest.mark.parametrize(
-    ("method", "modules", "feedforward", "expected"),
+    ("method", "modules", "feedforward", "now", "expected"),
     [
-        ("ia3", ["q_proj", "up_proj"], ["up_proj"], "not to name model.layers.0.mlp.up_proj"),
-        ("ia3-original", ["v_proj", "down_proj"], [], "to name model.layers.0.mlp.down_proj"),
+        ("ia3", ["q_proj", "up_proj"], ["up_proj"], ["up_proj"], "not to name model.layers.0.mlp.up_proj"),
+        ("ia3-original", ["v_proj", "down_proj"], ["down_proj"], [], "to name model.layers.0.mlp.down_proj"),
+        ("ia3-original", ["v_proj", "o_proj"], [], ["o_proj"], "not to name model.layers.0.self_attn.o_proj"),
     ],
 )
 def test_ia3_on_the_other_side_is_refused_for_that(
-    method: str, modules: list[str], feedforward: list[str], expected: str, tmp_path: Path
+    method: str, modules: list[str], feedforward: list[str], now: list[str], expected: str, tmp_path: Path
 ) -> None:
+    """Of the file, or of what the method serves."""
     make(tmp_path, peft.IA3Config(target_modules=modules, feedforward_modules=feedforward))
+    edit_config(tmp_path, feedforward_modules=now)
     with pytest.raises(AdapterError, match=f"feedforward_modules: expected it {expected}") as raised:
         load(method, tmp_path)
     assert "another backbone" not in str(raised.value)

@@ -16,10 +16,11 @@ from perfbench.measure.on_device.arms import PLAN_ARMS
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank
 from perfbench.methods.fanlora import FanLoraOptions
+from perfbench.methods.ia3_original import Ia3OriginalOptions
 from perfbench.methods.lora import LoraOptions
 from perfbench.methods.para import ParaOptions
 from perfbench.methods.registry import METHODS
-from perfbench.methods.shape import MODULE_PATHS
+from perfbench.methods.shape import MODULE_PATHS, MODULES
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Arm, Batch
 from perfbench.runtimes.peft_arms import PeftMixedArm, PeftSingleArm
@@ -33,6 +34,8 @@ CASES: dict[str, tuple[str, Any]] = {
     "fanlora-empty-layer": ("fanlora", FanLoraOptions(rank=2, setting=(("k", "gate"), (), ("o",)))),
     "ia3": ("ia3", METHODS["ia3"].options()),
     "ia3-original": ("ia3-original", METHODS["ia3-original"].options()),
+    "ia3-all": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=())),
+    "ia3-inputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=("q", "o", "gate", "up", "down"))),
     "para": ("para", ParaOptions()),
     "para-normalised": ("para", ParaOptions(rank=3, pool="normalised")),
     "peft": ("peft", LoraOptions()),
@@ -120,10 +123,15 @@ def adapt_ia3(layer: Any, own: dict[str, torch.Tensor], options: Any, prompt_tok
         scale_output(layer, module, lambda m=module: 1 + own[f"{m}.z"] @ own[f"{m}.p"])  # type: ignore[misc]
 
 
-def adapt_ia3_original(layer: Any, own: dict[str, torch.Tensor], options: Any, prompt_tokens: int) -> None:
-    for module in ("k", "v"):
-        scale_output(layer, module, lambda m=module: own[f"{m}.l"])  # type: ignore[misc]
-    layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: (args[0] * own["down.l"],))
+def adapt_ia3_original(
+    layer: Any, own: dict[str, torch.Tensor], options: Ia3OriginalOptions, prompt_tokens: int
+) -> None:
+    for module in options.modules:
+        if module in options.inputs:
+            linear = layer.get_submodule(MODULE_PATHS[module])
+            linear.register_forward_pre_hook(lambda _, args, m=module: (args[0] * own[f"{m}.l"],))
+        else:
+            scale_output(layer, module, lambda m=module: own[f"{m}.l"])  # type: ignore[misc]
 
 
 def adapt_para(layer: Any, own: dict[str, torch.Tensor], options: ParaOptions, prompt_tokens: int) -> None:

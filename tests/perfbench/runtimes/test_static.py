@@ -14,7 +14,9 @@ from perfbench.kernels import qkv_epilogue, row_scale
 from perfbench.measure.on_device import workload
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
+from perfbench.methods.ia3_original import Ia3OriginalOptions
 from perfbench.methods.registry import METHODS
+from perfbench.methods.shape import MODULES
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import PAD, Batch, end
 from perfbench.runtimes.static.adapters import Adapters, rooms
@@ -54,6 +56,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 METHOD_NAMES = [name for name, method in METHODS.items() if method.served_by == "plan"]
 RESIDENT = 4
+# Every operation of a plan, by a method and the options with which it is made of it.
+OPERATIONS: dict[str, tuple[str, Any]] = {
+    "none": ("none", None),
+    "lora": ("lora", None),
+    "fanlora": ("fanlora", None),
+    "para": ("para", None),
+    "ia3-outputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=())),
+    "ia3-inputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=("gate", "up", "o", "down"))),
+}
 
 
 def load(config: dict[str, Any], dtype: str, monkeypatch: pytest.MonkeyPatch) -> backbone.Backbone:
@@ -107,16 +118,16 @@ def test_sixteen_bits_differ_by_their_rounding_only(family: str, monkeypatch: py
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("method", ["none", "lora", "fanlora", "para"])
+@pytest.mark.parametrize("case", OPERATIONS)
 def test_triton_s_kernels_generate_what_plain_torch_does(
-    method: str, beams: int, monkeypatch: pytest.MonkeyPatch
+    case: str, beams: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the interpreter where there is no GPU, so a layer, few tokens and few requests."""
     pytest.importorskip("triton", reason="triton is not there for this platform")
     base = load(TINY | {"num_hidden_layers": 1}, "fp32", monkeypatch)
     ids = torch.randint(3, 256, (2, 3), generator=torch.Generator().manual_seed(4))
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
-    batch, bank = Batch(ids * mask, mask, (2, -1), beams, new_tokens=3), make_bank(base, method)
+    batch, bank = Batch(ids * mask, mask, (2, -1), beams, new_tokens=3), make_bank(base, *OPERATIONS[case])
     eager, triton = StaticArm(base, bank, "eager"), StaticArm(base, bank, "triton")
     tokens = eager.generate(batch).tokens
     assert torch.equal(triton.generate(batch).tokens, tokens)
@@ -197,6 +208,15 @@ def test_a_scale_after_rope_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(qkv_epilogue.FORMS, "eager", late)
     assert difference(base, make_bank(base, "ia3"), make_batch(1))[1] > 1e-3
+
+
+def test_the_neighbour_s_scale_on_an_input_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load(FAMILIES["llama"], "fp32", monkeypatch)
+    bank, batch = make_bank(base, *OPERATIONS["ia3-inputs"]), make_batch(1)
+    assert difference(base, bank, batch)[1] < 1e-5
+    own = row_scale.scaled_rows
+    monkeypatch.setitem(row_scale.SCALED_ROWS, "eager", lambda x, minus_one, _: own(x, minus_one.roll(1, 0)))
+    assert difference(base, bank, batch)[1] > 1e-3
 
 
 def test_beams_that_follow_the_wrong_row_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
