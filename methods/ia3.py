@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perfbench.errors import AdapterError
 from perfbench.methods.checkpoints import adapter_folder
 from perfbench.methods.checkpoints import ia3 as ia3_checkpoint
 from perfbench.methods.checkpoints import projected_ia3 as projected_ia3_checkpoint
-from perfbench.methods.checkpoints.adapter_folder import CONFIG, module_name
 from perfbench.methods.options import RANK, MethodOptions
 from perfbench.methods.parameters import Parameters
 from perfbench.methods.plan import AdapterPlan, LayerPlan
@@ -96,12 +94,7 @@ def load(folder: Path, shape: BackboneShape, options: Ia3Options) -> AdapterPlan
     """The plan of a folder with z and P, as training writes it, or with l on Q, K and Up. Raises AdapterError."""
     if adapter_folder.peft_type(folder) == projected_ia3_checkpoint.PEFT_TYPE:
         return plan(projected_ia3_checkpoint.load(folder, shape, IA3_MODULES), shape, options)
-    scales, inputs = ia3_checkpoint.load(folder, shape, IA3_MODULES)
-    for place in sorted(inputs):
-        raise AdapterError(
-            f"{folder / CONFIG}: feedforward_modules: expected it not to name {module_name(*place)}, whose output is "
-            f"scaled here; serve the adapter with ia3-original"
-        )
+    scales = ia3_checkpoint.load(folder, shape, IA3_MODULES)
     return tuple(
         LayerPlan(scale_minus_one={m: scales[i, m] - 1 for m in IA3_MODULES if (i, m) in scales})
         for i in range(shape.layers)

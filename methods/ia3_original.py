@@ -110,7 +110,7 @@ def save(
 def load(folder: Path, shape: BackboneShape, options: Ia3OriginalOptions) -> AdapterPlan:
     """The plan of a PEFT (IA)3 checkpoint folder, whose modules, and on which side of each the vector acts, are its
     own, whatever `options` say. Raises AdapterError."""
-    scales, inputs = ia3_checkpoint.load(folder, shape, MODULES)
+    scales, inputs = ia3_checkpoint.load_both(folder, shape, MODULES)
     layers = []
     for index in range(shape.layers):
         own = {f"layers.{i}.{module}.l": scale for (i, module), scale in scales.items() if i == index}

@@ -108,6 +108,17 @@ FAULTS = (
     Fault("PEFT serves fewer tenants", (
         ("perfbench/runtimes/peft_arms.py", 'f"tenant{slot}" for slot in batch.slots]',
          'f"tenant{min(slot, 1)}" for slot in batch.slots]'),), "peft: FAILED", methods="[peft]"),
+    Fault("rotated the other way, on both runtimes", (
+        ("kernels/rotation.py", "flip(-2).flatten(-3)", "flip(-2).flatten(-3).neg()"),),
+        "road: FAILED", runtime="[transformers, static]", methods="[road]"),
+    Fault("rotated with the neighbour", (
+        ("kernels/rotation.py", "y.unflatten(-1, (-1, 2, half))", "y.unflatten(-1, (-1, 2, 1))"),),
+        "road: FAILED", runtime="static", methods="[road]"),
+    Fault("the inputs of gate and up take each other's scales", (
+        (f"{STATIC}/adapters.py", "mine.input_scale_minus_one.get(module))",
+         "mine.input_scale_minus_one.get({'gate': 'up', 'up': 'gate'}.get(module, module)))"),),
+        "ia3-original: FAILED", runtime="static",
+        methods="[{ia3-original: {modules: [gate, up], inputs: [gate, up]}}]"),
     Fault("beams multiplied into the speed", (
         (REPETITION, "sample_metrics(token_times_ms, batch.input_ids.shape[0], total_ms)",
          "sample_metrics(token_times_ms, batch.input_ids.shape[0] * batch.beams, total_ms)"),),

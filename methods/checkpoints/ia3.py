@@ -40,7 +40,19 @@ def save(scales: Scales, folder: Path, backbone: str, inputs: Collection[str] = 
     adapter_folder.write(folder, config, tensors)
 
 
-def load(folder: Path, shape: BackboneShape, modules: tuple[str, ...]) -> tuple[Scales, set[tuple[int, str]]]:
+def load(folder: Path, shape: BackboneShape, modules: tuple[str, ...]) -> Scales:
+    """The vectors [D_out] of a PEFT (IA)3 checkpoint that scales outputs of `modules` (or of some of them).
+    AdapterError, also where it scales an input."""
+    scales, inputs = load_both(folder, shape, modules)
+    for place in sorted(inputs):
+        raise AdapterError(
+            f"{folder / CONFIG}: feedforward_modules: expected it not to name {module_name(*place)}, whose output is "
+            f"what can be scaled; serve the adapter with ia3-original"
+        )
+    return scales
+
+
+def load_both(folder: Path, shape: BackboneShape, modules: tuple[str, ...]) -> tuple[Scales, set[tuple[int, str]]]:
     """The vectors of a PEFT (IA)3 checkpoint that adapts `modules` (or some of them), and those of their places where
     the vector [D_in] is the input's; elsewhere it is the output's [D_out]. Raises AdapterError."""
     config, tensors = adapter_folder.read(folder, "IA3")

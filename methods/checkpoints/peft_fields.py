@@ -106,6 +106,11 @@ IA3 = Fields(
     without_effect=frozenset({"init_ia3_weights"}),
     fixed={"fan_in_fan_out": False, "modules_to_save": None},
 )
+ROAD = Fields(
+    served=frozenset({"variant", "group_size", "target_modules"}),
+    without_effect=frozenset({"init_weights"}),
+    fixed={"modules_to_save": None},
+)
 PROJECTED_IA3 = Fields(frozenset({"dim", "target_modules", "exclude_modules"}), frozenset(), {})
 PARA = Fields(frozenset({"rank", "pool", "target_modules", "exclude_modules"}), frozenset(), {})
 

@@ -128,6 +128,12 @@ MIXED = {
     "generators": [("para", ParaOptions(rank=rank)) for rank in (2, 7, 4)],
     # Scales on the same outputs, stored for one tenant and generated for another, beside low-rank pairs.
     "scales": [("ia3", METHODS["ia3"].options()), ("para", ParaOptions()), ("lora", LoraOptions())],
+    "rotations": [
+        ("road", METHODS["road"].options(group_size=4, modules=("q", "v", "down"))),
+        ("road", METHODS["road"].options(variant="road_4")),
+        ("ia3", METHODS["ia3"].options()),
+        ("lora", LoraOptions()),
+    ],
     "other-scales": [
         ("para", ParaOptions()),
         ("ia3-original", METHODS["ia3-original"].options()),

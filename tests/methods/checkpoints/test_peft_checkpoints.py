@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from perfbench.errors import AdapterError
+from perfbench.kernels import rotation
 from perfbench.methods import ia3_original, parameters
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.checkpoints import module_patterns
@@ -229,6 +230,98 @@ def test_ia3_is_served_as_by_peft(kind: str, tmp_path: Path) -> None:
     method, modules, feedforward = IA3[kind]
     folder = make(tmp_path, peft.IA3Config(target_modules=modules, feedforward_modules=feedforward))
     assert_served_as_by_peft(folder, load(method, folder))
+
+
+ROAD: dict[str, dict[str, Any]] = {
+    "1": {"variant": "road_1", "group_size": 4, "target_modules": "all-linear"},
+    "2": {"variant": "road_2", "group_size": 8, "target_modules": ["q_proj", "v_proj"]},
+    "4": {"variant": "road_4", "group_size": 2, "target_modules": ["o_proj", "gate_proj", "down_proj"]},
+    "PEFT's own size": {"target_modules": ["q_proj", "o_proj", "down_proj"]},
+    "of pairs across heads": {"variant": "road_4", "group_size": 32, "target_modules": ["q_proj", "k_proj"]},
+    "random": {"group_size": 4, "init_weights": False},
+}
+
+
+@pytest.mark.parametrize("kind", ROAD)
+def test_road_is_served_as_by_peft(kind: str, tmp_path: Path) -> None:
+    folder = make(tmp_path, peft.RoadConfig(**ROAD[kind]))
+    assert_served_as_by_peft(folder, load("road", folder))
+
+
+def turned_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = rotation.partners
+    monkeypatch.setattr(rotation, "partners", lambda y, half: -own(y, half))
+
+
+def turned_with_the_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = rotation.partners
+    monkeypatch.setattr(rotation, "partners", lambda y, half: own(y, 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "plant"),
+    [
+        ("1", turned_the_other_way),
+        ("2", turned_with_the_neighbour),
+        ("1", turned_with_the_neighbour),
+        ("4", turned_the_other_way),
+    ],
+)
+def test_a_rotation_that_is_another_one_is_seen(
+    kind: str, plant: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path, peft.RoadConfig(**ROAD[kind]))
+    plan = load("road", folder)
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_served_as_by_peft(folder, plan)
+
+
+Q_THETA = f"base_model.model.{Q}.road_theta"
+ROAD_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "another variant": (lambda folder: edit_config(folder, variant="road_3"), "expected one of road_1, road_2, road_4"),
+    "a variant of other sizes": (
+        lambda folder: edit_config(folder, variant="road_2"), "expected size [64], got [32]",
+    ),
+    "an odd group": (lambda folder: edit_config(folder, group_size=3), "group_size: expected an even number, got 3"),
+    "a group that does not divide": (
+        lambda folder: edit_config(folder, group_size=48), "group_size: expected a divisor of the 64 outputs of",
+    ),
+    "half a pair": (
+        lambda folder: edit_tensors(folder, lambda t: {n: v for n, v in t.items() if n != Q_THETA}),
+        f"{Q}.road_theta: expected by {CONFIG}, got no such tensor",
+    ),
+    "another name": (
+        lambda folder: edit_tensors(folder, lambda t: {n.replace("theta", "phi"): v for n, v in t.items()}),
+        "expected road_theta or road_alpha, got road_phi",
+    ),
+    "fewer modules": (lambda folder: edit_config(folder, target_modules=["v_proj"]), f"expected it to name {Q}"),
+    "an option of LoRA's": (lambda folder: edit_config(folder, r=8), "r: expected a field that perfbench serves"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ROAD_FAULTS)
+def test_a_damaged_road_is_refused_by_name(fault: str, tmp_path: Path) -> None:
+    damage, message = ROAD_FAULTS[fault]
+    folder = make(tmp_path, peft.RoadConfig(group_size=4, target_modules=["q_proj", "v_proj"]))
+    damage(folder)
+    with pytest.raises(AdapterError) as raised:
+        load("road", folder)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_groups_of_unlike_sizes_can_not_share_a_bank(tmp_path: Path) -> None:
+    plans = [
+        load("road", make(tmp_path / str(size), peft.RoadConfig(group_size=size, target_modules=["q_proj"])))
+        for size in (4, 8)
+    ]
+    with pytest.raises(AdapterError, match="must share the size of the groups that they rotate, got 4, 8"):
+        union_layout(plans)
+    bank = Bank(union_layout(plans[:1]), 1, torch.float32, "cpu")
+    with pytest.raises(AdapterError, match="layer 0: the bank rotates q in groups of 4, not 8"):
+        bank.admit(plans[1])
+    assert bank.free == [0]
 
 
 def test_a_scale_on_o_s_input_is_one_on_v_where_every_head_has_its_own(

@@ -11,7 +11,7 @@ import peft
 import pytest
 
 from perfbench.errors import AdapterError
-from perfbench.methods.checkpoints import adalora, peft_fields
+from perfbench.methods.checkpoints import adalora, peft_fields, road
 from perfbench.methods.checkpoints import lora as lora_checkpoint
 from perfbench.methods.checkpoints.peft_fields import Fields
 from perfbench.peft.para import ParaConfig
@@ -21,6 +21,7 @@ CLASSES: dict[str, tuple[Fields, Any]] = {
     "LORA": (peft_fields.LORA, peft.LoraConfig),
     "ADALORA": (peft_fields.ADALORA, partial(peft.AdaLoraConfig, total_step=1)),
     "IA3": (peft_fields.IA3, peft.IA3Config),
+    "ROAD": (peft_fields.ROAD, peft.RoadConfig),
     "PARA": (peft_fields.PARA, ParaConfig),
     "PROJECTED_IA3": (peft_fields.PROJECTED_IA3, ProjectedIa3Config),
 }
@@ -43,6 +44,8 @@ def test_what_an_absent_field_means_is_peft_s_default() -> None:
     assert made.r == lora_checkpoint.DEFAULT_RANK
     assert made.lora_alpha == lora_checkpoint.DEFAULT_ALPHA
     adaptive = peft.AdaLoraConfig(total_step=1)
+    rotating = peft.RoadConfig()
+    assert (rotating.variant, rotating.group_size) == (road.DEFAULT_VARIANT, road.DEFAULT_GROUP)
     assert (adaptive.init_r, adaptive.lora_alpha) == (adalora.DEFAULT_INITIAL_RANK, adalora.DEFAULT_ALPHA)
 
 

@@ -20,6 +20,7 @@ from perfbench.methods.ia3_original import Ia3OriginalOptions
 from perfbench.methods.lora import LoraOptions
 from perfbench.methods.para import ParaOptions
 from perfbench.methods.registry import METHODS
+from perfbench.methods.road import RoadOptions
 from perfbench.methods.shape import MODULE_PATHS, MODULES
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Arm, Batch
@@ -36,6 +37,9 @@ CASES: dict[str, tuple[str, Any]] = {
     "ia3-original": ("ia3-original", METHODS["ia3-original"].options()),
     "ia3-all": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=())),
     "ia3-inputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=("q", "o", "gate", "up", "down"))),
+    "road": ("road", RoadOptions()),
+    "road-2": ("road", RoadOptions(variant="road_2", group_size=32, modules=("q", "v", "o"))),
+    "road-4": ("road", RoadOptions(variant="road_4", group_size=2)),
     "para": ("para", ParaOptions()),
     "para-normalised": ("para", ParaOptions(rank=3, pool="normalised")),
     "peft": ("peft", LoraOptions()),
@@ -134,6 +138,27 @@ def adapt_ia3_original(
             scale_output(layer, module, lambda m=module: own[f"{m}.l"])  # type: ignore[misc]
 
 
+def adapt_road(layer: Any, own: dict[str, torch.Tensor], options: RoadOptions, prompt_tokens: int) -> None:
+    """Each weight (and bias) times the matrix of its rotations, number by number."""
+    for module in options.modules:
+        linear, size = layer.get_submodule(MODULE_PATHS[module]), options.group_size or 4
+        theta, alpha = own[f"{module}.theta"], own[f"{module}.alpha"]
+        turned = torch.zeros(linear.out_features, linear.out_features, dtype=torch.float64)
+        for i in range(linear.out_features):
+            group, place = divmod(i, size)
+            pair = group * size // 2 + place % (size // 2)
+            of_own, of_partner = {
+                "road_1": (pair, pair),
+                "road_2": (i, i),
+                "road_4": (2 * group * size + place, (2 * group + 1) * size + place),
+            }[options.variant]
+            first = place < size // 2
+            turned[i, i] = alpha[of_own] * theta[of_own].cos()
+            sine = alpha[of_partner] * theta[of_partner].sin()
+            turned[i, i + size // 2 if first else i - size // 2] = -sine if first else sine
+        linear.weight.data = turned @ linear.weight.data
+
+
 def adapt_para(layer: Any, own: dict[str, torch.Tensor], options: ParaOptions, prompt_tokens: int) -> None:
     vectors: dict[str, torch.Tensor] = {}
 
@@ -157,6 +182,7 @@ ADAPT = {
     "peft": adapt_lora,
     "ia3": adapt_ia3,
     "ia3-original": adapt_ia3_original,
+    "road": adapt_road,
     "para": adapt_para,
 }
 

@@ -16,6 +16,7 @@ from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.ia3_original import Ia3OriginalOptions
 from perfbench.methods.registry import METHODS
+from perfbench.methods.road import RoadOptions
 from perfbench.methods.shape import MODULES
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import PAD, Batch, end
@@ -64,6 +65,8 @@ OPERATIONS: dict[str, tuple[str, Any]] = {
     "para": ("para", None),
     "ia3-outputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=())),
     "ia3-inputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=("gate", "up", "o", "down"))),
+    "road": ("road", None),
+    "road-across-heads": ("road", RoadOptions(variant="road_4", group_size=32, modules=("q", "v", "o"))),
 }
 
 
@@ -142,13 +145,13 @@ def test_tenants_of_unlike_methods_share_a_bank(kernels: str, captured: bool, mo
     pytest.importorskip("triton", reason="triton is not there for this platform")
     base = load(TINY | {"num_hidden_layers": 1}, "fp32", monkeypatch)
     plans = []
-    for method in ("para", "ia3", "lora"):
+    for method in ("para", "ia3", "lora", "road"):
         options = METHODS[method].options()
         values = parameters.make(method, base.shape, options, seed=1)
         plans.append(parameters.implementation(method).plan(values, base.shape, options))
-    bank = Bank(union_layout(plans), 3, base.dtype, base.device)
+    bank = Bank(union_layout(plans), len(plans), base.dtype, base.device)
     slots = [bank.admit(plan) for plan in plans]
-    ids = torch.randint(3, 256, (5, 3), generator=torch.Generator().manual_seed(4))
+    ids = torch.randint(3, 256, (len(plans) + 2, 3), generator=torch.Generator().manual_seed(4))
     batch = Batch(ids, torch.ones_like(ids), (*slots, -1, slots[1]), 1, new_tokens=2)
     arm = StaticArm(base, bank, kernels, capture=(lambda step: step) if captured else None)
     found = arm.generate(batch, forced=ids[:, :2], with_logits=True).logits
