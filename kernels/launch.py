@@ -21,12 +21,12 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 class Expand(NamedTuple):
     """What a fused kernel is told of the expand. tensors: h, and which adapter each request has; numbers: elements of h
-    between splits, rows and adapters, and rows of a request; modules: for each (b, first rank, ranks, first column,
-    columns, elements between adapters); most_ranks: of one module; constants by name."""
+    between splits and rows, and rows of a request; modules: for each (b, first rank, elements of h between adapters,
+    ranks, first column, columns, elements between adapters); most_ranks: of one module; constants by name."""
 
     tensors: tuple[torch.Tensor, torch.Tensor]
-    numbers: tuple[int, int, int, int]
-    modules: tuple[tuple[torch.Tensor, int, int, int, int, int], ...]
+    numbers: tuple[int, int, int]
+    modules: tuple[tuple[torch.Tensor, int, int, int, int, int, int], ...]
     most_ranks: int
     constants: dict[str, Any]
 
@@ -137,24 +137,28 @@ def turn_arguments(rotation: Rotation | None, y: torch.Tensor) -> Turning:
 def expand_arguments(h: torch.Tensor | None, expansion: Expansion | None, y: torch.Tensor) -> Expand:
     """What a fused kernel that expands onto y [rows, D] is told.
 
-    h: [splits, rows, R], or [1, rows, T x R] with every row's ranks with every adapter, in any type. Without an
-    expansion y stands in, unread. ValueError.
+    h: [splits, rows, R], or [1, rows, T x R] with every row's ranks with every adapter (but once those that are shared,
+    which come last), in any type. Without an expansion y stands in, unread. ValueError.
     """
     if h is None or expansion is None:
-        return Expand((y, y), (0, 0, 0, 1), (), 1, {"SPLITS": 1, "OWN": False})
-    parts, _, own = expansion
+        return Expand((y, y), (0, 0, 1), (), 1, {"SPLITS": 1, "OWN": False})
+    parts, _, own, shared = expansion
     ranks, adapters = expansion.ranks, len(parts[0][2])
+    every = adapters * (ranks - shared) + shared
     check_own(own, y)
-    if h.dim() != 3 or h.shape[1] != len(y) or h.shape[2] not in (ranks, adapters * ranks) or h.stride(2) != 1:
-        raise ValueError(f"h: expected [splits, {len(y)}, {ranks} or {adapters} x {ranks}], got {list(h.shape)}")
+    if h.dim() != 3 or h.shape[1] != len(y) or h.shape[2] not in (ranks, every) or h.stride(2) != 1:
+        raise ValueError(f"h: expected [splits, {len(y)}, {ranks} or {every}], got {list(h.shape)}")
     modules = []
     for rank, column, b in parts:
         check_stack("b", b, (adapters, b.shape[1], b.shape[2]), y)
-        modules.append((b, rank, b.shape[1], column, b.shape[2], b.stride(0)))
-    of_every_adapter = ranks if h.shape[2] != ranks else 0
+        if rank < ranks - shared:  # its ranks with one adapter follow those of all modules with the one before
+            first, between = rank, ranks - shared if h.shape[2] != ranks else 0
+        else:
+            first, between = rank + h.shape[2] - ranks, 0
+        modules.append((b, first, between, b.shape[1], column, b.shape[2], b.stride(0)))
     return Expand(
         (h, y if own is None else own),
-        (h.stride(0), h.stride(1), of_every_adapter, len(y) // requests_of(adapters, own, len(y))),
+        (h.stride(0), h.stride(1), len(y) // requests_of(adapters, own, len(y))),
         tuple(modules),
         max(b.shape[1] for _, _, b in parts),
         {"SPLITS": len(h), "OWN": own is not None},

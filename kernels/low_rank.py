@@ -24,12 +24,14 @@ class Expansion(NamedTuple):
 
     parts: for each module (first rank, first column, b [T, R, D_out]); alike: [T, modules, R, D_out] where the modules
     fill the product and have one size, whose views the parts then are; own: int64 [requests], which of the T adapters
-    each request has, -1 none; where it is None there is one for each request in order, or one for all.
+    each request has, -1 none; where it is None there is one for each request in order, or one for all; shared: so many
+    ranks, the last ones, are the same with every adapter.
     """
 
     parts: tuple[tuple[int, int, torch.Tensor], ...]
     alike: torch.Tensor | None = None
     own: torch.Tensor | None = None
+    shared: int = 0
 
     @property
     def ranks(self) -> int:
@@ -43,12 +45,22 @@ def shrink(x: torch.Tensor, a: torch.Tensor, own: torch.Tensor | None = None) ->
     return torch.bmm(x.view(a.shape[0], -1, x.shape[-1]), a.transpose(1, 2))
 
 
-def own_ranks(columns: torch.Tensor, groups: int) -> torch.Tensor:
-    """h [G, M, R], a view: of columns [G x M, G x R], what every row gives with every adapter, each row's own."""
+def own_ranks(columns: torch.Tensor, groups: int, shared: int = 0) -> torch.Tensor:
+    """h [G, M, R]: of columns [G x M, G x R], what every row gives with every adapter, each row's own, a view; with
+    what the last `shared` columns give with any adapter behind it."""
+    if shared:
+        last = columns[:, columns.shape[1] - shared :].unflatten(0, (groups, -1))
+        others = columns[:, : columns.shape[1] - shared]
+        return joined(own_ranks(others, groups) if others.shape[1] else None, last)
     rows, every = columns.shape
     down, across = columns.stride()
     m, ranks = rows // groups, every // groups
     return columns.as_strided((groups, m, ranks), (m * down + ranks * across, down, across))
+
+
+def joined(own: torch.Tensor | None, shared: torch.Tensor) -> torch.Tensor:
+    """h of ranks that hang on the adapter, if there are any, and of those that do not, all [G, M, any]."""
+    return shared if own is None else torch.cat([own, shared], dim=2)
 
 
 def expand(y: torch.Tensor, h: torch.Tensor, expansion: Expansion) -> None:
@@ -72,5 +84,6 @@ FORMS = {"eager": eager, "triton": later("low_rank_triton", "add_low_rank")}
 EXPANDS = {"eager": expand, "triton": later("low_rank_triton", "expand")}
 # Triton's gives fp32 planes [splits, rows, R], which the Triton forms of the fused operations add up.
 SHRINKS = {"eager": shrink, "triton": later("low_rank_triton", "shrink")}
+JOINED = {"eager": joined, "triton": later("low_rank_triton", "joined")}
 # The same h out of a product that gave every row's ranks with every adapter.
 FROM_PRODUCT = {"eager": own_ranks, "triton": later("low_rank_triton", "one_plane")}

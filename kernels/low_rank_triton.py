@@ -90,9 +90,10 @@ def expand_columns(
 ):  # fmt: skip
     """`values` [BLOCK] of one row of a fused product, at `columns` from FIRST on, plus what the low-rank pairs add.
 
-    h: where the row's ranks with its own adapter begin; modules: (b, first rank, ranks, first column, columns,
-    elements between adapters) of each. A module that owns none of the columns costs one comparison; of the others
-    BLOCK_R ranks are loaded as one tile [BLOCK_R, BLOCK], so that a program waits once and not once for each rank.
+    h: where the row's ranks begin; modules: (b, first rank with the first adapter, elements of h from there to the next
+    adapter's, ranks, first column, columns, elements between adapters) of each. A module that owns none of the columns
+    costs one comparison; of the others BLOCK_R ranks are loaded as one tile [BLOCK_R, BLOCK], so that a program waits
+    once and not once for each rank.
     """
     for i in tl.static_range(len(modules)):
         values = _expand_module(values, h, modules[i], adapter, FIRST, columns, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R)
@@ -104,7 +105,8 @@ def _expand_module(
     values, h, module, adapter, FIRST, columns, mask, H_SPLIT,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    b, FIRST_RANK, R, FIRST_COLUMN, D, B_STRIDE = module
+    b, FIRST_RANK, H_OWN, R, FIRST_COLUMN, D, B_STRIDE = module
+    ranks_of_row = h + adapter * H_OWN + FIRST_RANK
     if (adapter >= 0) & (FIRST < FIRST_COLUMN + D) & (FIRST + BLOCK > FIRST_COLUMN):
         own = mask & (columns >= FIRST_COLUMN) & (columns < FIRST_COLUMN + D)
         for first in range(0, R, BLOCK_R):
@@ -114,7 +116,7 @@ def _expand_module(
             tile = tl.load(weights, mask=there[:, None] & own[None, :], other=0.0).to(tl.float32)
             inner = tl.zeros((BLOCK_R,), dtype=tl.float32)
             for split in tl.static_range(SPLITS):
-                inner += tl.load(h + split * H_SPLIT + FIRST_RANK + ranks, mask=there, other=0.0).to(tl.float32)
+                inner += tl.load(ranks_of_row + split * H_SPLIT + ranks, mask=there, other=0.0).to(tl.float32)
             values += tl.sum(inner[:, None] * tile, axis=0)
     return values
 
@@ -146,8 +148,18 @@ def shrink(x: torch.Tensor, a: torch.Tensor, own: torch.Tensor | None = None) ->
     return planes
 
 
-def one_plane(columns: torch.Tensor, adapters: int) -> torch.Tensor:
-    """What the fused kernels take for h of columns [rows, T x R], what every row gives with every adapter."""
+def joined(own: torch.Tensor | None, shared: torch.Tensor) -> torch.Tensor:
+    """Planes of ranks that hang on the adapter [splits, rows, any], if there are any, and the one plane of those that
+    do not [1, rows, any], side by side."""
+    if own is None:
+        return shared
+    others = torch.cat([shared, shared.new_zeros(len(own) - 1, *shared.shape[1:])])
+    return torch.cat([own, others], dim=2)
+
+
+def one_plane(columns: torch.Tensor, adapters: int, shared: int = 0) -> torch.Tensor:
+    """What the fused kernels take for h of columns [rows, T x R + shared], what every row gives with every adapter, and
+    with any."""
     rows = columns if columns.stride(1) == 1 else columns.contiguous()  # a GPU's product lies in rows
     return rows.unsqueeze(0)
 
@@ -167,7 +179,7 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Ten
 def expand(y: torch.Tensor, planes: torch.Tensor, expansion: Expansion) -> None:
     """As `low_rank.expand`, for many rows of each request, with the planes of `shrink` [splits, rows, R]; one launch
     for each module. ValueError on inputs that do not fit each other or are not on a GPU."""
-    parts, _, own = expansion
+    parts, _, own, _ = expansion
     every, columns = y.shape
     check_rows("y", y, (every, columns), y)
     check_own(own, y)

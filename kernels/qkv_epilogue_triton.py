@@ -19,7 +19,7 @@ from perfbench.kernels.settings import setting
 @triton.jit
 def _epilogue(
     qkv, h, own, modules, scale_minus_one, scale_own, sine, sine_own, cos, sin, entry, at, q,
-    H_SPLIT, H_ROW, H_OWN, M, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS, SCALE_M,
+    H_SPLIT, H_ROW, M, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS, SCALE_M,
     SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, Q_ROW, ROTATION_STRIDE,
     LENGTH, AT_STRIDE, Q_STRIDE, S_STRIDE, KV_STRIDE, HEAD_STRIDE, HEADS, KV_HEADS,
     SPLITS: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, SCALE_OWN: tl.constexpr,
@@ -41,7 +41,7 @@ def _epilogue(
     second = tl.load(qkv + row * ROW + high, mask=mask, other=0.0).to(tl.float32)
     if len(modules) > 0:
         adapter = own_adapter(own, row, M, OWN)
-        ranks = h + row * H_ROW + tl.maximum(adapter, 0) * H_OWN
+        ranks = h + row * H_ROW
         first = expand_columns(first, ranks, modules, adapter, begin, low, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R)
         second = expand_columns(
             second, ranks, modules, adapter, begin + HALF, high, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R
@@ -52,11 +52,11 @@ def _epilogue(
         second = scale_values(second, scale_minus_one, adapter, high, mask, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS)
     if TURNED:
         first = turn_row(
-            first, qkv, h, own, modules, sine, sine_own, row, begin, low, mask, H_SPLIT, H_ROW, H_OWN, M,
+            first, qkv, h, own, modules, sine, sine_own, row, begin, low, mask, H_SPLIT, H_ROW, M,
             SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, BLOCK_R,
         )  # fmt: skip
         second = turn_row(
-            second, qkv, h, own, modules, sine, sine_own, row, begin + HALF, high, mask, H_SPLIT, H_ROW, H_OWN, M,
+            second, qkv, h, own, modules, sine, sine_own, row, begin + HALF, high, mask, H_SPLIT, H_ROW, M,
             SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, BLOCK_R,
         )  # fmt: skip
     if head < HEADS + KV_HEADS:

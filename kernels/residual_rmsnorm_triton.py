@@ -31,7 +31,7 @@ WIDEST = 16384
 @triton.jit
 def _epilogue(
     residual, y, h, own, modules, scale_minus_one, scale_own, sine, sine_own, weight, out,
-    H_SPLIT, H_ROW, H_OWN, M, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS, SCALE_M,
+    H_SPLIT, H_ROW, M, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS, SCALE_M,
     SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, HIDDEN, EPS,
     SPLITS: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, SCALE_OWN: tl.constexpr,
     TURNED: tl.constexpr, SINE_OWN: tl.constexpr, SINE_HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -47,14 +47,14 @@ def _epilogue(
     added = tl.load(y + row * ROW + columns, mask=mask, other=0.0).to(tl.float32)
     if len(modules) > 0:
         adapter = own_adapter(own, row, M, OWN)
-        ranks = h + row * H_ROW + tl.maximum(adapter, 0) * H_OWN
+        ranks = h + row * H_ROW
         added = expand_columns(added, ranks, modules, adapter, 0, columns, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R)
     if SCALED:
         adapter = own_adapter(scale_own, row, SCALE_M, SCALE_OWN)
         added = scale_values(added, scale_minus_one, adapter, columns, mask, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS)
     if TURNED:
         added = turn_row(
-            added, y, h, own, modules, sine, sine_own, row, 0, columns, mask, H_SPLIT, H_ROW, H_OWN, M,
+            added, y, h, own, modules, sine, sine_own, row, 0, columns, mask, H_SPLIT, H_ROW, M,
             SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, BLOCK_R,
         )  # fmt: skip
     stream += added

@@ -46,7 +46,7 @@ def turn_values(values, others, sine, adapter, columns, mask, STRIDE, FIRST, COL
 @triton.jit
 def turn_row(
     values, product, h, own, modules, sine, sine_own, row, begin, columns, mask,
-    H_SPLIT, H_ROW, H_OWN, M, STRIDE, FIRST, COLUMNS, SINE_M, ROW,
+    H_SPLIT, H_ROW, M, STRIDE, FIRST, COLUMNS, SINE_M, ROW,
     SPLITS: tl.constexpr, OWN: tl.constexpr, SINE_OWN: tl.constexpr, HALF: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def turn_row(
     others = tl.load(product + row * ROW + pairs, mask=inside, other=0.0).to(tl.float32)
     if len(modules) > 0:
         adapter = own_adapter(own, row, M, OWN)
-        ranks = h + row * H_ROW + tl.maximum(adapter, 0) * H_OWN
+        ranks = h + row * H_ROW
         others = expand_columns(
             others, ranks, modules, adapter, begin - HALF, pairs, inside, H_SPLIT, SPLITS, BLOCK + 2 * HALF, BLOCK_R
         )

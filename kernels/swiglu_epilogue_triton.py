@@ -19,7 +19,7 @@ from perfbench.kernels.settings import setting
 @triton.jit
 def _epilogue(
     gate_up, h, own, modules, scale_minus_one, scale_own, sine, sine_own, out,
-    H_SPLIT, H_ROW, H_OWN, M, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS, SCALE_M,
+    H_SPLIT, H_ROW, M, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS, SCALE_M,
     SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, INNER,
     SPLITS: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, SCALE_OWN: tl.constexpr,
     TURNED: tl.constexpr, SINE_OWN: tl.constexpr, SINE_HALF: tl.constexpr,
@@ -36,7 +36,7 @@ def _epilogue(
     up = tl.load(gate_up + row * ROW + others, mask=mask, other=0.0).to(tl.float32)
     if len(modules) > 0:
         adapter = own_adapter(own, row, M, OWN)
-        ranks = h + row * H_ROW + tl.maximum(adapter, 0) * H_OWN
+        ranks = h + row * H_ROW
         gate = expand_columns(gate, ranks, modules, adapter, begin, columns, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R)
         up = expand_columns(up, ranks, modules, adapter, begin + INNER, others, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R)
     if SCALED:
@@ -45,11 +45,11 @@ def _epilogue(
         up = scale_values(up, scale_minus_one, adapter, others, mask, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS)
     if TURNED:
         gate = turn_row(
-            gate, gate_up, h, own, modules, sine, sine_own, row, begin, columns, mask, H_SPLIT, H_ROW, H_OWN, M,
+            gate, gate_up, h, own, modules, sine, sine_own, row, begin, columns, mask, H_SPLIT, H_ROW, M,
             SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, BLOCK_R,
         )  # fmt: skip
         up = turn_row(
-            up, gate_up, h, own, modules, sine, sine_own, row, begin + INNER, others, mask, H_SPLIT, H_ROW, H_OWN, M,
+            up, gate_up, h, own, modules, sine, sine_own, row, begin + INNER, others, mask, H_SPLIT, H_ROW, M,
             SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, BLOCK_R,
         )  # fmt: skip
     if ACTIVATION == "silu":

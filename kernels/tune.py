@@ -22,6 +22,7 @@ import torch
 from perfbench.kernels import (
     decode_attention,
     few_rows_product,
+    grouped_sum,
     low_rank,
     qkv_epilogue,
     residual_rmsnorm,
@@ -70,6 +71,7 @@ CANDIDATES: dict[str, tuple[Setting, ...]] = {
         for programs in (128, 256, 512)
         for block, warps in ((16, 4), (32, 4), (64, 4), (64, 8))
     ),
+    "grouped_sum": _product(BLOCK_K=(32, 64, 128), num_warps=(2, 4, 8)),
     "rotation": _product(BLOCK=(512, 1024, 2048), num_warps=(2, 4, 8)),
     "row_scale": _product(BLOCK=(512, 1024, 2048), num_warps=(2, 4, 8)),
     "vector_generator": _product(BLOCK_K=(32, 64), BLOCK_N=(128, 256, 512), num_warps=(4, 8)),
@@ -121,6 +123,7 @@ class Problems:
             "swiglu_epilogue": self._swiglu,
             "residual_rmsnorm": self._residual,
             "decode_attention": self._attention,
+            "grouped_sum": self._grouped_sum,
             "rotation": self._rotation,
             "row_scale": self._row_scale,
             "vector_generator": self._generator,
@@ -184,6 +187,10 @@ class Problems:
     def _row_scale(self) -> Callable[[], object]:
         y, minus_one = self._random(self.rows, 1, self.sizes.inner), self._random(self.rows, self.sizes.inner)
         return lambda: row_scale.FORMS["triton"](y, minus_one)
+
+    def _grouped_sum(self) -> Callable[[], object]:
+        x = self._random(self.rows, self.sizes.hidden)
+        return lambda: grouped_sum.FORMS["triton"](x, self.sizes.rank, self.rows)
 
     def _rotation(self) -> Callable[[], object]:
         y, sine = self._random(self.rows, 1, self.sizes.inner), self._random(self.rows, self.sizes.inner)

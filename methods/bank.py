@@ -9,6 +9,7 @@ or without a module, leave zeros in the rest of their place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,12 @@ OPERATIONS = {
     "a scale": "scale_minus_one",
     "a rotation": "rotation",
     "a scale of the input": "input_scale_minus_one",
+    "a grouped sum": "grouped",
 }
+
+
+# A grouped sum of so many ranks stands for those of every divisor.
+MOST_GROUPED_RANKS = 1024
 
 
 class Bank:
@@ -105,11 +111,18 @@ class Bank:
 
 
 def union_layout(plans: Sequence[AdapterPlan]) -> AdapterPlan:
-    """The smallest layout, on the meta device, that holds each of `plans`: every module of any, at the largest rank."""
-    return tuple(_union([plan[i] for plan in plans]) for i in range(len(plans[0])))
+    """The smallest layout, on the meta device, that holds each of `plans`: every module of any, at the largest rank;
+    grouped sums at the least common multiple of all ranks. AdapterError where that is too large."""
+    ranks = {b.shape[0] for plan in plans for layer in plan for b in layer.grouped.values()}
+    if (rank := math.lcm(*ranks)) > MOST_GROUPED_RANKS:
+        raise AdapterError(
+            f"adapters of one bank must have ranks with a common multiple of at most {MOST_GROUPED_RANKS} of their "
+            f"grouped sums, got {', '.join(map(str, sorted(ranks)))}"
+        )
+    return tuple(_union([plan[i] for plan in plans], rank) for i in range(len(plans[0])))
 
 
-def _union(layers: Sequence[LayerPlan]) -> LayerPlan:
+def _union(layers: Sequence[LayerPlan], grouped_rank: int) -> LayerPlan:
     low_rank: dict[str, LowRank] = {}
     for layer in layers:
         for module, pair in layer.low_rank.items():
@@ -128,6 +141,11 @@ def _union(layers: Sequence[LayerPlan]) -> LayerPlan:
         largest,
         _any_of([layer.rotation for layer in layers]),
         _any_of([layer.input_scale_minus_one for layer in layers]),
+        {
+            module: torch.empty(grouped_rank, b.shape[1], device="meta")
+            for layer in layers
+            for module, b in layer.grouped.items()
+        },
     ).map(lambda t: t.to("meta"))
 
 
@@ -155,6 +173,9 @@ def _pairs(index: int, stacked: LayerPlan, layer: LayerPlan) -> list[tuple[torch
         if turned.half != stacked.rotation[module].half:
             size = 2 * stacked.rotation[module].half
             raise AdapterError(f"layer {index}: the bank rotates {module} in groups of {size}, not {2 * turned.half}")
+    layer = replace(
+        layer, grouped={module: _repeated(index, stacked.grouped[module], b) for module, b in layer.grouped.items()}
+    )
     only = {field: {m: getattr(stacked, field)[m] for m in getattr(layer, field)} for field in OPERATIONS.values()}
     places = replace(stacked, **only, generator=stacked.generator if layer.generator is not None else None)
     pairs = list(zip(places.tensors(), layer.tensors(), strict=True))
@@ -162,6 +183,14 @@ def _pairs(index: int, stacked: LayerPlan, layer: LayerPlan) -> list[tuple[torch
         if stack[0].dim() != tensor.dim() or any(s < t for s, t in zip(stack.shape[1:], tensor.shape, strict=True)):
             raise AdapterError(f"layer {index}: expected at most {list(stack.shape[1:])}, got {list(tensor.shape)}")
     return pairs
+
+
+def _repeated(index: int, stack: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """b [r, D_out] of sums over every r-th input for sums over every R-th, of which several make one of those."""
+    ranks = stack.shape[1]
+    if ranks % b.shape[0]:
+        raise AdapterError(f"layer {index}: the bank was laid out for ranks that divide {ranks}, got {b.shape[0]}")
+    return b.repeat(ranks // b.shape[0], 1)
 
 
 def _write(place: torch.Tensor, tensor: torch.Tensor) -> None:

@@ -54,8 +54,9 @@ class Generator:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer gets, by module: what is added to the output by a low-rank pair; then the output's scale and its
-    rotation; and a scale of the input [D_in], which low-rank pairs do not see. A scale on down's input is one on up's
+    """What one layer gets, by module: what is added to the output by a low-rank pair, or by a matrix [R, D_out] on the
+    grouped sum of the input, h_j = the sum of all x_k with k % R = j; then the output's scale and its rotation; and a
+    scale of the input [D_in], which what is added does not see. A scale on down's input is one on up's
     output. l - 1 is kept of scales ([D_out]) because bf16's step just above 1 is 2^-7, while near 0 it keeps 8 bits of
     any difference. All of them are zero where they change nothing."""
 
@@ -64,6 +65,7 @@ class LayerPlan:
     generator: Generator | None = None
     rotation: dict[str, Rotation] = field(default_factory=dict)
     input_scale_minus_one: dict[str, torch.Tensor] = field(default_factory=dict)
+    grouped: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of the plan."""
@@ -79,6 +81,7 @@ class LayerPlan:
             None if self.generator is None else self.generator.map(make),
             {module: Rotation(make(own.sine), own.half) for module, own in self.rotation.items()},
             {module: make(scale) for module, scale in self.input_scale_minus_one.items()},
+            {module: make(b) for module, b in self.grouped.items()},
         )
 
     def in_order(self) -> LayerPlan:

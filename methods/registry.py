@@ -78,6 +78,12 @@ METHODS: dict[str, Method] = {
         trained_by="perfbench.peft.road:config",
         peft_types=("ROAD",),
     ),
+    "miss": Method(
+        "perfbench.methods.miss",
+        "MiSS: a matrix on the grouped sum of the input of all seven linear modules",
+        trained_by="perfbench.peft.miss:config",
+        peft_types=("MISS",),
+    ),
     "peft": Method(
         "perfbench.methods.lora", "the same LoRA, served by PEFT in a mixed batch (adapter_names)", served_by="peft"
     ),

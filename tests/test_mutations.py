@@ -114,6 +114,9 @@ FAULTS = (
     Fault("rotated with the neighbour", (
         ("kernels/rotation.py", "y.unflatten(-1, (-1, 2, half))", "y.unflatten(-1, (-1, 2, 1))"),),
         "road: FAILED", runtime="static", methods="[road]"),
+    Fault("a grouped sum of neighbours, on both runtimes", (
+        ("kernels/grouped_sum.py", "x.view(rows, -1, rank).sum(dim=1)", "x.view(rows, rank, -1).sum(dim=2)"),),
+        "miss: FAILED", runtime="[transformers, static]", methods="[miss]"),
     Fault("the inputs of gate and up take each other's scales", (
         (f"{STATIC}/adapters.py", "mine.input_scale_minus_one.get(module))",
          "mine.input_scale_minus_one.get({'gate': 'up', 'up': 'gate'}.get(module, module)))"),),

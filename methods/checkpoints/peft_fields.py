@@ -111,6 +111,21 @@ ROAD = Fields(
     without_effect=frozenset({"init_weights"}),
     fixed={"modules_to_save": None},
 )
+MISS = Fields(
+    served=frozenset(
+        {
+            "r",
+            "mini_r",
+            "init_weights",
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+        }
+    ),
+    without_effect=frozenset({"miss_dropout"}),
+    fixed={"bias": "none", "modules_to_save": None},
+)
 PROJECTED_IA3 = Fields(frozenset({"dim", "target_modules", "exclude_modules"}), frozenset(), {})
 PARA = Fields(frozenset({"rank", "pool", "target_modules", "exclude_modules"}), frozenset(), {})
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from perfbench.errors import PerfbenchError, nearest
 from perfbench.methods.dtypes import DTYPES
-from perfbench.methods.shape import MODULES, BackboneShape
+from perfbench.methods.shape import MODULES, SHARED_INPUT, BackboneShape
 from perfbench.spec.backbone_config import parameter_count
 
 
@@ -122,7 +122,13 @@ def decode_step(
         stored = sum(t.numel() for t in replace(layer, generator=None).tensors())
         made = layer.generator.bias_minus_one.numel() if layer.generator is not None else 0
         adapter_bytes += (len(set(tenants)) * stored + len(tenants) * made) * size
-        adapter_products += len(tenants) * beams * (stored + made)
+        # An addition is half of the two operations that a product is counted as.
+        summed = sum(
+            shape.features(modules[0])[0] // 2
+            for modules in SHARED_INPUT.values()
+            if any(module in layer.grouped for module in modules)
+        )
+        adapter_products += len(tenants) * beams * (stored + made + summed)
     return Work(
         weight_bytes=weights * size,
         cache_bytes=2 * shape.layers * shape.kv_heads * shape.head_dim * cached * size,

@@ -99,7 +99,7 @@ def _layer(
     """One decoder layer on streams [L, hidden] of several sequences, each with its own plan."""
 
     def linear(module: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """(x s) W^T + bias, plus the low-rank pair, then scaled and rotated, each sequence by its own plan."""
+        """(x s) W^T + bias, plus what is added of x, then scaled and rotated, each sequence by its own plan."""
         own = layer.get_submodule(MODULE_PATHS[module])
         read = [_scaled_input(x, plan, module) for x, plan in zip(inputs, plans, strict=True)]
         outputs = torch.cat(read) @ own.weight.to(inputs[0].dtype).T
@@ -109,6 +109,8 @@ def _layer(
         for i, (x, plan, scale) in enumerate(zip(inputs, plans, scales, strict=True)):
             if (pair := plan.low_rank.get(module)) is not None:
                 found[i] = found[i] + (x @ pair.a.T) @ pair.b
+            if (b := plan.grouped.get(module)) is not None:
+                found[i] = found[i] + torch.stack([x[:, j :: len(b)].sum(dim=1) for j in range(len(b))], dim=1) @ b
             if module in scale or module in plan.rotation:
                 turned = found[i] * scale.get(module, 1.0)
                 if (rotation := plan.rotation.get(module)) is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from perfbench.kernels import low_rank, rotation, row_scale, vector_generator
+from perfbench.kernels import grouped_sum, low_rank, rotation, row_scale, vector_generator
 from perfbench.kernels.row_scale import one_after_the_other
 from perfbench.methods.bank import Bank
 from perfbench.methods.plan import Generator, Rotation
@@ -21,7 +21,7 @@ class AdaptedLinear(torch.nn.Module):
     """A linear of the backbone, plus what the requests of the batch in flight get on it.
 
     While a batch is bound, of G groups of rows: pair = (a [G, R, D_in], b [G, R, D_out]), scale_minus_one [G, D_out],
-    rotation with sine [G, D_out], input_scale_minus_one [G, D_in]; each None where there is none.
+    rotation with sine [G, D_out], input_scale_minus_one [G, D_in], grouped [G, R, D_out]; each None without one.
     """
 
     def __init__(self, base: torch.nn.Linear, kernels: str):
@@ -31,9 +31,12 @@ class AdaptedLinear(torch.nn.Module):
         self.scale_minus_one: torch.Tensor | None = None
         self.rotation: Rotation | None = None
         self.input_scale_minus_one: torch.Tensor | None = None
+        self.grouped: torch.Tensor | None = None
         self._low_rank: Callable[..., None] = low_rank.FORMS[kernels]
         self._row_scale: Callable[..., None] = row_scale.FORMS[kernels]
         self._rotation: Callable[..., torch.Tensor] = rotation.FORMS[kernels]
+        self._grouped_sum: Callable[..., torch.Tensor] = grouped_sum.FORMS[kernels]
+        self._expand: Callable[..., None] = low_rank.EXPANDS[kernels]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, S, D_in] -> [rows, S, D_out]; rows of one request lie side by side."""
@@ -42,6 +45,10 @@ class AdaptedLinear(torch.nn.Module):
             a, b = self.pair
             groups = a.shape[0]
             self._low_rank(y.view(groups, -1, y.shape[-1]), x.reshape(groups, -1, x.shape[-1]), a, b)
+        if self.grouped is not None:
+            groups, rank, _ = self.grouped.shape
+            h = self._grouped_sum(x.reshape(-1, x.shape[-1]), rank, groups)
+            self._expand(y.view(-1, y.shape[-1]), h, low_rank.Expansion(((0, 0, self.grouped),)))
         if self.rotation is not None:
             sine, half = self.rotation.sine, self.rotation.half
             turned = self._rotation(y.view(len(sine), -1, y.shape[-1]), self.scale_minus_one, sine, half)
@@ -61,7 +68,7 @@ class AdaptedLinear(torch.nn.Module):
 
     def release(self) -> None:
         """The linear is the backbone's own again."""
-        self.pair = self.scale_minus_one = self.rotation = self.input_scale_minus_one = None
+        self.pair = self.scale_minus_one = self.rotation = self.input_scale_minus_one = self.grouped = None
 
 
 class PromptVectors:
@@ -134,6 +141,8 @@ class PlanArm:
                 linears[name].rotation = turned
             for name, scale in own.input_scale_minus_one.items():
                 linears[name].input_scale_minus_one = scale
+            for name, b in own.grouped.items():
+                linears[name].grouped = b
         if self._vectors:
             positions = torch.arange(batch.attention_mask.shape[1], device=batch.attention_mask.device)
             last = (batch.attention_mask * positions).argmax(dim=1)  # right for left and for right padding

@@ -6,19 +6,21 @@ the weights, everything else into one matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from perfbench.kernels import grouped_sum
 from perfbench.kernels.low_rank import Expansion
+from perfbench.kernels.placement import on_gpu
 from perfbench.kernels.rotation import Rotation
 from perfbench.kernels.row_scale import Scale
 from perfbench.methods.bank import Bank
 from perfbench.methods.plan import Generator, LayerPlan
 from perfbench.methods.shape import SHARED_INPUT, BackboneShape
-from perfbench.runtimes.static.weights import LayerWeights, Rooms, Weights
+from perfbench.runtimes.static.weights import LayerWeights, Projection, Rooms, Weights
 
 # A row of the fused product is as long as the weight's columns and the tail together. Triton loads 16 bytes at once
 # only where the length of a row, in values of any type, is divisible by 16; real backbones' columns are.
@@ -27,11 +29,13 @@ ALIGNED_ROWS = 16
 
 @dataclass
 class Bound:
-    """What one fused projection gets from T adapters: a [T, R of all its modules, D_in] and the other halves, or None,
-    with the weight (and bias) that ends with a; its scale and its rotation or None; and where inputs are scaled, for
-    each module its columns of the product and its scale minus one [T, D_in], or None."""
+    """What one fused projection gets from T adapters: a [T, R of all its modules, D_in] or None, the ranks of the
+    grouped sum of its input or 0, and the other halves of both; the weight (and bias) that ends with the first halves;
+    its scale and its rotation or None; and where inputs are scaled, for each module its columns of the product and its
+    scale minus one [T, D_in], or None."""
 
     a: torch.Tensor | None = None
+    summed: int = 0
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     expansion: Expansion | None = None
@@ -81,21 +85,26 @@ def stacked_slots(slots: Sequence[int], kernels: str) -> tuple[list[int], list[i
     return distinct + [-1] * ((1 << max(0, len(distinct) - 1).bit_length()) - len(distinct)), own
 
 
-def tail_rows(adapters: int, ranks: int) -> int:
-    """Rows of a tail for so many adapters of so many ranks each, rounded up so that rows of the product are aligned."""
-    return -(-adapters * ranks // ALIGNED_ROWS) * ALIGNED_ROWS
+def tail_rows(adapters: int, ranks: int, shared: int = 0) -> int:
+    """Rows of a tail for so many adapters of so many ranks each, and ranks that they share, rounded up so that rows of
+    the product are aligned."""
+    return -(-(adapters * ranks + shared) // ALIGNED_ROWS) * ALIGNED_ROWS
 
 
 def rooms(bank: Bank, adapters: int) -> list[Rooms]:
     """The tails that this many of the bank's adapters take, for each layer."""
-    return [
-        {
-            name: tail_rows(adapters, ranks)
-            for name, modules in SHARED_INPUT.items()
-            if (ranks := sum(layer.low_rank[module].a.shape[0] for module in modules if module in layer.low_rank))
-        }
-        for layer in bank.layout
-    ]
+
+    def rows(layer: LayerPlan, modules: Sequence[str]) -> int:
+        own = sum(layer.low_rank[module].a.shape[0] for module in modules if module in layer.low_rank)
+        return tail_rows(adapters, own, summed_ranks(layer, modules) if on_gpu(bank.rest) else 0)
+
+    every = [{name: rows(layer, modules) for name, modules in SHARED_INPUT.items()} for layer in bank.layout]
+    return [{name: count for name, count in own.items() if count} for own in every]
+
+
+def summed_ranks(layer: LayerPlan, modules: Sequence[str]) -> int:
+    """Of the grouped sum of the input that `modules` share, 0 without one."""
+    return next((layer.grouped[module].shape[-2] for module in modules if module in layer.grouped), 0)
 
 
 class Adapters:
@@ -107,6 +116,7 @@ class Adapters:
         self._rest = bank.rest.new_empty(adapters, bank.rest.shape[1])
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (to, from), from self._rest
         self._shrinks: list[tuple[torch.Tensor, torch.Tensor]] = []  # (to [T, n], from [slots, n])
+        self._constants: list[tuple[torch.Tensor, torch.Tensor]] = []  # (to, from): arms overwrite each other's tails
         self._generated: list[torch.Tensor] = []
         self.own: torch.Tensor | None = None
         if kernels != "eager":
@@ -124,14 +134,14 @@ class Adapters:
         torch.index_select(self._bank.rest, 0, rows, out=self._rest)
         for to, source in self._shrinks:
             torch.index_select(source, 0, rows, out=to)
-        for to, source in self._copies:
+        for to, source in (*self._copies, *self._constants):
             to.copy_(source)
         if self.own is not None and own is not None:
             self.own.copy_(torch.tensor(own))
 
     def tensors(self) -> list[torch.Tensor]:
         """All that it holds, the tails of the weights among it."""
-        held = [self._rest, *self._generated, *(to for to, _ in (*self._shrinks, *self._copies))]
+        held = [self._rest, *self._generated, *(to for to, _ in (*self._shrinks, *self._copies, *self._constants))]
         return held if self.own is None else [*held, self.own]
 
     def _bind(
@@ -140,9 +150,8 @@ class Adapters:
         bound = {name: Bound() for name in SHARED_INPUT}
         for name, modules in SHARED_INPUT.items():
             columns = first_columns(shape, modules)
-            paired = [module for module in modules if module in mine.low_rank]
-            if paired:
-                self._bind_pairs(bound[name], mine, source, layer.projections[name].with_tail, paired, columns)
+            if any(module in mine.low_rank or module in mine.grouped for module in modules):
+                self._bind_ranks(bound[name], mine, source, layer.projections[name], modules, shape)
             scaled = {module: mine.scale_minus_one[module] for module in modules if module in mine.scale_minus_one}
             if scaled and mine.generator is None:
                 bound[name].scale = Scale(
@@ -159,22 +168,42 @@ class Adapters:
                 )
         return BoundLayer(bound, self._bind_generator(mine, bound, shape, requests))
 
-    def _bind_pairs(
+    def _bind_ranks(
         self,
         bound: Bound,
         mine: LayerPlan,
         source: LayerPlan,
-        with_tail: Callable[[int], tuple[torch.Tensor, torch.Tensor | None]],
-        paired: list[str],
-        columns: dict[str, int],
+        projection: Projection,
+        modules: Sequence[str],
+        shape: BackboneShape,
     ) -> None:
-        resident = neighbours([source.low_rank[module].a for module in paired])  # [slots, R, D_in]
-        adapters, ranks, d_in = len(self._rest), *resident.shape[1:]
-        used = tail_rows(adapters, ranks)
-        bound.weight, bound.bias = with_tail(used)
-        tail = bound.weight[len(bound.weight) - used :][: adapters * ranks]
-        bound.a = tail.view(adapters, ranks, d_in)
-        self._shrinks.append((tail.view(adapters, -1), resident.flatten(1)))
+        """The pairs of the modules, and behind them those whose first half is the grouped sum of the input."""
+        adapters, columns = len(self._rest), first_columns(shape, modules)
+        paired = [module for module in modules if module in mine.low_rank]
+        pairs = [source.low_rank[module].a for module in paired]
+        ranks, bound.summed = sum(a.shape[1] for a in pairs), summed_ranks(mine, modules)
+        in_tail = bound.summed if on_gpu(self._rest) else 0
+        used = tail_rows(adapters, ranks, in_tail)
+        bound.weight, bound.bias = projection.with_tail(used)
+        tail = bound.weight[len(bound.weight) - used :]
+        parts, alike = self._pairs(mine, paired, columns)
+        if paired:
+            own = tail[: adapters * ranks]
+            bound.a = own.view(adapters, ranks, -1)
+            self._shrinks.append((own.view(adapters, -1), neighbours(pairs).flatten(1)))  # from [slots, R, D_in]
+        if in_tail:
+            sums = tail[adapters * ranks : adapters * ranks + in_tail]
+            self._constants.append((sums, grouped_sum.matrix(in_tail, sums)))
+        if bound.summed:
+            grouped = {module: mine.grouped[module] for module in modules if module in mine.grouped}
+            parts.append((ranks, columns[next(iter(grouped))], self._side_by_side(shape, modules, grouped)))
+            alike = None
+        bound.expansion = Expansion(tuple(parts), alike, self.own, bound.summed)
+
+    def _pairs(
+        self, mine: LayerPlan, paired: list[str], columns: dict[str, int]
+    ) -> tuple[list[tuple[int, int, torch.Tensor]], torch.Tensor | None]:
+        """`parts` and `alike` of the expansion of these modules' low-rank pairs."""
         weights = [mine.low_rank[module].b for module in paired]
         alike = None
         if self._kernels == "eager" and len(paired) == len(columns) > 1 and len({w.shape for w in weights}) == 1:
@@ -188,7 +217,7 @@ class Adapters:
         for module, weight in zip(paired, weights, strict=True):
             parts.append((rank, columns[module], weight))
             rank += weight.shape[1]
-        bound.expansion = Expansion(tuple(parts), alike, self.own)
+        return parts, alike
 
     def _bind_generator(
         self, mine: LayerPlan, bound: dict[str, Bound], shape: BackboneShape, requests: int
@@ -202,7 +231,7 @@ class Adapters:
         for name, modules in SHARED_INPUT.items():
             scaled = [module for module in modules if module in generator.modules or module in stored]
             if scaled:
-                minus_one, places = self._stretch(shape, modules, scaled, requests)
+                minus_one, places = self._stretch(shape, modules, scaled, (requests,))
                 self._generated.append(minus_one)
                 bound[name].scale = Scale(minus_one, first_columns(shape, modules)[scaled[0]])
                 for module, to in zip(scaled, places, strict=True):
@@ -212,22 +241,26 @@ class Adapters:
         return BoundGenerator(generator, tuple(found))
 
     def _side_by_side(self, shape: BackboneShape, modules: Sequence[str], own: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[T, columns] from the first module of `own` to the last, zeros at those in between that have nothing."""
-        if adjacent(list(own), modules):
+        """[T, any, columns] of those of each module [T, any, D_out], from the first to the last, zeros at those in
+        between that have nothing."""
+        first = next(iter(own.values()))
+        if len(own) == 1:
+            return first
+        if first.dim() == 2 and adjacent(list(own), modules):
             return neighbours(list(own.values()))
-        stretch, places = self._stretch(shape, modules, list(own), len(self._rest))
+        stretch, places = self._stretch(shape, modules, list(own), first.shape[:-1])
         self._copies += zip(places, own.values(), strict=True)
         return stretch
 
     def _stretch(
-        self, shape: BackboneShape, modules: Sequence[str], scaled: list[str], rows: int
+        self, shape: BackboneShape, modules: Sequence[str], scaled: list[str], rows: Sequence[int]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Zeros (no scale) [rows, columns] from the first of `scaled` to the last, and each one's columns of it."""
+        """Zeros (no scale) [*rows, columns] from the first of `scaled` to the last, and each one's columns of it."""
         between = modules[modules.index(scaled[0]) : modules.index(scaled[-1]) + 1]
         columns = first_columns(shape, between)
         sizes = {module: shape.features(module)[1] for module in between}
-        stretch = self._rest.new_zeros(rows, sum(sizes.values()))
-        return stretch, [stretch[:, columns[module] : columns[module] + sizes[module]] for module in scaled]
+        stretch = self._rest.new_zeros(*rows, sum(sizes.values()))
+        return stretch, [stretch[..., columns[module] : columns[module] + sizes[module]] for module in scaled]
 
 
 def each_request_s(stacked: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

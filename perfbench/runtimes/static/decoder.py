@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from perfbench.kernels import (
     decode_attention,
+    grouped_sum,
     low_rank,
     qkv_epilogue,
     residual_rmsnorm,
@@ -82,6 +83,8 @@ class Decoder:
         self._shrink = low_rank.SHRINKS[kernels]
         self._expand = low_rank.EXPANDS[kernels]
         self._from_product = low_rank.FROM_PRODUCT[kernels]
+        self._grouped_sum = grouped_sum.FORMS[kernels]
+        self._joined = low_rank.JOINED[kernels]
         self._qkv = qkv_epilogue.FORMS[kernels]
         self._swiglu = swiglu_epilogue.FORMS[kernels]
         self._norm = residual_rmsnorm.FORMS[kernels]
@@ -238,23 +241,27 @@ class Decoder:
         of_rows = product if prefill else self._few_rows
         if bound.inputs:
             return self._of_scaled_inputs(x, projection, bound, of_rows, prefill=prefill)
-        if bound.a is None or bound.weight is None or bound.expansion is None:
+        if bound.weight is None or bound.expansion is None:
             return of_rows(x, projection.weight, projection.bias), None
         if not takes_tail(x) or (prefill and len(x) > MOST_ROWS_WITH_TAIL):
             return self._beside(of_rows(x, projection.weight, projection.bias), x, bound, prefill=prefill)
-        adapters, each, _ = bound.a.shape
+        own, adapters = 0 if bound.a is None else bound.a.shape[0] * bound.a.shape[1], len(bound.expansion.parts[0][2])
         both = of_rows(x, bound.weight, bound.bias)
         y, ranks = both[:, : projection.columns], both[:, projection.columns :]
-        return y, self._from_product(ranks[:, : adapters * each], adapters)
+        return y, self._from_product(ranks[:, : own + bound.summed], adapters, bound.summed)
 
     def _beside(
         self, y: torch.Tensor, x: torch.Tensor, bound: Bound, *, prefill: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """y, and h by a product of its own."""
-        if bound.a is None or bound.expansion is None:
+        if bound.expansion is None:
             return y, None
-        h = self._shrink(x, bound.a, self.adapters.own if self.adapters else None)
-        if not prefill:
+        own, h = self.adapters.own if self.adapters else None, None
+        if bound.a is not None:
+            h = self._shrink(x, bound.a, own)
+        if bound.summed:
+            h = self._joined(h, self._grouped_sum(x, bound.summed, len(bound.expansion.parts[0][2])))
+        if not prefill or h is None:
             return y, h
         # With many rows of a request its adapter is worth a product of tiles: the epilogues take it row by row.
         self._expand(y, h, bound.expansion)

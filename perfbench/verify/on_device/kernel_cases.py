@@ -16,6 +16,7 @@ import torch
 from perfbench.kernels import (
     decode_attention,
     few_rows_product,
+    grouped_sum,
     low_rank,
     qkv_epilogue,
     residual_rmsnorm,
@@ -39,15 +40,17 @@ Turned = tuple[torch.Tensor, int, int] | None
 
 
 class Batch:
-    """Rows of requests with their adapters, and the ranks of each row with every adapter [rows, T x R]."""
+    """Rows of requests with their adapters, and the ranks of each row with every adapter [rows, T x R], of which the
+    last `shared` are the same with any."""
 
-    def __init__(self, setting: Setting, way: str, rows: int, ranks: int, groups: int, seed: int):
+    def __init__(self, setting: Setting, way: str, rows: int, ranks: int, groups: int, seed: int, shared: int = 0):
         self.setting, self.way = setting, way
         self.adapters = groups if way == IN_ORDER else ADAPTERS
         of_requests = tuple(range(groups)) if way == IN_ORDER else OWN
         self.beams = rows // len(of_requests)
         self._of_requests = torch.tensor(of_requests)
-        self._every = setting.normal(seed)(rows, self.adapters * ranks)
+        self._every = setting.normal(seed)(rows, self.adapters * (ranks - shared))
+        self._shared = setting.normal(seed + 1000)(rows, shared)
 
     @property
     def of_rows(self) -> list[int]:
@@ -59,6 +62,7 @@ class Batch:
         """[rows, R]: of each row with the adapter that `own` names; NaN, never to be read, where it is -1."""
         every = self._every.unflatten(1, (self.adapters, -1))
         found = torch.stack([every[row, adapter] for row, adapter in enumerate(own)])
+        found = torch.cat([found, self._shared], dim=1)
         found[torch.tensor(own) < 0] = float("nan")
         return found
 
@@ -78,7 +82,8 @@ class Batch:
     def h(self, shift: int) -> torch.Tensor:
         """The ranks as the form takes them."""
         if self.way == PRODUCT:
-            return low_rank.FROM_PRODUCT[self.setting.form](self.setting.put(self._every), self.adapters)
+            columns, shared = torch.cat([self._every, self._shared], dim=1), self._shared.shape[1]
+            return low_rank.FROM_PRODUCT[self.setting.form](self.setting.put(columns), self.adapters, shared)
         own = self.own(shift)
         of_rows = self.of_rows if own is None else own.cpu().repeat_interleave(self.beams).tolist()
         mine = self.ranks(of_rows)
@@ -90,7 +95,9 @@ class Batch:
     def expansion(self, parts: reference.Parts, shift: int) -> low_rank.Expansion:
         """`parts` as the form takes them."""
         return low_rank.Expansion(
-            tuple((rank, column, self.stack(b, shift)) for rank, column, b in parts), own=self.own(shift)
+            tuple((rank, column, self.stack(b, shift)) for rank, column, b in parts),
+            own=self.own(shift),
+            shared=self._shared.shape[1],
         )
 
     def scale(self, minus_one: torch.Tensor, first: int, shift: int) -> row_scale.Scale:
@@ -161,6 +168,16 @@ def _scaled_rows(way: str, groups: int, rows: int, columns: int, setting: Settin
         return found.cpu()
 
     return Problem(run, expected, ONE, batch.adapters > 1)
+
+
+def _grouped_sum(rows: int, d_in: int, rank: int, setting: Setting) -> Problem:
+    x = setting.normal(38)(rows, d_in)
+
+    def run(_shift: int) -> torch.Tensor:
+        found = grouped_sum.FORMS[setting.form](setting.put(x), rank, rows)
+        return found.view(rows, rank).cpu()
+
+    return Problem(run, reference.grouped_sum(x, rank), ONE, shifts=False)
 
 
 def _rotation(groups: int, rows: int, columns: int, half: int, scaled: bool, setting: Setting) -> Problem:
@@ -286,10 +303,18 @@ def _qkv(
 
 
 def _swiglu(
-    way: str, groups: int, rows: int, inner: int, ranks: tuple[int, int], activation: str, half: int, setting: Setting
+    way: str,
+    groups: int,
+    rows: int,
+    inner: int,
+    ranks: tuple[int, int],
+    activation: str,
+    half: int,
+    shared: int,
+    setting: Setting,
 ) -> Problem:
-    """A scale on up, and a rotation of gate and up in groups of 2 x half, 0 none."""
-    batch, make = Batch(setting, way, rows, sum(ranks), groups, 43), setting.normal(22)
+    """A scale on up, and a rotation of gate and up in groups of 2 x half, 0 none; so many ranks shared by all."""
+    batch, make = Batch(setting, way, rows, sum(ranks), groups, 43, shared), setting.normal(22)
     gate_up, minus_one = make(rows, 2 * inner), make(batch.adapters, inner)
     parts = [(0, 0, make(batch.adapters, ranks[0], inner)), (ranks[0], inner, make(batch.adapters, ranks[1], inner))]
     turned = (make(batch.adapters, 2 * inner), half, 0) if half else None
@@ -420,6 +445,8 @@ def _cases() -> Iterator[KernelCase]:
         yield KernelCase("low_rank.expand", f"own-ranks{ranks[0]}+{ranks[1]}", partial(_expand, ranks), triton)
     for scaled in ((1, 1, 1), (3, 2, 53), (2, 7, 1030)):
         yield KernelCase("row_scale", "groups{}-rows{}-{}".format(*scaled), partial(_row_scale, *scaled))
+    for rows, d_in, rank in ((1, 8, 8), (3, 70, 16), (4, 37, 5), (2, 1094, 3), (6, 200, 130)):
+        yield KernelCase("grouped_sum", f"rows{rows}-{d_in}-rank{rank}", partial(_grouped_sum, rows, d_in, rank))
     for way, groups, rows, columns in ((IN_ORDER, 3, 6, 53), (IN_ORDER, 1, 2, 1030), (PLANES, 1, 8, 37)):
         name = f"{way}-groups{groups}-rows{rows}-{columns}"
         yield KernelCase("row_scale", name, partial(_scaled_rows, way, groups, rows, columns), _forms(way))
@@ -442,14 +469,16 @@ def _cases() -> Iterator[KernelCase]:
     ):  # fmt: skip
         name = f"{way}-groups{groups}-rows{rows}-kv{kv_heads}-ranks{ranks[0]}+{ranks[1]}{_turned(half)}"
         yield KernelCase("qkv_epilogue", name, partial(_qkv, way, groups, rows, kv_heads, ranks, half), _forms(way))
-    for way, groups, rows, inner, ranks, activation, half in (
-        (IN_ORDER, 1, 6, 37, (2, 3), "silu", 0), (IN_ORDER, 3, 6, 37, (2, 3), "gelu", 0),
-        (IN_ORDER, 3, 3, 1030, (2, 3), "gelu_pytorch_tanh", 103), (IN_ORDER, 2, 2, 130, (1, 40), "silu", 0),
-        (PLANES, 1, 8, 37, (2, 3), "silu", 0), (PRODUCT, 1, 8, 37, (3, 2), "silu", 0),
-        (PRODUCT, 1, 8, 36, (3, 2), "silu", 2),
+    for way, groups, rows, inner, ranks, activation, half, shared in (
+        (IN_ORDER, 1, 6, 37, (2, 3), "silu", 0, 0), (IN_ORDER, 3, 6, 37, (2, 3), "gelu", 0, 0),
+        (IN_ORDER, 3, 3, 1030, (2, 3), "gelu_pytorch_tanh", 103, 0), (IN_ORDER, 2, 2, 130, (1, 40), "silu", 0, 0),
+        (PLANES, 1, 8, 37, (2, 3), "silu", 0, 0), (PRODUCT, 1, 8, 37, (3, 2), "silu", 0, 0),
+        (PRODUCT, 1, 8, 36, (3, 2), "silu", 2, 2), (PLANES, 1, 8, 37, (3, 2), "silu", 0, 2),
+        (PRODUCT, 1, 8, 37, (3, 40), "gelu", 0, 43),
     ):  # fmt: skip
         name = f"{way}-groups{groups}-rows{rows}-{inner}-ranks{ranks[0]}+{ranks[1]}-{activation}{_turned(half)}"
-        build = partial(_swiglu, way, groups, rows, inner, ranks, activation, half)
+        name += f"-shared{shared}" if shared else ""
+        build = partial(_swiglu, way, groups, rows, inner, ranks, activation, half, shared)
         yield KernelCase("swiglu_epilogue", name, build, _forms(way))
     for way, groups, rows, hidden, rank, fp32_weight, also_scaled, half in (
         (IN_ORDER, 1, 6, 37, 3, False, False, 0), (IN_ORDER, 3, 6, 37, 3, True, True, 0),

@@ -32,6 +32,14 @@ def shrink(x: torch.Tensor, a: torch.Tensor, own: Sequence[int]) -> torch.Tensor
     return out
 
 
+def grouped_sum(x: torch.Tensor, rank: int) -> torch.Tensor:
+    """[rows, R] of x [rows, D_in]: the sum of every R-th value from the first, from the second, and so on."""
+    out = torch.zeros(len(x), rank, dtype=torch.float64)
+    for feature, column in enumerate(x.double().T):
+        out[:, feature % rank] += column
+    return out
+
+
 def row_scale(y: torch.Tensor, minus_one: torch.Tensor, own: Sequence[int]) -> torch.Tensor:
     """y [rows, D] times 1 + the scale that own [rows] says; minus_one [T, D]."""
     return adapted(y, y.new_zeros(len(y), 0), (), (minus_one, 0), own)

@@ -40,6 +40,8 @@ CASES: dict[str, tuple[str, Any]] = {
     "ia3-all": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=("o", "gate", "up", "down"))),
     "road": ("road", RoadOptions()),
     "road-4": ("road", RoadOptions(variant="road_4", group_size=8, modules=("k", "o"))),
+    "miss": ("miss", METHODS["miss"].options()),
+    "miss-16": ("miss", METHODS["miss"].options(rank=16, modules=("k", "down"))),
     "para": ("para", ParaOptions()),
     "para-normalised": ("para", ParaOptions(rank=3, pool="normalised")),
 }

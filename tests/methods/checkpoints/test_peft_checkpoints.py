@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from perfbench.errors import AdapterError
-from perfbench.kernels import rotation
+from perfbench.kernels import grouped_sum, rotation
 from perfbench.methods import ia3_original, parameters
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.checkpoints import module_patterns
@@ -307,6 +307,68 @@ def test_a_damaged_road_is_refused_by_name(fault: str, tmp_path: Path) -> None:
     damage(folder)
     with pytest.raises(AdapterError) as raised:
         load("road", folder)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+MISS: dict[str, dict[str, Any]] = {
+    "all": {"r": 8, "target_modules": "all-linear"},
+    "ranks that divide no input": {"r": 6, "target_modules": ["q_proj", "o_proj", "down_proj"]},
+    "small blocks": {"r": 4, "mini_r": 8, "init_weights": "mini", "target_modules": ["q_proj", "v_proj"]},
+    "random": {"r": 3, "init_weights": False, "target_modules": ["up_proj"], "layers_to_transform": [0, 2]},
+}
+
+
+@pytest.mark.parametrize("kind", MISS)
+def test_miss_is_served_as_by_peft(kind: str, tmp_path: Path) -> None:
+    folder = make(tmp_path, peft.MissConfig(**MISS[kind]))
+    assert_served_as_by_peft(folder, load("miss", folder))
+
+
+def test_groups_the_other_way_round_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neighbours added up in place of every R-th value."""
+    folder = make(tmp_path, peft.MissConfig(**MISS["all"]))
+    plan = load("miss", folder)
+
+    def transposed(x: torch.Tensor, rank: int, groups: int) -> torch.Tensor:
+        return grouped_sum.eager(x.unflatten(1, (rank, -1)).transpose(1, 2).flatten(1), rank, groups)
+
+    monkeypatch.setitem(grouped_sum.FORMS, "eager", lambda x, rank, groups: (
+        grouped_sum.eager(x, rank, groups) if x.shape[1] % rank else transposed(x, rank, groups)
+    ))  # fmt: skip
+    with pytest.raises(AssertionError):
+        assert_served_as_by_peft(folder, plan)
+
+
+MISS_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "made of the weights": (lambda folder: edit_config(folder, init_weights="bat"), "expected true, false or 'mini'"),
+    "another rank": (lambda folder: edit_config(folder, r=5), "miss_block: expected size [5, 64], got [4, 64]"),
+    "more ranks than inputs": (lambda folder: edit_config(folder, r=65), "r: expected what model.layers.0"),
+    "small blocks that are none": (
+        lambda folder: edit_config(folder, init_weights="mini", mini_r=16), "expected size [4, 16], got [4, 64]",
+    ),
+    "small blocks that do not fit": (
+        lambda folder: edit_config(folder, init_weights="mini", mini_r=48), "mini_r: expected what model.layers.0",
+    ),
+    "biases": (lambda folder: edit_config(folder, bias="all"), "bias: expected 'none', got 'all'"),
+    "a module too few": (
+        lambda folder: edit_tensors(folder, lambda t: {n: v for n, v in t.items() if Q not in n}),
+        f"{Q}.miss_block: expected by {CONFIG}",
+    ),
+    "another name": (
+        lambda folder: edit_tensors(folder, lambda t: {n.replace("miss_", "bone_"): v for n, v in t.items()}),
+        "expected miss_block, got bone_block",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", MISS_FAULTS)
+def test_a_damaged_miss_is_refused_by_name(fault: str, tmp_path: Path) -> None:
+    damage, message = MISS_FAULTS[fault]
+    folder = make(tmp_path, peft.MissConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    damage(folder)
+    with pytest.raises(AdapterError) as raised:
+        load("miss", folder)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 

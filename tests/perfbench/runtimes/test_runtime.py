@@ -18,6 +18,7 @@ from perfbench.methods.bank import Bank
 from perfbench.methods.fanlora import FanLoraOptions
 from perfbench.methods.ia3_original import Ia3OriginalOptions
 from perfbench.methods.lora import LoraOptions
+from perfbench.methods.miss import MissOptions
 from perfbench.methods.para import ParaOptions
 from perfbench.methods.registry import METHODS
 from perfbench.methods.road import RoadOptions
@@ -40,6 +41,8 @@ CASES: dict[str, tuple[str, Any]] = {
     "road": ("road", RoadOptions()),
     "road-2": ("road", RoadOptions(variant="road_2", group_size=32, modules=("q", "v", "o"))),
     "road-4": ("road", RoadOptions(variant="road_4", group_size=2)),
+    "miss": ("miss", MissOptions()),
+    "miss-odd": ("miss", MissOptions(rank=5, modules=("q", "v", "gate", "down"))),
     "para": ("para", ParaOptions()),
     "para-normalised": ("para", ParaOptions(rank=3, pool="normalised")),
     "peft": ("peft", LoraOptions()),
@@ -159,6 +162,14 @@ def adapt_road(layer: Any, own: dict[str, torch.Tensor], options: RoadOptions, p
         linear.weight.data = turned @ linear.weight.data
 
 
+def adapt_miss(layer: Any, own: dict[str, torch.Tensor], options: MissOptions, prompt_tokens: int) -> None:
+    """Each column of the weight plus its row of the block."""
+    for module in options.modules:
+        weight = layer.get_submodule(MODULE_PATHS[module]).weight
+        for feature in range(weight.shape[1]):
+            weight.data[:, feature] += own[f"{module}.block"][feature % options.rank]
+
+
 def adapt_para(layer: Any, own: dict[str, torch.Tensor], options: ParaOptions, prompt_tokens: int) -> None:
     vectors: dict[str, torch.Tensor] = {}
 
@@ -183,6 +194,7 @@ ADAPT = {
     "ia3": adapt_ia3,
     "ia3-original": adapt_ia3_original,
     "road": adapt_road,
+    "miss": adapt_miss,
     "para": adapt_para,
 }
 

@@ -15,6 +15,7 @@ from perfbench.measure.on_device import workload
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.ia3_original import Ia3OriginalOptions
+from perfbench.methods.miss import MissOptions
 from perfbench.methods.registry import METHODS
 from perfbench.methods.road import RoadOptions
 from perfbench.methods.shape import MODULES
@@ -66,6 +67,8 @@ OPERATIONS: dict[str, tuple[str, Any]] = {
     "ia3-outputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=())),
     "ia3-inputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=("gate", "up", "o", "down"))),
     "road": ("road", None),
+    "miss": ("miss", None),
+    "miss-odd": ("miss", MissOptions(rank=5, modules=("q", "v", "up"))),
     "road-across-heads": ("road", RoadOptions(variant="road_4", group_size=32, modules=("q", "v", "o"))),
 }
 
@@ -145,7 +148,7 @@ def test_tenants_of_unlike_methods_share_a_bank(kernels: str, captured: bool, mo
     pytest.importorskip("triton", reason="triton is not there for this platform")
     base = load(TINY | {"num_hidden_layers": 1}, "fp32", monkeypatch)
     plans = []
-    for method in ("para", "ia3", "lora", "road"):
+    for method in ("para", "ia3", "lora", "road", "miss"):
         options = METHODS[method].options()
         values = parameters.make(method, base.shape, options, seed=1)
         plans.append(parameters.implementation(method).plan(values, base.shape, options))
