@@ -22,11 +22,13 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 class Expand(NamedTuple):
     """What a fused kernel is told of the expand. tensors: h, and which adapter each request has; numbers: elements of h
     between splits and rows, and rows of a request; modules: for each (b, first rank, elements of h between adapters,
-    ranks, first column, columns, elements between adapters); most_ranks: of one module; constants by name."""
+    ranks, first column, columns, elements between adapters), or of a shared b (b, first rank, ranks, first column,
+    columns, vectors of ranks, elements between them, vectors of columns, elements between them); most_ranks: of one
+    module; constants by name."""
 
     tensors: tuple[torch.Tensor, torch.Tensor]
     numbers: tuple[int, int, int]
-    modules: tuple[tuple[torch.Tensor, int, int, int, int, int, int], ...]
+    modules: tuple[tuple[Any, ...], ...]
     most_ranks: int
     constants: dict[str, Any]
 
@@ -142,13 +144,13 @@ def expand_arguments(h: torch.Tensor | None, expansion: Expansion | None, y: tor
     """
     if h is None or expansion is None:
         return Expand((y, y), (0, 0, 1), (), 1, {"SPLITS": 1, "OWN": False})
-    parts, _, own, shared = expansion
-    ranks, adapters = expansion.ranks, len(parts[0][2])
+    parts, _, own, shared, vectors = expansion
+    ranks, adapters = expansion.ranks, expansion.adapters
     every = adapters * (ranks - shared) + shared
     check_own(own, y)
     if h.dim() != 3 or h.shape[1] != len(y) or h.shape[2] not in (ranks, every) or h.stride(2) != 1:
         raise ValueError(f"h: expected [splits, {len(y)}, {ranks} or {every}], got {list(h.shape)}")
-    modules = []
+    modules: list[tuple[Any, ...]] = []
     for rank, column, b in parts:
         check_stack("b", b, (adapters, b.shape[1], b.shape[2]), y)
         if rank < ranks - shared:  # its ranks with one adapter follow those of all modules with the one before
@@ -156,11 +158,17 @@ def expand_arguments(h: torch.Tensor | None, expansion: Expansion | None, y: tor
         else:
             first, between = rank + h.shape[2] - ranks, 0
         modules.append((b, first, between, b.shape[1], column, b.shape[2], b.stride(0)))
+    for rank, column, b, of_ranks, of_columns in vectors:
+        check("b", b, tuple(b.shape), y)
+        check_stack("of_ranks", of_ranks, (adapters, len(b)), y)
+        check_stack("of_columns", of_columns, (adapters, b.shape[1]), y)
+        two = of_ranks, of_ranks.stride(0), of_columns, of_columns.stride(0)
+        modules.append((b, rank + h.shape[2] - ranks, len(b), column, b.shape[1], *two))
     return Expand(
         (h, y if own is None else own),
         (h.stride(0), h.stride(1), len(y) // requests_of(adapters, own, len(y))),
         tuple(modules),
-        max(b.shape[1] for _, _, b in parts),
+        max([b.shape[1] for _, _, b in parts] + [len(part.b) for part in vectors]),
         {"SPLITS": len(h), "OWN": own is not None},
     )
 

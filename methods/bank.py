@@ -26,6 +26,7 @@ OPERATIONS = {
     "a rotation": "rotation",
     "a scale of the input": "input_scale_minus_one",
     "a grouped sum": "grouped",
+    "a shared pair": "shared",
 }
 
 
@@ -43,11 +44,16 @@ class Bank:
         """
         self.capacity = capacity
         self.free = list(range(capacity))[::-1]
-        self.layout: AdapterPlan = tuple(layer.in_order().map(lambda t: t.to("meta")) for layer in layout)
+        self.layout: AdapterPlan = tuple(layer.in_order().map(_size_of, _size_of) for layer in layout)
         shrinks = [pair.a.numel() for layer in self.layout for pair in layer.low_rank.values()]
         rest = [t.numel() for layer in self.layout for t in _without_shrinks(layer)]
         self._sizes = (shrinks, rest)
         self.shrinks, self.rest = (torch.zeros(capacity + 1, sum(n), dtype=dtype, device=device) for n in self._sizes)
+        # What all tenants share, once for each size: zeros until the first of them brings it.
+        self._sharing: set[int] = set()
+        self._shared = {
+            key: torch.zeros(t.shape, dtype=dtype, device=device) for key, t in _matrices(self.layout).items()
+        }
         self.layers: AdapterPlan = self.views(self.shrinks, self.rest)
 
     def views(self, shrinks: torch.Tensor, rest: torch.Tensor) -> AdapterPlan:
@@ -61,7 +67,11 @@ class Bank:
                 a, b = next(first), next(second)
                 pairs[module] = LowRank(a.view(count, *pair.a.shape), b.view(count, *pair.b.shape))
             others = replace(layer, low_rank={}).map(lambda t: next(second).view(count, *t.shape))
-            return replace(others, low_rank=pairs)
+            shared = {
+                module: replace(p, **{half: self._shared[half, *getattr(p, half).shape] for half in "ab"})
+                for module, p in others.shared.items()
+            }
+            return replace(others, low_rank=pairs, shared=shared)
 
         return tuple(map(of_layer, self.layout))
 
@@ -72,7 +82,7 @@ class Bank:
 
     def tensors(self) -> list[torch.Tensor]:
         """All that the bank holds."""
-        return [self.shrinks, self.rest]
+        return [self.shrinks, self.rest, *self._shared.values()]
 
     @property
     def bytes_per_slot(self) -> int:
@@ -89,10 +99,26 @@ class Bank:
         if len(plan) != len(self.layers):
             raise AdapterError(f"expected an adapter of {len(self.layers)} layers, got {len(plan)}")
         pairs = [pair for i, layer in enumerate(plan) for pair in _pairs(i, self.layers[i], layer)]
+        self._take_shared(_matrices(plan))
         slot = self.free.pop()
+        if any(layer.shared for layer in plan):
+            self._sharing.add(slot)
         for stack, tensor in pairs:
             _write(stack[slot], tensor)
         return slot
+
+    def _take_shared(self, matrices: dict[tuple[str | int, ...], torch.Tensor]) -> None:
+        """The first tenant's; AdapterError where a later one has others, and nothing has changed."""
+        for key, matrix in matrices.items():
+            own = self._shared[key]
+            if self._sharing and not torch.equal(own, matrix.to(own.device, own.dtype)):
+                raise AdapterError(
+                    f"expected the shared matrices that the bank's other adapters have, got another {key[0]} of size "
+                    f"{list(key[1:])}: it was drawn from another key, or for other modules"
+                )
+        if not self._sharing:
+            for key, matrix in matrices.items():
+                self._shared[key].copy_(matrix)
 
     def evict(self, slot: int) -> None:
         """Frees a slot; its weights become zeros, so that a stale slot number serves the bare backbone."""
@@ -100,6 +126,7 @@ class Bank:
             raise ValueError(f"slot {slot} holds no adapter")
         self.shrinks[slot].zero_()
         self.rest[slot].zero_()
+        self._sharing.discard(slot)
         self.free.append(slot)
 
     def rows(self, slots: Sequence[int]) -> torch.Tensor:
@@ -131,6 +158,9 @@ def _union(layers: Sequence[LayerPlan], grouped_rank: int) -> LayerPlan:
     generators = [layer.generator for layer in layers if layer.generator is not None]
     if len({(g.modules, g.normalised) for g in generators}) > 1:
         raise AdapterError("adapters of one bank must share their generator's modules and pooling")
+    if len(shared_ranks := {len(pair.a) for layer in layers for pair in layer.shared.values()}) > 1:
+        ranks = ", ".join(map(str, sorted(shared_ranks)))
+        raise AdapterError(f"adapters of one bank must share one pair of matrices, got ranks {ranks}")
     if len(halves := {own.half for layer in layers for own in layer.rotation.values()}) > 1:
         sizes = ", ".join(str(2 * half) for half in sorted(halves))
         raise AdapterError(f"adapters of one bank must share the size of the groups that they rotate, got {sizes}")
@@ -146,7 +176,18 @@ def _union(layers: Sequence[LayerPlan], grouped_rank: int) -> LayerPlan:
             for layer in layers
             for module, b in layer.grouped.items()
         },
-    ).map(lambda t: t.to("meta"))
+        _any_of([layer.shared for layer in layers]),
+    ).map(_size_of, _size_of)
+
+
+def _size_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("meta")
+
+
+def _matrices(plan: AdapterPlan) -> dict[tuple[str | int, ...], torch.Tensor]:
+    """(a or b, its size) -> what all tenants share; those of one size are one."""
+    pairs = [pair for layer in plan for pair in layer.shared.values()]
+    return {(half, *getattr(pair, half).shape): getattr(pair, half) for pair in pairs for half in "ab"}
 
 
 def _any_of(of_layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -169,6 +210,10 @@ def _pairs(index: int, stacked: LayerPlan, layer: LayerPlan) -> list[tuple[torch
         own, place = layer.generator, stacked.generator
         if place is None or (place.modules, place.normalised) != (own.modules, own.normalised):
             raise AdapterError(f"layer {index}: the bank was laid out for another generator")
+    for module, pair in layer.shared.items():
+        if pair.a.shape != stacked.shared[module].a.shape:
+            ranks = len(stacked.shared[module].a)
+            raise AdapterError(f"layer {index}: the bank shares a pair of rank {ranks} on {module}, not {len(pair.a)}")
     for module, turned in layer.rotation.items():
         if turned.half != stacked.rotation[module].half:
             size = 2 * stacked.rotation[module].half

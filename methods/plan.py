@@ -53,12 +53,23 @@ class Generator:
 
 
 @dataclass(frozen=True)
+class SharedPair:
+    """y += ((x a^T) * of_ranks) b * of_columns, with a: [R, D_in] and b: [R, D_out], which all tenants share and none
+    of them pays for, and of_ranks: [R] and of_columns: [D_out], each tenant's own."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    of_ranks: torch.Tensor
+    of_columns: torch.Tensor
+
+
+@dataclass(frozen=True)
 class LayerPlan:
-    """What one layer gets, by module: what is added to the output by a low-rank pair, or by a matrix [R, D_out] on the
-    grouped sum of the input, h_j = the sum of all x_k with k % R = j; then the output's scale and its rotation; and a
-    scale of the input [D_in], which what is added does not see. A scale on down's input is one on up's
-    output. l - 1 is kept of scales ([D_out]) because bf16's step just above 1 is 2^-7, while near 0 it keeps 8 bits of
-    any difference. All of them are zero where they change nothing."""
+    """What one layer gets, by module: what is added to the output by a low-rank pair, by a matrix [R, D_out] on the
+    grouped sum of the input, h_j = the sum of all x_k with k % R = j, or by a shared pair; then the output's scale and
+    its rotation; and a scale of the input [D_in], which what is added does not see. A scale on down's input is one on
+    up's output. l - 1 is kept of scales ([D_out]) because bf16's step just above 1 is 2^-7, while near 0 it keeps 8
+    bits of any difference. All of them are zero where they change nothing."""
 
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     scale_minus_one: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -66,15 +77,20 @@ class LayerPlan:
     rotation: dict[str, Rotation] = field(default_factory=dict)
     input_scale_minus_one: dict[str, torch.Tensor] = field(default_factory=dict)
     grouped: dict[str, torch.Tensor] = field(default_factory=dict)
+    shared: dict[str, SharedPair] = field(default_factory=dict)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor of the plan."""
+        """Every tensor of the plan that is a tenant's own."""
         found: list[torch.Tensor] = []
         self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
         return found
 
-    def map(self, make: Callable[[torch.Tensor], torch.Tensor]) -> LayerPlan:
-        """The same with `make` of each tensor, called in the order of `tensors`."""
+    def map(
+        self,
+        make: Callable[[torch.Tensor], torch.Tensor],
+        make_shared: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    ) -> LayerPlan:
+        """The same with `make` of each tensor, called in the order of `tensors`, and `make_shared` of the others."""
         return LayerPlan(
             {module: LowRank(make(pair.a), make(pair.b)) for module, pair in self.low_rank.items()},
             {module: make(scale) for module, scale in self.scale_minus_one.items()},
@@ -82,6 +98,10 @@ class LayerPlan:
             {module: Rotation(make(own.sine), own.half) for module, own in self.rotation.items()},
             {module: make(scale) for module, scale in self.input_scale_minus_one.items()},
             {module: make(b) for module, b in self.grouped.items()},
+            {
+                module: SharedPair(make_shared(p.a), make_shared(p.b), make(p.of_ranks), make(p.of_columns))
+                for module, p in self.shared.items()
+            },
         )
 
     def in_order(self) -> LayerPlan:

@@ -84,6 +84,12 @@ METHODS: dict[str, Method] = {
         trained_by="perfbench.peft.miss:config",
         peft_types=("MISS",),
     ),
+    "vera": Method(
+        "perfbench.methods.vera",
+        "VeRA: two vectors for each of seven linear modules, around a low-rank pair that all tenants share",
+        trained_by="perfbench.peft.vera:config",
+        peft_types=("VERA",),
+    ),
     "peft": Method(
         "perfbench.methods.lora", "the same LoRA, served by PEFT in a mixed batch (adapter_names)", served_by="peft"
     ),

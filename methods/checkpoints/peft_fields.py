@@ -126,6 +126,21 @@ MISS = Fields(
     without_effect=frozenset({"miss_dropout"}),
     fixed={"bias": "none", "modules_to_save": None},
 )
+VERA = Fields(
+    served=frozenset(
+        {
+            "r",
+            "projection_prng_key",
+            "save_projection",
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+        }
+    ),
+    without_effect=frozenset({"vera_dropout", "d_initial", "init_weights"}),
+    fixed={"bias": "none", "fan_in_fan_out": False, "modules_to_save": None},
+)
 PROJECTED_IA3 = Fields(frozenset({"dim", "target_modules", "exclude_modules"}), frozenset(), {})
 PARA = Fields(frozenset({"rank", "pool", "target_modules", "exclude_modules"}), frozenset(), {})
 

@@ -111,6 +111,8 @@ def _layer(
                 found[i] = found[i] + (x @ pair.a.T) @ pair.b
             if (b := plan.grouped.get(module)) is not None:
                 found[i] = found[i] + torch.stack([x[:, j :: len(b)].sum(dim=1) for j in range(len(b))], dim=1) @ b
+            if (shared := plan.shared.get(module)) is not None:
+                found[i] = found[i] + ((x @ shared.a.T) * shared.of_ranks) @ shared.b * shared.of_columns
             if module in scale or module in plan.rotation:
                 turned = found[i] * scale.get(module, 1.0)
                 if (rotation := plan.rotation.get(module)) is not None:
@@ -207,7 +209,11 @@ def _window(config: Any, layer: int) -> int | None:
 
 def _rounded(plan: LayerPlan, backbone: Backbone, dtype: torch.dtype) -> LayerPlan:
     """One layer of an adapter, rounded to the dtype in which it is served, in `dtype` on the backbone's device."""
-    return plan.map(lambda tensor: tensor.to(backbone.device, backbone.dtype).to(dtype))
+
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(backbone.device, backbone.dtype).to(dtype)
+
+    return plan.map(rounded, rounded)
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from perfbench.kernels import grouped_sum, low_rank, rotation, row_scale, vector_generator
 from perfbench.kernels.row_scale import one_after_the_other
 from perfbench.methods.bank import Bank
-from perfbench.methods.plan import Generator, Rotation
+from perfbench.methods.plan import Generator, Rotation, SharedPair
 from perfbench.methods.shape import MODULE_PATHS
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Batch, Generation, generate
@@ -21,7 +21,8 @@ class AdaptedLinear(torch.nn.Module):
     """A linear of the backbone, plus what the requests of the batch in flight get on it.
 
     While a batch is bound, of G groups of rows: pair = (a [G, R, D_in], b [G, R, D_out]), scale_minus_one [G, D_out],
-    rotation with sine [G, D_out], input_scale_minus_one [G, D_in], grouped [G, R, D_out]; each None without one.
+    rotation with sine [G, D_out], input_scale_minus_one [G, D_in], grouped [G, R, D_out], shared with vectors [G, any];
+    each None without one.
     """
 
     def __init__(self, base: torch.nn.Linear, kernels: str):
@@ -32,10 +33,12 @@ class AdaptedLinear(torch.nn.Module):
         self.rotation: Rotation | None = None
         self.input_scale_minus_one: torch.Tensor | None = None
         self.grouped: torch.Tensor | None = None
+        self.shared: SharedPair | None = None
         self._low_rank: Callable[..., None] = low_rank.FORMS[kernels]
         self._row_scale: Callable[..., None] = row_scale.FORMS[kernels]
         self._rotation: Callable[..., torch.Tensor] = rotation.FORMS[kernels]
         self._grouped_sum: Callable[..., torch.Tensor] = grouped_sum.FORMS[kernels]
+        self._as_ranks: Callable[..., torch.Tensor] = low_rank.AS_RANKS[kernels]
         self._expand: Callable[..., None] = low_rank.EXPANDS[kernels]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,6 +52,11 @@ class AdaptedLinear(torch.nn.Module):
             groups, rank, _ = self.grouped.shape
             h = self._grouped_sum(x.reshape(-1, x.shape[-1]), rank, groups)
             self._expand(y.view(-1, y.shape[-1]), h, low_rank.Expansion(((0, 0, self.grouped),)))
+        if self.shared is not None:
+            own = self.shared
+            part = low_rank.VectorPart(0, 0, own.b, own.of_ranks, own.of_columns)
+            h = self._as_ranks(linear(x.reshape(-1, x.shape[-1]), own.a), len(own.of_ranks))
+            self._expand(y.view(-1, y.shape[-1]), h, low_rank.Expansion((), vectors=(part,)))
         if self.rotation is not None:
             sine, half = self.rotation.sine, self.rotation.half
             turned = self._rotation(y.view(len(sine), -1, y.shape[-1]), self.scale_minus_one, sine, half)
@@ -68,7 +76,8 @@ class AdaptedLinear(torch.nn.Module):
 
     def release(self) -> None:
         """The linear is the backbone's own again."""
-        self.pair = self.scale_minus_one = self.rotation = self.input_scale_minus_one = self.grouped = None
+        self.pair = self.scale_minus_one = self.rotation = self.input_scale_minus_one = None
+        self.grouped = self.shared = None
 
 
 class PromptVectors:
@@ -143,6 +152,8 @@ class PlanArm:
                 linears[name].input_scale_minus_one = scale
             for name, b in own.grouped.items():
                 linears[name].grouped = b
+            for name, shared in own.shared.items():
+                linears[name].shared = shared
         if self._vectors:
             positions = torch.arange(batch.attention_mask.shape[1], device=batch.attention_mask.device)
             last = (batch.attention_mask * positions).argmax(dim=1)  # right for left and for right padding

@@ -139,6 +139,11 @@ MIXED = {
         ("miss", METHODS["miss"].options(rank=6)),
         ("lora", LoraOptions(rank=3, modules=("k", "v", "gate"))),
     ],
+    "shared-pairs": [
+        ("vera", METHODS["vera"].options(rank=16)),
+        ("lora", LoraOptions(rank=3, modules=("k", "v", "gate"))),
+        ("miss", METHODS["miss"].options()),
+    ],
     "other-scales": [
         ("para", ParaOptions()),
         ("ia3-original", METHODS["ia3-original"].options()),

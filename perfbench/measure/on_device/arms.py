@@ -20,7 +20,7 @@ from safetensors import safe_open
 from perfbench.measure.on_device.adapter_folders import adapter_folders
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
-from perfbench.methods.checkpoints.adapter_folder import WEIGHTS
+from perfbench.methods.checkpoints.adapter_folder import PEFT_PREFIX, WEIGHTS
 from perfbench.methods.plan import AdapterPlan, plan_bytes
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
@@ -94,9 +94,9 @@ def _spread(counts: Sequence[int]) -> dict[str, float]:
 
 
 def _trained(folder: Path) -> int:
-    """The numbers in an adapter's file, which are those that were trained."""
+    """The numbers in an adapter's file, which are those that were trained, but for those of no place in the model."""
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        names = file.keys()
+        names = [name for name in file.keys() if name.startswith(PEFT_PREFIX)]  # noqa: SIM118 - it is no mapping
         return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
 

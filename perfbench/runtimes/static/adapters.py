@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from perfbench.kernels import grouped_sum
-from perfbench.kernels.low_rank import Expansion
+from perfbench.kernels.low_rank import Expansion, VectorPart
 from perfbench.kernels.placement import on_gpu
 from perfbench.kernels.rotation import Rotation
 from perfbench.kernels.row_scale import Scale
@@ -30,12 +30,13 @@ ALIGNED_ROWS = 16
 @dataclass
 class Bound:
     """What one fused projection gets from T adapters: a [T, R of all its modules, D_in] or None, the ranks of the
-    grouped sum of its input or 0, and the other halves of both; the weight (and bias) that ends with the first halves;
-    its scale and its rotation or None; and where inputs are scaled, for each module its columns of the product and its
-    scale minus one [T, D_in], or None."""
+    grouped sum of its input or 0, a [R, D_in] that all adapters share or None, and the other halves of the three; the
+    weight (and bias) that ends with the first halves; its scale and its rotation or None; and where inputs are scaled,
+    for each module its columns of the product and its scale minus one [T, D_in], or None."""
 
     a: torch.Tensor | None = None
     summed: int = 0
+    shared_a: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     expansion: Expansion | None = None
@@ -96,7 +97,8 @@ def rooms(bank: Bank, adapters: int) -> list[Rooms]:
 
     def rows(layer: LayerPlan, modules: Sequence[str]) -> int:
         own = sum(layer.low_rank[module].a.shape[0] for module in modules if module in layer.low_rank)
-        return tail_rows(adapters, own, summed_ranks(layer, modules) if on_gpu(bank.rest) else 0)
+        in_tail = summed_ranks(layer, modules) + shared_ranks(layer, modules) if on_gpu(bank.rest) else 0
+        return tail_rows(adapters, own, in_tail)
 
     every = [{name: rows(layer, modules) for name, modules in SHARED_INPUT.items()} for layer in bank.layout]
     return [{name: count for name, count in own.items() if count} for own in every]
@@ -105,6 +107,11 @@ def rooms(bank: Bank, adapters: int) -> list[Rooms]:
 def summed_ranks(layer: LayerPlan, modules: Sequence[str]) -> int:
     """Of the grouped sum of the input that `modules` share, 0 without one."""
     return next((layer.grouped[module].shape[-2] for module in modules if module in layer.grouped), 0)
+
+
+def shared_ranks(layer: LayerPlan, modules: Sequence[str]) -> int:
+    """Of the pair that all adapters share on `modules`, which read the same input; 0 without one."""
+    return next((len(layer.shared[module].a) for module in modules if module in layer.shared), 0)
 
 
 class Adapters:
@@ -150,7 +157,8 @@ class Adapters:
         bound = {name: Bound() for name in SHARED_INPUT}
         for name, modules in SHARED_INPUT.items():
             columns = first_columns(shape, modules)
-            if any(module in mine.low_rank or module in mine.grouped for module in modules):
+            adding = {*mine.low_rank, *mine.grouped, *mine.shared}
+            if not adding.isdisjoint(modules):
                 self._bind_ranks(bound[name], mine, source, layer.projections[name], modules, shape)
             scaled = {module: mine.scale_minus_one[module] for module in modules if module in mine.scale_minus_one}
             if scaled and mine.generator is None:
@@ -177,12 +185,14 @@ class Adapters:
         modules: Sequence[str],
         shape: BackboneShape,
     ) -> None:
-        """The pairs of the modules, and behind them those whose first half is the grouped sum of the input."""
+        """The pairs of the modules; behind them those whose first half is the grouped sum of the input, and behind
+        those the pair that all adapters share."""
         adapters, columns = len(self._rest), first_columns(shape, modules)
         paired = [module for module in modules if module in mine.low_rank]
         pairs = [source.low_rank[module].a for module in paired]
         ranks, bound.summed = sum(a.shape[1] for a in pairs), summed_ranks(mine, modules)
-        in_tail = bound.summed if on_gpu(self._rest) else 0
+        of_shared = shared_ranks(mine, modules)
+        in_tail = bound.summed + of_shared if on_gpu(self._rest) else 0
         used = tail_rows(adapters, ranks, in_tail)
         bound.weight, bound.bias = projection.with_tail(used)
         tail = bound.weight[len(bound.weight) - used :]
@@ -191,14 +201,25 @@ class Adapters:
             own = tail[: adapters * ranks]
             bound.a = own.view(adapters, ranks, -1)
             self._shrinks.append((own.view(adapters, -1), neighbours(pairs).flatten(1)))  # from [slots, R, D_in]
+        if of_shared:
+            bound.shared_a = next(mine.shared[module].a for module in modules if module in mine.shared)
         if in_tail:
-            sums = tail[adapters * ranks : adapters * ranks + in_tail]
-            self._constants.append((sums, grouped_sum.matrix(in_tail, sums)))
+            sums, projection_rows = tail[adapters * ranks :][:in_tail].split([bound.summed, of_shared])
+            if bound.summed:
+                self._constants.append((sums, grouped_sum.matrix(bound.summed, sums)))
+            if bound.shared_a is not None:
+                self._constants.append((projection_rows, bound.shared_a))
         if bound.summed:
             grouped = {module: mine.grouped[module] for module in modules if module in mine.grouped}
             parts.append((ranks, columns[next(iter(grouped))], self._side_by_side(shape, modules, grouped)))
             alike = None
-        bound.expansion = Expansion(tuple(parts), alike, self.own, bound.summed)
+        vectors = tuple(
+            VectorPart(ranks + bound.summed, columns[module], pair.b, pair.of_ranks, pair.of_columns)
+            for module in modules
+            if (pair := mine.shared.get(module)) is not None
+        )
+        alike = None if vectors else alike
+        bound.expansion = Expansion(tuple(parts), alike, self.own, bound.summed + of_shared, vectors)
 
     def _pairs(
         self, mine: LayerPlan, paired: list[str], columns: dict[str, int]

@@ -85,6 +85,7 @@ class Decoder:
         self._from_product = low_rank.FROM_PRODUCT[kernels]
         self._grouped_sum = grouped_sum.FORMS[kernels]
         self._joined = low_rank.JOINED[kernels]
+        self._as_ranks = low_rank.AS_RANKS[kernels]
         self._qkv = qkv_epilogue.FORMS[kernels]
         self._swiglu = swiglu_epilogue.FORMS[kernels]
         self._norm = residual_rmsnorm.FORMS[kernels]
@@ -245,10 +246,11 @@ class Decoder:
             return of_rows(x, projection.weight, projection.bias), None
         if not takes_tail(x) or (prefill and len(x) > MOST_ROWS_WITH_TAIL):
             return self._beside(of_rows(x, projection.weight, projection.bias), x, bound, prefill=prefill)
-        own, adapters = 0 if bound.a is None else bound.a.shape[0] * bound.a.shape[1], len(bound.expansion.parts[0][2])
+        own, adapters = 0 if bound.a is None else bound.a.shape[0] * bound.a.shape[1], bound.expansion.adapters
+        shared = bound.expansion.shared
         both = of_rows(x, bound.weight, bound.bias)
         y, ranks = both[:, : projection.columns], both[:, projection.columns :]
-        return y, self._from_product(ranks[:, : own + bound.summed], adapters, bound.summed)
+        return y, self._from_product(ranks[:, : own + shared], adapters, shared)
 
     def _beside(
         self, y: torch.Tensor, x: torch.Tensor, bound: Bound, *, prefill: bool
@@ -260,7 +262,10 @@ class Decoder:
         if bound.a is not None:
             h = self._shrink(x, bound.a, own)
         if bound.summed:
-            h = self._joined(h, self._grouped_sum(x, bound.summed, len(bound.expansion.parts[0][2])))
+            h = self._joined(h, self._grouped_sum(x, bound.summed, bound.expansion.adapters))
+        if bound.shared_a is not None:
+            of_shared = (product if prefill else self._few_rows)(x, bound.shared_a)
+            h = self._joined(h, self._as_ranks(of_shared, bound.expansion.adapters))
         if not prefill or h is None:
             return y, h
         # With many rows of a request its adapter is worth a product of tiles: the epilogues take it row by row.

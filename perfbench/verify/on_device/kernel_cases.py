@@ -302,6 +302,32 @@ def _qkv(
     return Problem(run, reference.rope(products, angles, kv_heads), FUSED, batch.adapters > 1)
 
 
+def _between_vectors(way: str, groups: int, rows: int, hidden: int, rank: int, setting: Setting) -> Problem:
+    """A shared pair beside a low-rank pair of each adapter, both on the residual stream."""
+    eps, own_rank = 1e-5, 2
+    batch, make = Batch(setting, way, rows, own_rank + rank, groups, 46, rank), setting.normal(26)
+    residual, y, b = make(rows, hidden), make(rows, hidden), make(batch.adapters, own_rank, hidden)
+    shared, weight = (make(rank, hidden) / math.sqrt(rank)).to(setting.dtype), make(hidden)
+    of_ranks, of_columns = make(batch.adapters, rank), make(batch.adapters, hidden)
+    ranks = batch.ranks(batch.of_rows)
+    product = reference.adapted(y, ranks, [(0, 0, b)], None, batch.of_rows)
+    product = reference.between_vectors(product, ranks[:, own_rank:], shared, of_ranks, of_columns, batch.of_rows)
+    stream = residual.double() + product
+    expected = torch.cat([stream, reference.rms_norm(stream, weight, eps)], dim=1)
+
+    def run(shift: int) -> torch.Tensor:
+        in_place, expansion = setting.put(residual), batch.expansion([(0, 0, b)], shift)
+        vectors = batch.stack(of_ranks, shift), batch.stack(of_columns, shift)
+        part = low_rank.VectorPart(own_rank, 0, setting.put(shared), *vectors)
+        found = residual_rmsnorm.FORMS[setting.form](
+            in_place, _product_of(setting, way, y), batch.h(shift), expansion._replace(vectors=(part,)),
+            setting.put(weight), eps,
+        )  # fmt: skip
+        return torch.cat([in_place, found], dim=1).cpu()
+
+    return Problem(run, expected, FUSED, batch.adapters > 1)
+
+
 def _swiglu(
     way: str,
     groups: int,
@@ -489,6 +515,12 @@ def _cases() -> Iterator[KernelCase]:
         name = f"{way}-groups{groups}-rows{rows}-{hidden}-rank{rank}{'-fp32-weight' if fp32_weight else ''}"
         name += f"{'-scaled' if also_scaled else ''}{_turned(half)}"
         build = partial(_residual, way, groups, rows, hidden, rank, fp32_weight, also_scaled, half)
+        yield KernelCase("residual_rmsnorm", name, build, _forms(way))
+    for way, groups, rows, hidden, rank in (
+        (IN_ORDER, 3, 6, 37, 5), (IN_ORDER, 1, 2, 70, 130), (PLANES, 1, 8, 37, 5), (PRODUCT, 1, 8, 40, 130),
+    ):  # fmt: skip
+        name = f"{way}-groups{groups}-rows{rows}-{hidden}-between-vectors-rank{rank}"
+        build = partial(_between_vectors, way, groups, rows, hidden, rank)
         yield KernelCase("residual_rmsnorm", name, build, _forms(way))
     for beams, padded, kv_heads, length, on_device in (
         (1, False, 4, 7, False), (1, True, 2, 7, False), (3, False, 1, 7, False), (3, True, 2, 7, False),

@@ -77,6 +77,23 @@ def adapted(
     return out
 
 
+def between_vectors(
+    y: torch.Tensor,
+    ranks: torch.Tensor,
+    b: torch.Tensor,
+    of_ranks: torch.Tensor,
+    of_columns: torch.Tensor,
+    own: Sequence[int],
+) -> torch.Tensor:
+    """y [rows, D] + ((ranks * of_ranks) b) * of_columns with the vectors [T, R], [T, D] of each row's own adapter."""
+    out = y.double().clone()
+    for row, adapter in enumerate(own):
+        if adapter >= 0:
+            inner = ranks[row].double() * of_ranks[adapter].double()
+            out[row] += (inner @ b.double()) * of_columns[adapter].double()
+    return out
+
+
 def rotated(head: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """RoPE of one head [D]: each pair (i, i + D / 2) turned by its angle, of angles [D / 2]."""
     half = len(head) // 2

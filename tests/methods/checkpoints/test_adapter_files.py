@@ -42,6 +42,8 @@ CASES: dict[str, tuple[str, Any]] = {
     "road-4": ("road", RoadOptions(variant="road_4", group_size=8, modules=("k", "o"))),
     "miss": ("miss", METHODS["miss"].options()),
     "miss-16": ("miss", METHODS["miss"].options(rank=16, modules=("k", "down"))),
+    "vera": ("vera", METHODS["vera"].options()),
+    "vera-16": ("vera", METHODS["vera"].options(rank=16, modules=("k", "down"), key=3)),
     "para": ("para", ParaOptions()),
     "para-normalised": ("para", ParaOptions(rank=3, pool="normalised")),
 }

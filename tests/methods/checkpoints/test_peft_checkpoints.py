@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from perfbench.errors import AdapterError
 from perfbench.kernels import grouped_sum, rotation
-from perfbench.methods import ia3_original, parameters
+from perfbench.methods import ia3_original, parameters, vera
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.checkpoints import module_patterns
 from perfbench.methods.checkpoints.adapter_folder import CONFIG, WEIGHTS
@@ -369,6 +369,99 @@ def test_a_damaged_miss_is_refused_by_name(fault: str, tmp_path: Path) -> None:
     damage(folder)
     with pytest.raises(AdapterError) as raised:
         load("miss", folder)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+VERA: dict[str, dict[str, Any]] = {
+    "all": {"r": 16, "target_modules": "all-linear"},
+    "another key": {"r": 7, "projection_prng_key": 5, "target_modules": ["q_proj", "down_proj"]},
+    "some layers": {"target_modules": ["up_proj"], "layers_to_transform": [0, 2]},
+    "without its matrices": {"r": 8, "save_projection": False, "projection_prng_key": 2, "target_modules": ["v_proj"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not")
+@pytest.mark.parametrize("kind", VERA)
+def test_vera_is_served_as_by_peft(kind: str, tmp_path: Path) -> None:
+    folder = make(tmp_path, peft.VeraConfig(**VERA[kind]))
+    assert_served_as_by_peft(folder, load("vera", folder))
+
+
+def test_vera_s_matrices_are_those_that_peft_draws(tmp_path: Path) -> None:
+    folder = make(tmp_path, peft.VeraConfig(**VERA["another key"]))
+    tensors = load_file(folder / WEIGHTS)
+    drawn = vera.shared(TINY, METHODS["vera"].options(rank=7, modules=("q", "down"), key=5))
+    assert torch.equal(drawn[0], tensors["base_model.vera_A"])
+    assert torch.equal(drawn[1], tensors["base_model.vera_B"])
+
+
+def test_matrices_of_another_key_are_seen(tmp_path: Path) -> None:
+    folder = make(tmp_path, peft.VeraConfig(**VERA["another key"]))
+    own = load_file(folder / WEIGHTS)
+    edit_tensors(folder, lambda t: t | dict(zip(
+        ("base_model.vera_A", "base_model.vera_B"),
+        vera.shared(TINY, METHODS["vera"].options(rank=7, modules=("q", "down"), key=6)), strict=True,
+    )))  # fmt: skip
+    plan = load("vera", folder)
+    edit_tensors(folder, lambda _: own)
+    with pytest.raises(AssertionError):
+        assert_served_as_by_peft(folder, plan)
+
+
+def test_tenants_of_unlike_matrices_can_not_share_a_bank(tmp_path: Path) -> None:
+    plans = [
+        load(
+            "vera", make(tmp_path / str(key), peft.VeraConfig(r=4, projection_prng_key=key, target_modules=["q_proj"]))
+        )
+        for key in (0, 1)
+    ]
+    bank = Bank(union_layout(plans), 2, torch.float32, "cpu")
+    bank.admit(plans[0])
+    before = [tensor.clone() for tensor in bank.tensors()]
+    with pytest.raises(AdapterError, match="the shared matrices that the bank's other adapters have, got another a"):
+        bank.admit(plans[1])
+    assert bank.free == [1]
+    assert all(map(torch.equal, before, bank.tensors()))
+    bank.evict(0)
+    bank.admit(plans[1])
+    other = load("vera", make(tmp_path / "r", peft.VeraConfig(r=8, target_modules=["q_proj"])))
+    with pytest.raises(AdapterError, match="must share one pair of matrices, got ranks 4, 8"):
+        union_layout([plans[0], other])
+    with pytest.raises(AdapterError, match="layer 0: the bank shares a pair of rank 4 on q, not 8"):
+        bank.admit(other)
+
+
+VERA_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "another rank": (lambda folder: edit_config(folder, r=5), "vera_lambda_d: expected size [5], got [4]"),
+    "no matrices": (
+        lambda folder: edit_tensors(folder, lambda t: {n: v for n, v in t.items() if not n.endswith("vera_A")}),
+        "base_model.vera_A: expected by save_projection",
+    ),
+    "a matrix that is too small": (
+        lambda folder: edit_tensors(folder, lambda t: {n: v[:, :9] if n.endswith("_A") else v for n, v in t.items()}),
+        "base_model.vera_A: expected at least size [4, 64], got [4, 9]",
+    ),
+    "half of the vectors": (
+        lambda folder: edit_tensors(folder, lambda t: {n: v for n, v in t.items() if f"{Q}.vera_lambda_b" not in n}),
+        f"{Q}.vera_lambda_b: expected by {CONFIG}",
+    ),
+    "no key": (lambda folder: edit_config(folder, projection_prng_key="a"), "expected an integer >= 0, got 'a'"),
+    "biases": (lambda folder: edit_config(folder, bias="vera_only"), "bias: expected 'none', got 'vera_only'"),
+    "another name": (
+        lambda folder: edit_tensors(folder, lambda t: {n.replace("lambda_d", "lambda_c"): v for n, v in t.items()}),
+        "expected vera_lambda_d or vera_lambda_b, got vera_lambda_c",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", VERA_FAULTS)
+def test_a_damaged_vera_is_refused_by_name(fault: str, tmp_path: Path) -> None:
+    damage, message = VERA_FAULTS[fault]
+    folder = make(tmp_path, peft.VeraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    damage(folder)
+    with pytest.raises(AdapterError) as raised:
+        load("vera", folder)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 

@@ -27,7 +27,7 @@ METHOD_NAMES = tuple(trainable())
 SOFT = ("prompt-tuning", "p-tuning", "p-tuning-v2")
 
 # Every seed has the same initial values.
-ALIKE = ("ia3-original", "road", "miss", "bitfit", "full")
+ALIKE = ("ia3-original", "road", "miss", "vera", "bitfit", "full")
 
 # On LLaMA-2 7B: exact, and what the papers print, in millions.
 COUNTS: dict[str, tuple[int, float | None]] = {
@@ -38,6 +38,7 @@ COUNTS: dict[str, tuple[int, float | None]] = {
     "para": (9_560_064, None),  # 8.9 without b, checked below
     "road": (1_359_872, None),
     "miss": (10_878_976, None),
+    "vera": (1_417_216, None),
     "adalora": (19_990_272, None),  # before half of the ranks is given up, see test_baselines
     "prompt-tuning": (262_144, None),
     "p-tuning": (562_520, None),

@@ -13,7 +13,7 @@ import torch
 
 from perfbench.kernels import vector_generator
 from perfbench.measure.on_device.arms import PLAN_ARMS
-from perfbench.methods import parameters
+from perfbench.methods import parameters, vera
 from perfbench.methods.bank import Bank
 from perfbench.methods.fanlora import FanLoraOptions
 from perfbench.methods.ia3_original import Ia3OriginalOptions
@@ -23,10 +23,12 @@ from perfbench.methods.para import ParaOptions
 from perfbench.methods.registry import METHODS
 from perfbench.methods.road import RoadOptions
 from perfbench.methods.shape import MODULE_PATHS, MODULES
+from perfbench.methods.vera import VeraOptions
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Arm, Batch
 from perfbench.runtimes.peft_arms import PeftMixedArm, PeftSingleArm
 from perfbench.runtimes.transformers_plan import PlanArm
+from perfbench.spec.backbone_config import shape_of
 from perfbench.spec.runtime_support import serves
 
 CASES: dict[str, tuple[str, Any]] = {
@@ -43,10 +45,13 @@ CASES: dict[str, tuple[str, Any]] = {
     "road-4": ("road", RoadOptions(variant="road_4", group_size=2)),
     "miss": ("miss", MissOptions()),
     "miss-odd": ("miss", MissOptions(rank=5, modules=("q", "v", "gate", "down"))),
+    "vera": ("vera", VeraOptions()),
+    "vera-16": ("vera", VeraOptions(rank=16, key=4, modules=("k", "o", "up", "down"))),
     "para": ("para", ParaOptions()),
     "para-normalised": ("para", ParaOptions(rank=3, pool="normalised")),
     "peft": ("peft", LoraOptions()),
 }
+TINY = shape_of("llama-tiny")
 RUNTIMES = tuple(PLAN_ARMS)
 RESIDENT = 4
 SLOTS = (2, -1, 0, 2, 3, 1)
@@ -170,6 +175,14 @@ def adapt_miss(layer: Any, own: dict[str, torch.Tensor], options: MissOptions, p
             weight.data[:, feature] += own[f"{module}.block"][feature % options.rank]
 
 
+def adapt_vera(layer: Any, own: dict[str, torch.Tensor], options: VeraOptions, prompt_tokens: int) -> None:
+    for module in options.modules:
+        weight = layer.get_submodule(MODULE_PATHS[module]).weight
+        a, b = (matrix.double() for matrix in vera.shared(TINY, options))
+        pair = b[: weight.shape[0]] @ own[f"{module}.d"].diag() @ a[:, : weight.shape[1]]
+        weight.data += own[f"{module}.b"].diag() @ pair
+
+
 def adapt_para(layer: Any, own: dict[str, torch.Tensor], options: ParaOptions, prompt_tokens: int) -> None:
     vectors: dict[str, torch.Tensor] = {}
 
@@ -195,6 +208,7 @@ ADAPT = {
     "ia3-original": adapt_ia3_original,
     "road": adapt_road,
     "miss": adapt_miss,
+    "vera": adapt_vera,
     "para": adapt_para,
 }
 

@@ -19,6 +19,7 @@ from perfbench.methods.miss import MissOptions
 from perfbench.methods.registry import METHODS
 from perfbench.methods.road import RoadOptions
 from perfbench.methods.shape import MODULES
+from perfbench.methods.vera import VeraOptions
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import PAD, Batch, end
 from perfbench.runtimes.static.adapters import Adapters, rooms
@@ -67,6 +68,8 @@ OPERATIONS: dict[str, tuple[str, Any]] = {
     "ia3-outputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=())),
     "ia3-inputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=("gate", "up", "o", "down"))),
     "road": ("road", None),
+    "vera": ("vera", VeraOptions(rank=16)),
+    "vera-of-some": ("vera", VeraOptions(rank=33, modules=("q", "v", "up", "down"))),
     "miss": ("miss", None),
     "miss-odd": ("miss", MissOptions(rank=5, modules=("q", "v", "up"))),
     "road-across-heads": ("road", RoadOptions(variant="road_4", group_size=32, modules=("q", "v", "o"))),
@@ -148,7 +151,7 @@ def test_tenants_of_unlike_methods_share_a_bank(kernels: str, captured: bool, mo
     pytest.importorskip("triton", reason="triton is not there for this platform")
     base = load(TINY | {"num_hidden_layers": 1}, "fp32", monkeypatch)
     plans = []
-    for method in ("para", "ia3", "lora", "road", "miss"):
+    for method in ("para", "ia3", "lora", "road", "miss", "vera"):
         options = METHODS[method].options()
         values = parameters.make(method, base.shape, options, seed=1)
         plans.append(parameters.implementation(method).plan(values, base.shape, options))
