@@ -1,6 +1,6 @@
-"""LoRA served by Hugging Face PEFT: its mixed batch (`adapter_names`), and its ordinary forward with one tenant.
+"""Adapters served by Hugging Face PEFT: its mixed batch (`adapter_names`), and its ordinary forward with one tenant.
 
-Both load checkpoint folders that the reader of `lora` has accepted, into a skeleton of their own over the shared
+Both load checkpoint folders that our own reader has accepted, into a skeleton of their own over the shared
 weights: some that PEFT knows how to load would change those.
 """
 
@@ -27,7 +27,7 @@ def _load(backbone: Backbone, folders: Sequence[Path]) -> PeftModel:
     for index, folder in enumerate(folders[1:], start=1):
         model.load_adapter(str(folder), adapter_name=f"tenant{index}", **options)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if ".tenant" in name:
             parameter.data = parameter.data.to(backbone.dtype)
     return model.eval().requires_grad_(False)
 
