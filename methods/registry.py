@@ -1,8 +1,9 @@
 """The table of methods: name -> the file that implements it, and what it is. Free of torch.
 
 A served method is one file of this folder and one line here; `perfbench.methods.parameters` says what the file holds.
-`peft`, `peft-road` and `peft-single` are the same adapters, served by Hugging Face PEFT instead of by perfbench; `none` is
-the bare backbone. Methods of plugins come beside these when a command has read them (`perfbench.spec.method_plugins`).
+`peft`, `peft-road` and `peft-single` are the same adapters, served by Hugging Face PEFT instead of by perfbench;
+`lora-merged` is LoRA multiplied into the weights; `none` is the bare backbone. Methods of plugins come beside these
+when a command has read them (`perfbench.spec.method_plugins`).
 """
 
 from __future__ import annotations
@@ -95,6 +96,9 @@ METHODS: dict[str, Method] = {
     ),
     "peft-road": Method(
         "perfbench.methods.road", "the same RoAd, served by PEFT in a mixed batch (adapter_names)", served_by="peft"
+    ),
+    "lora-merged": Method(
+        "perfbench.methods.lora", "the same LoRA, merged into the weights of one tenant at a time", served_by="merged"
     ),
     "peft-single": Method(
         "perfbench.methods.lora", "the same LoRA, served by PEFT to one tenant at a time", served_by="peft-single"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 
 from perfbench.errors import AdapterError
 from perfbench.methods.checkpoints import adapter_folder, peft_fields
@@ -51,6 +51,10 @@ class PeftMixedArm:
     def generate(self, batch: Batch, **observers: Any) -> Generation:
         """One `generate()` call with `adapter_names`."""
         names = ["__base__" if slot == -1 else f"tenant{slot}" for slot in batch.slots]
+        if (
+            self.model.peft_config["tenant0"].peft_type != PeftType.LORA
+        ):  # of LoRA alone PEFT repeats them for the beams
+            names = [name for name in names for _ in range(batch.beams)]
         return generate(self.model, batch, adapter_names=names, **observers)
 
     def tensors(self) -> list[torch.Tensor]:

@@ -26,6 +26,7 @@ from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Arm, Batch
+from perfbench.runtimes.merged import MERGED_ARMS
 from perfbench.runtimes.peft_arms import PeftMixedArm, PeftSingleArm, expect_mixable
 from perfbench.runtimes.peft_arms import admit as admit_peft
 from perfbench.runtimes.shared_weights import unchanged
@@ -65,6 +66,8 @@ def build(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int
         return BuiltArm(bare, batch, None, None, dict.fromkeys(_figures([0], [0], 0, 0.0)))
     if served_by == "plan":
         return _build_plan(case, backbone, batch, resident, seed, scratch)
+    if served_by == "merged":
+        return _build_merged(case, backbone, batch, resident, seed)
     return _build_peft(case, backbone, batch, resident, seed, scratch)
 
 
@@ -173,6 +176,27 @@ def _plan_arm(case: Case, backbone: Backbone, bank: Bank | None, batch: Batch) -
     return arm
 
 
+def _build_merged(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int) -> BuiltArm:
+    """`admit_ms`: what a switch to a resident tenant takes. No adapter is read in a step, so that `plan` is None."""
+    plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
+    plans = [plan_of(tenant) for tenant in range(resident)]
+    arm = MERGED_ARMS[case.runtime](backbone, plans, case.kernels)
+    admit_ms = _timed(lambda: arm.switch(0), before=lambda: arm.switch(-1), device=backbone.device)
+    if case.options.adapters is not None:
+        trained = [_trained(folder) for folder in adapter_folders(case.options.adapters, case.method, resident)]
+    else:
+        trained = [parameters.parameter_count(case.method, backbone.shape, case.options)]
+    held = [plan_bytes(plan, backbone.dtype) for plan in plans]
+    figures = _figures(trained, held, sum(held) // len(held), admit_ms)
+    return BuiltArm(arm, _of_one_tenant(batch), None, plan_of, figures)
+
+
+def _of_one_tenant(batch: Batch) -> Batch:
+    """The same with every request of the first tenant that there is."""
+    slot = next((slot for slot in batch.slots if slot != -1), -1)
+    return replace(batch, slots=(slot,) * len(batch.slots))
+
+
 def _build_peft(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path) -> BuiltArm:
     method = parameters.implementation(case.method)
     if case.options.adapters is not None:
@@ -199,8 +223,7 @@ def _build_peft(case: Case, backbone: Backbone, batch: Batch, resident: int, see
     trained = [_trained(folder) for folder in folders]
     figures = _figures(trained, held, sum(held) // len(held) + modules, admit_ms)
     if single:
-        slot = next((slot for slot in batch.slots if slot != -1), -1)
-        batch = replace(batch, slots=(slot,) * len(batch.slots))
+        batch = _of_one_tenant(batch)
     plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
     return BuiltArm(arm, batch, layout, plan_of, figures)
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from perfbench.machine.nvml import Nvml
 from perfbench.runtimes.backbone import tensor_bytes
 from perfbench.runtimes.generation import Arm, Batch
+from perfbench.runtimes.merged import Merging
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.transformers_plan import PlanArm
 
@@ -62,6 +63,8 @@ def adapter_bytes(arm: Arm, weight_bytes: int) -> int:
 
     What is left of the peak beside these, the KV cache and the `weight_bytes` of the backbone is the call's workspace.
     """
+    if isinstance(arm, Merging):
+        return sum(t.nbytes for t in arm.adapter_tensors())
     if isinstance(arm, (PlanArm, StaticArm)):
         return sum(t.nbytes for t in arm.bank.tensors()) if arm.bank else 0
     return tensor_bytes(arm.model) - weight_bytes

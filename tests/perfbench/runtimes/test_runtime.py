@@ -50,6 +50,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "para": ("para", ParaOptions()),
     "para-normalised": ("para", ParaOptions(rank=3, pool="normalised")),
     "peft": ("peft", LoraOptions()),
+    "peft-road": ("peft-road", RoadOptions(variant="road_2", group_size=4)),
 }
 TINY = shape_of("llama-tiny")
 RUNTIMES = tuple(PLAN_ARMS)
@@ -204,6 +205,7 @@ ADAPT = {
     "lora": adapt_lora,
     "fanlora": adapt_lora,
     "peft": adapt_lora,
+    "peft-road": adapt_road,
     "ia3": adapt_ia3,
     "ia3-original": adapt_ia3_original,
     "road": adapt_road,
@@ -248,7 +250,7 @@ def test_a_mixed_batch_is_what_the_naive_model_makes_of_each_request(
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("case", [case for case in CASES if case != "peft"])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("peft")])
 def test_a_batch_of_one_tenant_is_served_by_one_group_alike(
     tiny: backbone.Backbone, case: str, runtime: str, tmp_path: Path
 ) -> None:
