@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from perfbench.errors import PerfbenchError, nearest
 from perfbench.methods.dtypes import DTYPES
-from perfbench.methods.shape import MODULES, BackboneShape
+from perfbench.methods.shape import MODULES, SHARED_INPUT, BackboneShape
 from perfbench.spec.backbone_config import parameter_count
 
 
@@ -116,19 +116,38 @@ def decode_step(
     linears = shape.layers * sum(d_in * d_out for d_in, d_out in map(shape.features, MODULES)) + embedding
     seen = sum(lengths) * beams + (generated_tokens + 1) * rows
     attention = 2 * shape.layers * shape.heads * shape.head_dim * seen
-    adapter_bytes = adapter_products = 0
-    for layer in plan or ():
-        pairs = sum(t.numel() for pair in layer.low_rank.values() for t in (pair.a, pair.b))
-        scales = sum(t.numel() for t in layer.scale_minus_one.values())
+    plan = list(plan or ())
+    adapter_bytes = _shared_numbers(plan) * size if tenants else 0
+    adapter_products = 0
+    for layer in plan:
+        # A number that is stored is read once, and multiplied with one of each row.
+        stored = sum(t.numel() for t in replace(layer, generator=None).tensors())
         made = layer.generator.bias_minus_one.numel() if layer.generator is not None else 0
-        adapter_bytes += (len(set(tenants)) * (pairs + scales) + len(tenants) * made) * size
-        adapter_products += len(tenants) * beams * (pairs + scales + made)
+        adapter_bytes += (len(set(tenants)) * stored + len(tenants) * made) * size
+        # An addition is half of the two operations that a product is counted as.
+        summed = sum(
+            shape.features(modules[0])[0] // 2
+            for modules in SHARED_INPUT.values()
+            if any(module in layer.grouped for module in modules)
+        )
+        # Modules that read the same input share the first half of a shared pair.
+        shared = sum(pair.b.numel() for pair in layer.shared.values()) + sum(
+            next((layer.shared[module].a.numel() for module in modules if module in layer.shared), 0)
+            for modules in SHARED_INPUT.values()
+        )
+        adapter_products += len(tenants) * beams * (stored + made + summed + shared)
     return Work(
         weight_bytes=weights * size,
         cache_bytes=2 * shape.layers * shape.kv_heads * shape.head_dim * cached * size,
         adapter_bytes=adapter_bytes,
         flops=2 * (linears * rows + attention + adapter_products),
     )
+
+
+def _shared_numbers(plan: Iterable[Any]) -> int:
+    """Of the two matrices that shared pairs are parts of, which a step reads once, at least."""
+    pairs = [pair for layer in plan for pair in layer.shared.values()]
+    return sum(max((getattr(pair, half).numel() for pair in pairs), default=0) for half in ("a", "b"))
 
 
 def least_s_of_step(first: Work, last: Work, step: int, steps: int, device: Device, dtype: str) -> float:

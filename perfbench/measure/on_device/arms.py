@@ -20,13 +20,14 @@ from safetensors import safe_open
 from perfbench.measure.on_device.adapter_folders import adapter_folders
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
-from perfbench.methods.checkpoints.adapter_folder import WEIGHTS
+from perfbench.methods.checkpoints.adapter_folder import PEFT_PREFIX, WEIGHTS
 from perfbench.methods.plan import AdapterPlan, plan_bytes
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.continuous.arm import ContinuousArm
 from perfbench.runtimes.generation import Arm, Batch
+from perfbench.runtimes.merged import MERGED_ARMS
 from perfbench.runtimes.peft_arms import PeftMixedArm, PeftSingleArm, expect_mixable
 from perfbench.runtimes.peft_arms import admit as admit_peft
 from perfbench.runtimes.shared_weights import unchanged
@@ -74,6 +75,8 @@ def build(
         return BuiltArm(bare, batch, None, None, dict.fromkeys(_figures([0], [0], 0, 0.0)))
     if served_by == "plan":
         return _build_plan(case, backbone, batch, resident, seed, scratch, figures)
+    if served_by == "merged":
+        return _build_merged(case, backbone, batch, resident, seed, figures)
     return _build_peft(case, backbone, batch, resident, seed, scratch, figures)
 
 
@@ -103,9 +106,9 @@ def _spread(counts: Sequence[int]) -> dict[str, float]:
 
 
 def _trained(folder: Path) -> int:
-    """The numbers in an adapter's file, which are those that were trained."""
+    """The numbers in an adapter's file, which are those that were trained, but for those of no place in the model."""
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        names = file.keys()
+        names = [name for name in file.keys() if name.startswith(PEFT_PREFIX)]  # noqa: SIM118 - it is no mapping
         return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
 
@@ -187,6 +190,29 @@ def _plan_arm(case: Case, backbone: Backbone, bank: Bank | None, batch: Batch) -
     return arm
 
 
+def _build_merged(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, wanted: bool) -> BuiltArm:
+    """`admit_ms`: what a switch to a resident tenant takes. No adapter is read in a step, so that `plan` is None."""
+    plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
+    plans = [plan_of(tenant) for tenant in range(resident)]
+    arm = MERGED_ARMS[case.runtime](backbone, plans, case.kernels)
+    if not wanted:
+        return BuiltArm(arm, _of_one_tenant(batch), None, plan_of, {})
+    admit_ms = _timed(lambda: arm.switch(0), before=lambda: arm.switch(-1), device=backbone.device)
+    if case.options.adapters is not None:
+        trained = [_trained(folder) for folder in adapter_folders(case.options.adapters, case.method, resident)]
+    else:
+        trained = [parameters.parameter_count(case.method, backbone.shape, case.options)]
+    held = [plan_bytes(plan, backbone.dtype) for plan in plans]
+    figures = _figures(trained, held, sum(held) // len(held), admit_ms)
+    return BuiltArm(arm, _of_one_tenant(batch), None, plan_of, figures)
+
+
+def _of_one_tenant(batch: Batch) -> Batch:
+    """The same with every request of the first tenant that there is."""
+    slot = next((slot for slot in batch.slots if slot != -1), -1)
+    return replace(batch, slots=(slot,) * len(batch.slots))
+
+
 def _build_peft(
     case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path, wanted: bool
 ) -> BuiltArm:
@@ -208,8 +234,7 @@ def _build_peft(
         arm = PeftSingleArm(backbone, folders) if single else PeftMixedArm(backbone, folders)
         figures = _figures_of_peft(arm.model, folders, held, backbone) if wanted else {}
     if single:
-        slot = next((slot for slot in batch.slots if slot != -1), -1)
-        batch = replace(batch, slots=(slot,) * len(batch.slots))
+        batch = _of_one_tenant(batch)
     plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
     return BuiltArm(arm, batch, layout, plan_of, figures)
 

@@ -19,6 +19,7 @@ from perfbench.machine.nvml import Nvml
 from perfbench.runtimes.backbone import tensor_bytes
 from perfbench.runtimes.continuous.arm import ContinuousArm
 from perfbench.runtimes.generation import Arm, Batch
+from perfbench.runtimes.merged import Merging
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.transformers_plan import PlanArm
 
@@ -68,6 +69,8 @@ def adapter_bytes(arm: Arm, weight_bytes: int) -> int:
 
     What is left of the peak beside these, the KV cache and the `weight_bytes` of the backbone is the call's workspace.
     """
+    if isinstance(arm, Merging):
+        return sum(t.nbytes for t in arm.adapter_tensors())
     if isinstance(arm, (PlanArm, StaticArm, ContinuousArm)):
         return sum(t.nbytes for t in arm.bank.tensors()) if arm.bank else 0
     return tensor_bytes(arm.model) - weight_bytes

@@ -13,17 +13,22 @@ import torch
 
 from perfbench.kernels import vector_generator
 from perfbench.measure.on_device.arms import PLAN_ARMS
-from perfbench.methods import parameters
+from perfbench.methods import parameters, vera
 from perfbench.methods.bank import Bank
 from perfbench.methods.fanlora import FanLoraOptions
+from perfbench.methods.ia3_original import Ia3OriginalOptions
 from perfbench.methods.lora import LoraOptions
+from perfbench.methods.miss import MissOptions
 from perfbench.methods.para import ParaOptions
 from perfbench.methods.registry import METHODS
-from perfbench.methods.shape import MODULE_PATHS
+from perfbench.methods.road import RoadOptions
+from perfbench.methods.shape import MODULE_PATHS, MODULES
+from perfbench.methods.vera import VeraOptions
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Arm, Batch
 from perfbench.runtimes.peft_arms import PeftMixedArm, PeftSingleArm
 from perfbench.runtimes.transformers_plan import PlanArm
+from perfbench.spec.backbone_config import shape_of
 from perfbench.spec.runtime_support import serves
 
 CASES: dict[str, tuple[str, Any]] = {
@@ -33,10 +38,21 @@ CASES: dict[str, tuple[str, Any]] = {
     "fanlora-empty-layer": ("fanlora", FanLoraOptions(rank=2, setting=(("k", "gate"), (), ("o",)))),
     "ia3": ("ia3", METHODS["ia3"].options()),
     "ia3-original": ("ia3-original", METHODS["ia3-original"].options()),
+    "ia3-all": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=())),
+    "ia3-inputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=("q", "o", "gate", "up", "down"))),
+    "road": ("road", RoadOptions()),
+    "road-2": ("road", RoadOptions(variant="road_2", group_size=32, modules=("q", "v", "o"))),
+    "road-4": ("road", RoadOptions(variant="road_4", group_size=2)),
+    "miss": ("miss", MissOptions()),
+    "miss-odd": ("miss", MissOptions(rank=5, modules=("q", "v", "gate", "down"))),
+    "vera": ("vera", VeraOptions()),
+    "vera-16": ("vera", VeraOptions(rank=16, key=4, modules=("k", "o", "up", "down"))),
     "para": ("para", ParaOptions()),
     "para-normalised": ("para", ParaOptions(rank=3, pool="normalised")),
     "peft": ("peft", LoraOptions()),
+    "peft-road": ("peft-road", RoadOptions(variant="road_2", group_size=4)),
 }
+TINY = shape_of("llama-tiny")
 RUNTIMES = tuple(PLAN_ARMS)
 RESIDENT = 4
 SLOTS = (2, -1, 0, 2, 3, 1)
@@ -120,10 +136,52 @@ def adapt_ia3(layer: Any, own: dict[str, torch.Tensor], options: Any, prompt_tok
         scale_output(layer, module, lambda m=module: 1 + own[f"{m}.z"] @ own[f"{m}.p"])  # type: ignore[misc]
 
 
-def adapt_ia3_original(layer: Any, own: dict[str, torch.Tensor], options: Any, prompt_tokens: int) -> None:
-    for module in ("k", "v"):
-        scale_output(layer, module, lambda m=module: own[f"{m}.l"])  # type: ignore[misc]
-    layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: (args[0] * own["down.l"],))
+def adapt_ia3_original(
+    layer: Any, own: dict[str, torch.Tensor], options: Ia3OriginalOptions, prompt_tokens: int
+) -> None:
+    for module in options.modules:
+        if module in options.inputs:
+            linear = layer.get_submodule(MODULE_PATHS[module])
+            linear.register_forward_pre_hook(lambda _, args, m=module: (args[0] * own[f"{m}.l"],))
+        else:
+            scale_output(layer, module, lambda m=module: own[f"{m}.l"])  # type: ignore[misc]
+
+
+def adapt_road(layer: Any, own: dict[str, torch.Tensor], options: RoadOptions, prompt_tokens: int) -> None:
+    """Each weight (and bias) times the matrix of its rotations, number by number."""
+    for module in options.modules:
+        linear, size = layer.get_submodule(MODULE_PATHS[module]), options.group_size or 4
+        theta, alpha = own[f"{module}.theta"], own[f"{module}.alpha"]
+        turned = torch.zeros(linear.out_features, linear.out_features, dtype=torch.float64)
+        for i in range(linear.out_features):
+            group, place = divmod(i, size)
+            pair = group * size // 2 + place % (size // 2)
+            of_own, of_partner = {
+                "road_1": (pair, pair),
+                "road_2": (i, i),
+                "road_4": (2 * group * size + place, (2 * group + 1) * size + place),
+            }[options.variant]
+            first = place < size // 2
+            turned[i, i] = alpha[of_own] * theta[of_own].cos()
+            sine = alpha[of_partner] * theta[of_partner].sin()
+            turned[i, i + size // 2 if first else i - size // 2] = -sine if first else sine
+        linear.weight.data = turned @ linear.weight.data
+
+
+def adapt_miss(layer: Any, own: dict[str, torch.Tensor], options: MissOptions, prompt_tokens: int) -> None:
+    """Each column of the weight plus its row of the block."""
+    for module in options.modules:
+        weight = layer.get_submodule(MODULE_PATHS[module]).weight
+        for feature in range(weight.shape[1]):
+            weight.data[:, feature] += own[f"{module}.block"][feature % options.rank]
+
+
+def adapt_vera(layer: Any, own: dict[str, torch.Tensor], options: VeraOptions, prompt_tokens: int) -> None:
+    for module in options.modules:
+        weight = layer.get_submodule(MODULE_PATHS[module]).weight
+        a, b = (matrix.double() for matrix in vera.shared(TINY, options))
+        pair = b[: weight.shape[0]] @ own[f"{module}.d"].diag() @ a[:, : weight.shape[1]]
+        weight.data += own[f"{module}.b"].diag() @ pair
 
 
 def adapt_para(layer: Any, own: dict[str, torch.Tensor], options: ParaOptions, prompt_tokens: int) -> None:
@@ -147,8 +205,12 @@ ADAPT = {
     "lora": adapt_lora,
     "fanlora": adapt_lora,
     "peft": adapt_lora,
+    "peft-road": adapt_road,
     "ia3": adapt_ia3,
     "ia3-original": adapt_ia3_original,
+    "road": adapt_road,
+    "miss": adapt_miss,
+    "vera": adapt_vera,
     "para": adapt_para,
 }
 
@@ -188,7 +250,7 @@ def test_a_mixed_batch_is_what_the_naive_model_makes_of_each_request(
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("case", [case for case in CASES if case != "peft"])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("peft")])
 def test_a_batch_of_one_tenant_is_served_by_one_group_alike(
     tiny: backbone.Backbone, case: str, runtime: str, tmp_path: Path
 ) -> None:
