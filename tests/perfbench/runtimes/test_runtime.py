@@ -54,6 +54,8 @@ CASES: dict[str, tuple[str, Any]] = {
 }
 TINY = shape_of("llama-tiny")
 RUNTIMES = tuple(PLAN_ARMS)
+# Runtime continuous has no beams.
+WITH_BEAMS = [(runtime, beams) for runtime in RUNTIMES for beams in (1, 3) if runtime != "continuous" or beams == 1]
 RESIDENT = 4
 SLOTS = (2, -1, 0, 2, 3, 1)
 LENGTHS = (7, 2, 1, 5, 3, 6)
@@ -219,8 +221,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((found.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize(("runtime", "beams"), WITH_BEAMS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_mixed_batch_is_what_the_naive_model_makes_of_each_request(
     tiny: backbone.Backbone, case: str, runtime: str, beams: int, tmp_path: Path
@@ -254,7 +255,8 @@ def test_a_mixed_batch_is_what_the_naive_model_makes_of_each_request(
 def test_a_batch_of_one_tenant_is_served_by_one_group_alike(
     tiny: backbone.Backbone, case: str, runtime: str, tmp_path: Path
 ) -> None:
-    arm, batch = make_arm(tiny, make_tenants(tiny, case), tmp_path, runtime), make_batch(beams=3)
+    beams = max(beams for name, beams in WITH_BEAMS if name == runtime)
+    arm, batch = make_arm(tiny, make_tenants(tiny, case), tmp_path, runtime), make_batch(beams)
     same = replace(batch, slots=(2,) * len(batch.slots))
     tokens = arm.generate(same).tokens
     mixed = arm.generate(batch, forced=tokens, with_logits=True).logits
@@ -264,8 +266,7 @@ def test_a_batch_of_one_tenant_is_served_by_one_group_alike(
         assert difference < TOLERANCE if slot == 2 else difference > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(("runtime", "beams"), WITH_BEAMS)
 def test_para_makes_its_vectors_once_for_each_layer_and_prompt(
     tiny: backbone.Backbone, beams: int, runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,7 +279,8 @@ def test_para_makes_its_vectors_once_for_each_layer_and_prompt(
     monkeypatch.setitem(vector_generator.FORMS, "eager", counting)
     arm, batch = make_arm(tiny, make_tenants(tiny, "para"), tmp_path, runtime), make_batch(beams)
     arm.generate(batch)
-    assert sizes == [len(SLOTS)] * tiny.shape.layers
+    at_once, calls = (1, len(SLOTS)) if runtime == "continuous" else (len(SLOTS), 1)  # which reads one by one
+    assert sizes == [at_once] * tiny.shape.layers * calls
     # One token of prompt looks like a decode step by its length, and is a prompt by the empty cache.
     sizes.clear()
     arm.generate(batch.alone(LENGTHS.index(1)))
