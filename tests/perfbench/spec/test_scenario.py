@@ -87,6 +87,7 @@ def test_these_scenarios_are_shipped():
         "multitenant",
         "para_table4",
         "real_135m",
+        "rivals",
         "smoke",
         "tenant_sweep",
         "verify_7b",
