@@ -247,8 +247,8 @@ def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
         window is not None and (type(window) is not int or window < 1) for window in seen
     ):
         raise BackboneError(
-            f"{where}: sliding_window, max_window_layers, layer_types: expected an integer >= 1 or null, an integer, and "
-            f"a kind for each of the {shape.layers} layers; mend the file"
+            f"{where}: sliding_window, max_window_layers, layer_types: expected an integer >= 1 or null, an integer, "
+            f"and a kind for each of the {shape.layers} layers; mend the file"
         )
     if shape.heads % shape.kv_heads:
         raise BackboneError(
