@@ -21,6 +21,7 @@ from perfbench.files.yaml_source import read  # noqa: E402
 from perfbench.methods.registry import METHODS  # noqa: E402
 from perfbench.spec.backbone_config import NAMED_CONFIGS, parameter_count  # noqa: E402
 from perfbench.spec.scenario_schema import KERNELS, RUNTIMES, described, schema  # noqa: E402
+from perfbench.spec.traffic_schema import schema as traffic_schema  # noqa: E402
 
 MADE = "\n*This page is made from the code when the site is built.*\n"
 
@@ -131,6 +132,15 @@ def scenario_page() -> str:
         parts += [f"\n### `{method}`\n", plain(options["description"]), ""]
         rows = list(field_rows(options["properties"]))
         parts.append(table(heads, rows) if rows else "This arm has no options.\n")
+    parts += [
+        "\n# Fields of a traffic scenario\n",
+        "`perfbench traffic` reads these; see [how many tenants a server holds](../how-to/traffic.md).\n",
+    ]
+    own = traffic_schema()["properties"]
+    own = {name: field for name, field in own.items() if name not in ("methods", "overrides")}
+    parts.append(table(heads, field_rows(own)))
+    for name in ("traffic", "server", "targets"):
+        parts += [f"\n## `{name}`\n", table(heads, field_rows(own[name]["properties"], own[name].get("required", ())))]
     return "\n".join(parts)
 
 

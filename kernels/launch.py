@@ -9,6 +9,7 @@ import triton
 
 from perfbench.kernels.low_rank import Expansion
 from perfbench.kernels.placement import on_gpu
+from perfbench.kernels.rotation import Rotation
 from perfbench.kernels.row_scale import Scale
 
 # Below 16 tl.dot has no instruction to compile to.
@@ -20,18 +21,29 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 class Expand(NamedTuple):
     """What a fused kernel is told of the expand. tensors: h, and which adapter each request has; numbers: elements of h
-    between splits, rows and adapters, and rows of a request; modules: for each (b, first rank, ranks, first column,
-    columns, elements between adapters); most_ranks: of one module; constants by name."""
+    between splits and rows, and rows of a request; modules: for each (b, first rank, elements of h between adapters,
+    ranks, first column, columns, elements between adapters), or of a shared b (b, first rank, ranks, first column,
+    columns, vectors of ranks, elements between them, vectors of columns, elements between them); most_ranks: of one
+    module; constants by name."""
 
     tensors: tuple[torch.Tensor, torch.Tensor]
-    numbers: tuple[int, int, int, int]
-    modules: tuple[tuple[torch.Tensor, int, int, int, int, int], ...]
+    numbers: tuple[int, int, int]
+    modules: tuple[tuple[Any, ...], ...]
     most_ranks: int
     constants: dict[str, Any]
 
 
 class Scaling(NamedTuple):
     """What a fused kernel is told of the scales. tensors: the scales, and which of them each request has; numbers:
+    elements between adapters, first column, columns, rows of a request; constants by name."""
+
+    tensors: tuple[torch.Tensor, torch.Tensor]
+    numbers: tuple[int, int, int, int]
+    constants: dict[str, Any]
+
+
+class Turning(NamedTuple):
+    """What a fused kernel is told of the rotation. tensors: the sines, and which of them each request has; numbers:
     elements between adapters, first column, columns, rows of a request; constants by name."""
 
     tensors: tuple[torch.Tensor, torch.Tensor]
@@ -106,29 +118,57 @@ def scale_arguments(scale: Scale | None, y: torch.Tensor) -> Scaling:
     )
 
 
+def turn_arguments(rotation: Rotation | None, y: torch.Tensor) -> Turning:
+    """What a fused kernel that rotates y [rows, D] is told. Without a rotation y stands in, unread. ValueError."""
+    if rotation is None:
+        return Turning((y, y), (0, 0, 0, 1), {"TURNED": False, "SINE_OWN": False, "SINE_HALF": 1})
+    sine, half, first, own = rotation
+    columns = sine.shape[-1]
+    check_rows("sine", sine, (len(sine), columns), y)
+    check_own(own, y)
+    if first + columns > y.shape[1] or half < 1 or columns % (2 * half):
+        raise ValueError(f"sine: expected groups of {2 * half} of the {y.shape[1] - first} columns, got {columns}")
+    rows = len(y) // requests_of(len(sine), own, len(y))
+    return Turning(
+        (sine, y if own is None else own),
+        (sine.stride(0), first, columns, rows),
+        {"TURNED": True, "SINE_OWN": own is not None, "SINE_HALF": half},
+    )
+
+
 def expand_arguments(h: torch.Tensor | None, expansion: Expansion | None, y: torch.Tensor) -> Expand:
     """What a fused kernel that expands onto y [rows, D] is told.
 
-    h: [splits, rows, R], or [1, rows, T x R] with every row's ranks with every adapter, in any type. Without an
-    expansion y stands in, unread. ValueError.
+    h: [splits, rows, R], or [1, rows, T x R] with every row's ranks with every adapter (but once those that are shared,
+    which come last), in any type. Without an expansion y stands in, unread. ValueError.
     """
     if h is None or expansion is None:
-        return Expand((y, y), (0, 0, 0, 1), (), 1, {"SPLITS": 1, "OWN": False})
-    parts, _, own = expansion
-    ranks, adapters = expansion.ranks, len(parts[0][2])
+        return Expand((y, y), (0, 0, 1), (), 1, {"SPLITS": 1, "OWN": False})
+    parts, _, own, shared, vectors = expansion
+    ranks, adapters = expansion.ranks, expansion.adapters
+    every = adapters * (ranks - shared) + shared
     check_own(own, y)
-    if h.dim() != 3 or h.shape[1] != len(y) or h.shape[2] not in (ranks, adapters * ranks) or h.stride(2) != 1:
-        raise ValueError(f"h: expected [splits, {len(y)}, {ranks} or {adapters} x {ranks}], got {list(h.shape)}")
-    modules = []
+    if h.dim() != 3 or h.shape[1] != len(y) or h.shape[2] not in (ranks, every) or h.stride(2) != 1:
+        raise ValueError(f"h: expected [splits, {len(y)}, {ranks} or {every}], got {list(h.shape)}")
+    modules: list[tuple[Any, ...]] = []
     for rank, column, b in parts:
         check_stack("b", b, (adapters, b.shape[1], b.shape[2]), y)
-        modules.append((b, rank, b.shape[1], column, b.shape[2], b.stride(0)))
-    of_every_adapter = ranks if h.shape[2] != ranks else 0
+        if rank < ranks - shared:  # its ranks with one adapter follow those of all modules with the one before
+            first, between = rank, ranks - shared if h.shape[2] != ranks else 0
+        else:
+            first, between = rank + h.shape[2] - ranks, 0
+        modules.append((b, first, between, b.shape[1], column, b.shape[2], b.stride(0)))
+    for rank, column, b, of_ranks, of_columns in vectors:
+        check("b", b, tuple(b.shape), y)
+        check_stack("of_ranks", of_ranks, (adapters, len(b)), y)
+        check_stack("of_columns", of_columns, (adapters, b.shape[1]), y)
+        two = of_ranks, of_ranks.stride(0), of_columns, of_columns.stride(0)
+        modules.append((b, rank + h.shape[2] - ranks, len(b), column, b.shape[1], *two))
     return Expand(
         (h, y if own is None else own),
-        (h.stride(0), h.stride(1), of_every_adapter, len(y) // requests_of(adapters, own, len(y))),
+        (h.stride(0), h.stride(1), len(y) // requests_of(adapters, own, len(y))),
         tuple(modules),
-        max(b.shape[1] for _, _, b in parts),
+        max([b.shape[1] for _, _, b in parts] + [len(part.b) for part in vectors]),
         {"SPLITS": len(h), "OWN": own is not None},
     )
 

@@ -19,22 +19,41 @@ def eager(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) ->
     y.baddbmm_(torch.bmm(x, a.transpose(1, 2)), b)
 
 
+class VectorPart(NamedTuple):
+    """The second half of one module's pair, b [R, D_out], which all adapters share, between two vectors of each:
+    of_ranks [T, R] before it and of_columns [T, D_out] after it. rank, column: its first of each."""
+
+    rank: int
+    column: int
+    b: torch.Tensor
+    of_ranks: torch.Tensor
+    of_columns: torch.Tensor
+
+
 class Expansion(NamedTuple):
     """The second halves of the modules that lie side by side in one fused product.
 
     parts: for each module (first rank, first column, b [T, R, D_out]); alike: [T, modules, R, D_out] where the modules
     fill the product and have one size, whose views the parts then are; own: int64 [requests], which of the T adapters
-    each request has, -1 none; where it is None there is one for each request in order, or one for all.
+    each request has, -1 none; where it is None there is one for each request in order, or one for all; shared: so many
+    ranks, the last ones, are the same with every adapter; vectors: modules whose second halves are shared too.
     """
 
     parts: tuple[tuple[int, int, torch.Tensor], ...]
     alike: torch.Tensor | None = None
     own: torch.Tensor | None = None
+    shared: int = 0
+    vectors: tuple[VectorPart, ...] = ()
 
     @property
     def ranks(self) -> int:
-        """Of all modules together."""
-        return sum(b.shape[1] for _, _, b in self.parts)
+        """Of all modules together; those with vectors have the same ones, the last of all."""
+        return sum(b.shape[1] for _, _, b in self.parts) + (len(self.vectors[0].b) if self.vectors else 0)
+
+    @property
+    def adapters(self) -> int:
+        """T."""
+        return len(self.parts[0][2] if self.parts else self.vectors[0].of_ranks)
 
 
 def shrink(x: torch.Tensor, a: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
@@ -43,12 +62,22 @@ def shrink(x: torch.Tensor, a: torch.Tensor, own: torch.Tensor | None = None) ->
     return torch.bmm(x.view(a.shape[0], -1, x.shape[-1]), a.transpose(1, 2))
 
 
-def own_ranks(columns: torch.Tensor, groups: int) -> torch.Tensor:
-    """h [G, M, R], a view: of columns [G x M, G x R], what every row gives with every adapter, each row's own."""
+def own_ranks(columns: torch.Tensor, groups: int, shared: int = 0) -> torch.Tensor:
+    """h [G, M, R]: of columns [G x M, G x R], what every row gives with every adapter, each row's own, a view; with
+    what the last `shared` columns give with any adapter behind it."""
+    if shared:
+        last = columns[:, columns.shape[1] - shared :].unflatten(0, (groups, -1))
+        others = columns[:, : columns.shape[1] - shared]
+        return joined(own_ranks(others, groups) if others.shape[1] else None, last)
     rows, every = columns.shape
     down, across = columns.stride()
     m, ranks = rows // groups, every // groups
     return columns.as_strided((groups, m, ranks), (m * down + ranks * across, down, across))
+
+
+def joined(own: torch.Tensor | None, shared: torch.Tensor) -> torch.Tensor:
+    """h of ranks that hang on the adapter, if there are any, and of those that do not, all [G, M, any]."""
+    return shared if own is None else torch.cat([own, shared], dim=2)
 
 
 def expand(y: torch.Tensor, h: torch.Tensor, expansion: Expansion) -> None:
@@ -61,16 +90,36 @@ def expand(y: torch.Tensor, h: torch.Tensor, expansion: Expansion) -> None:
         return
     grouped = y.view(groups, rows, -1)
     for rank, column, weight in expansion.parts:
-        own = h if len(expansion.parts) == 1 else h[:, :, rank : rank + weight.shape[1]]
+        own = h if weight.shape[1] == h.shape[2] else h[:, :, rank : rank + weight.shape[1]]
         if weight.shape[2] == y.shape[1] and y.is_contiguous():
             grouped.baddbmm_(own, weight)
         else:  # in place on some of the columns torch would take the groups one by one
             grouped[:, :, column : column + weight.shape[2]].add_(torch.bmm(own, weight))
+    for part in expansion.vectors:
+        add_between_vectors(grouped, h, part, part.of_ranks, part.of_columns)
+
+
+def add_between_vectors(
+    y: torch.Tensor, h: torch.Tensor, part: VectorPart, of_ranks: torch.Tensor, of_columns: torch.Tensor
+) -> None:
+    """Adds to y [G, M, D] in place what the module adds with h [G, M, R] and each group's own vectors."""
+    ranks, columns = part.b.shape
+    own = h[:, :, part.rank : part.rank + ranks] * of_ranks.unsqueeze(1)
+    added = torch.mm(own.flatten(0, 1), part.b).unflatten(0, own.shape[:2])
+    y[:, :, part.column : part.column + columns].addcmul_(added, of_columns.unsqueeze(1))
+
+
+def as_ranks(columns: torch.Tensor, groups: int) -> torch.Tensor:
+    """h [G, M, R] of what a product gave for the ranks that all adapters share, [G x M, R]."""
+    return columns.unflatten(0, (groups, -1))
 
 
 FORMS = {"eager": eager, "triton": later("low_rank_triton", "add_low_rank")}
 EXPANDS = {"eager": expand, "triton": later("low_rank_triton", "expand")}
 # Triton's gives fp32 planes [splits, rows, R], which the Triton forms of the fused operations add up.
 SHRINKS = {"eager": shrink, "triton": later("low_rank_triton", "shrink")}
+# h of what a product of its own gave for the ranks that all adapters share.
+AS_RANKS = {"eager": as_ranks, "triton": later("low_rank_triton", "as_plane")}
+JOINED = {"eager": joined, "triton": later("low_rank_triton", "joined")}
 # The same h out of a product that gave every row's ranks with every adapter.
 FROM_PRODUCT = {"eager": own_ranks, "triton": later("low_rank_triton", "one_plane")}

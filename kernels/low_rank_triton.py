@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from perfbench.kernels.launch import INTERPRETED, check, check_own, check_rows, check_stack, requests_of, tile
-from perfbench.kernels.low_rank import Expansion
+from perfbench.kernels.low_rank import Expansion, add_between_vectors
 from perfbench.kernels.settings import setting
 
 
@@ -90,12 +90,20 @@ def expand_columns(
 ):  # fmt: skip
     """`values` [BLOCK] of one row of a fused product, at `columns` from FIRST on, plus what the low-rank pairs add.
 
-    h: where the row's ranks with its own adapter begin; modules: (b, first rank, ranks, first column, columns,
-    elements between adapters) of each. A module that owns none of the columns costs one comparison; of the others
-    BLOCK_R ranks are loaded as one tile [BLOCK_R, BLOCK], so that a program waits once and not once for each rank.
+    h: where the row's ranks begin; modules: (b, first rank with the first adapter, elements of h from there to the next
+    adapter's, ranks, first column, columns, elements between adapters) of each. A module that owns none of the columns
+    costs one comparison; of the others BLOCK_R ranks are loaded as one tile [BLOCK_R, BLOCK], so that a program waits
+    once and not once for each rank.
     """
     for i in tl.static_range(len(modules)):
-        values = _expand_module(values, h, modules[i], adapter, FIRST, columns, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R)
+        if len(modules[i]) == 7:
+            values = _expand_module(
+                values, h, modules[i], adapter, FIRST, columns, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R
+            )
+        else:
+            values = _expand_between_vectors(
+                values, h, modules[i], adapter, FIRST, columns, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R
+            )
     return values
 
 
@@ -104,7 +112,8 @@ def _expand_module(
     values, h, module, adapter, FIRST, columns, mask, H_SPLIT,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    b, FIRST_RANK, R, FIRST_COLUMN, D, B_STRIDE = module
+    b, FIRST_RANK, H_OWN, R, FIRST_COLUMN, D, B_STRIDE = module
+    ranks_of_row = h + adapter * H_OWN + FIRST_RANK
     if (adapter >= 0) & (FIRST < FIRST_COLUMN + D) & (FIRST + BLOCK > FIRST_COLUMN):
         own = mask & (columns >= FIRST_COLUMN) & (columns < FIRST_COLUMN + D)
         for first in range(0, R, BLOCK_R):
@@ -114,8 +123,32 @@ def _expand_module(
             tile = tl.load(weights, mask=there[:, None] & own[None, :], other=0.0).to(tl.float32)
             inner = tl.zeros((BLOCK_R,), dtype=tl.float32)
             for split in tl.static_range(SPLITS):
-                inner += tl.load(h + split * H_SPLIT + FIRST_RANK + ranks, mask=there, other=0.0).to(tl.float32)
+                inner += tl.load(ranks_of_row + split * H_SPLIT + ranks, mask=there, other=0.0).to(tl.float32)
             values += tl.sum(inner[:, None] * tile, axis=0)
+    return values
+
+
+@triton.jit
+def _expand_between_vectors(
+    values, h, module, adapter, FIRST, columns, mask, H_SPLIT,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    b, FIRST_RANK, R, FIRST_COLUMN, D, of_ranks, RANKS_STRIDE, of_columns, COLUMNS_STRIDE = module
+    if (adapter >= 0) & (FIRST < FIRST_COLUMN + D) & (FIRST + BLOCK > FIRST_COLUMN):
+        own = mask & (columns >= FIRST_COLUMN) & (columns < FIRST_COLUMN + D)
+        sums = tl.zeros_like(values)
+        for first in range(0, R, BLOCK_R):
+            ranks = first + tl.arange(0, BLOCK_R)
+            there = ranks < R
+            weights = b + ranks[:, None] * D + (columns - FIRST_COLUMN)[None, :]
+            tile = tl.load(weights, mask=there[:, None] & own[None, :], other=0.0).to(tl.float32)
+            inner = tl.zeros((BLOCK_R,), dtype=tl.float32)
+            for split in tl.static_range(SPLITS):
+                inner += tl.load(h + split * H_SPLIT + FIRST_RANK + ranks, mask=there, other=0.0).to(tl.float32)
+            inner *= tl.load(of_ranks + adapter * RANKS_STRIDE + ranks, mask=there, other=0.0).to(tl.float32)
+            sums += tl.sum(inner[:, None] * tile, axis=0)
+        last = of_columns + adapter * COLUMNS_STRIDE + columns - FIRST_COLUMN
+        values += sums * tl.load(last, mask=own, other=0.0).to(tl.float32)
     return values
 
 
@@ -146,8 +179,23 @@ def shrink(x: torch.Tensor, a: torch.Tensor, own: torch.Tensor | None = None) ->
     return planes
 
 
-def one_plane(columns: torch.Tensor, adapters: int) -> torch.Tensor:
-    """What the fused kernels take for h of columns [rows, T x R], what every row gives with every adapter."""
+def joined(own: torch.Tensor | None, shared: torch.Tensor) -> torch.Tensor:
+    """Planes of ranks that hang on the adapter [splits, rows, any], if there are any, and the one plane of those that
+    do not [1, rows, any], side by side."""
+    if own is None:
+        return shared
+    others = torch.cat([shared, shared.new_zeros(len(own) - 1, *shared.shape[1:])])
+    return torch.cat([own, others], dim=2)
+
+
+def as_plane(columns: torch.Tensor, groups: int) -> torch.Tensor:
+    """The one plane of what a product gave for the ranks that all adapters share, [rows, R]."""
+    return columns.float().unsqueeze(0)
+
+
+def one_plane(columns: torch.Tensor, adapters: int, shared: int = 0) -> torch.Tensor:
+    """What the fused kernels take for h of columns [rows, T x R + shared], what every row gives with every adapter, and
+    with any."""
     rows = columns if columns.stride(1) == 1 else columns.contiguous()  # a GPU's product lies in rows
     return rows.unsqueeze(0)
 
@@ -166,12 +214,13 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Ten
 
 def expand(y: torch.Tensor, planes: torch.Tensor, expansion: Expansion) -> None:
     """As `low_rank.expand`, for many rows of each request, with the planes of `shrink` [splits, rows, R]; one launch
-    for each module. ValueError on inputs that do not fit each other or are not on a GPU."""
-    parts, _, own = expansion
+    for each module, and torch's products for those between vectors. ValueError on inputs that do not fit each other or
+    are not on a GPU."""
+    parts, own = expansion.parts, expansion.own
     every, columns = y.shape
     check_rows("y", y, (every, columns), y)
     check_own(own, y)
-    requests = requests_of(len(parts[0][2]), own, every)
+    requests = requests_of(expansion.adapters, own, every)
     rows = every // requests
     if planes.shape[1:] != (every, expansion.ranks) or planes.dtype != torch.float32:
         raise ValueError(f"planes: expected fp32 [splits, {every}, {expansion.ranks}], got {list(planes.shape)}")
@@ -180,7 +229,7 @@ def expand(y: torch.Tensor, planes: torch.Tensor, expansion: Expansion) -> None:
     chosen = setting("low_rank.expand", y.device)
     for first, column, b in parts:
         rank, d_out = b.shape[1:]
-        check_stack("b", b, (len(parts[0][2]), rank, d_out), y)
+        check_stack("b", b, (expansion.adapters, rank, d_out), y)
         block_m, block_n = tile(rows, 64), tile(d_out, chosen["BLOCK_N"])
         _expand[(requests, triton.cdiv(rows, block_m), triton.cdiv(d_out, block_n))](
             y[:, column:], planes[:, :, first:], b, y if own is None else own,
@@ -188,3 +237,10 @@ def expand(y: torch.Tensor, planes: torch.Tensor, expansion: Expansion) -> None:
             SPLITS=len(planes), OWN=own is not None, BLOCK_M=block_m, BLOCK_R=tile(rank, 32), BLOCK_N=block_n,
             UPCAST=INTERPRETED, num_warps=chosen["num_warps"],
         )  # fmt: skip
+    for part in expansion.vectors:
+        of_ranks, of_columns = part.of_ranks, part.of_columns
+        if own is not None:
+            none = (own < 0).unsqueeze(1)
+            of_ranks, of_columns = (one[own.clamp(min=0)].masked_fill_(none, 0.0) for one in (of_ranks, of_columns))
+        h = planes.sum(dim=0).to(y.dtype).unflatten(0, (len(of_ranks), -1))
+        add_between_vectors(y.unflatten(0, (len(of_ranks), -1)), h, part, of_ranks, of_columns)

@@ -1,4 +1,4 @@
-"""What follows the fused Q, K, V product: low-rank expand, scales, RoPE, and the write of K and V into the cache."""
+"""What follows the fused Q, K, V product: low-rank expand, scales, rotations, RoPE, and K and V into the cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 
 from perfbench.kernels.later import later
 from perfbench.kernels.low_rank import Expansion, expand
-from perfbench.kernels.row_scale import Scale, scale_columns
+from perfbench.kernels.rotation import Rotation, turn_columns
+from perfbench.kernels.row_scale import Scale
 
 
 def eager(
@@ -18,18 +19,18 @@ def eager(
     sin: torch.Tensor,
     entry: torch.Tensor,
     at: torch.Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> torch.Tensor:
-    """Returns Q, rotated: a view [rows, H, D] of qkv, which is overwritten.
+    """Returns Q, rotated: [rows, H, D], which may be a view of qkv, which is overwritten.
 
     qkv [rows, (H + 2 H_kv) D]; h as the form's shrink gives it; cos, sin [rows or 1, D], sin with its first half
     negated; entry [..., 2, H_kv, D]: where the cache takes the keys and the values. With `at`, int64 [1] on the device,
-    entry has a leading dimension of steps, of which that one is written. A scale does not commute with RoPE: it comes
-    first.
+    entry has a leading dimension of steps, of which that one is written. Neither a scale nor an adapter's
+    rotation commutes with RoPE: they come first.
     """
     if h is not None and expansion is not None:
         expand(qkv, h, expansion)
-    if scale is not None:
-        scale_columns(qkv, scale)
+    turn_columns(qkv, scale, rotation)
     kv_heads, dim = entry.shape[-2:]
     heads = qkv.view(qkv.shape[0], -1, dim)
     turned = heads[:, :-kv_heads]

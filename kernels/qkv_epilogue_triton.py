@@ -1,4 +1,4 @@
-"""Triton form of `qkv_epilogue`: expand, scales, RoPE and the cache write of every head of every row in one launch."""
+"""Triton form of `qkv_epilogue`: expand, scales, rotations, RoPE and the cache write of all heads in one launch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from perfbench.kernels.launch import check, check_rows, expand_arguments, rank_tile, scale_arguments
+from perfbench.kernels.launch import check, check_rows, expand_arguments, rank_tile, scale_arguments, turn_arguments
 from perfbench.kernels.low_rank import Expansion
 from perfbench.kernels.low_rank_triton import expand_columns, own_adapter
+from perfbench.kernels.rotation import Rotation
+from perfbench.kernels.rotation_triton import turn_row
 from perfbench.kernels.row_scale import Scale
 from perfbench.kernels.row_scale_triton import scale_values
 from perfbench.kernels.settings import setting
@@ -16,15 +18,18 @@ from perfbench.kernels.settings import setting
 
 @triton.jit
 def _epilogue(
-    qkv, h, own, modules, scale_minus_one, scale_own, cos, sin, entry, at,
-    H_SPLIT, H_ROW, H_OWN, M, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS, SCALE_M, ROW, ROTATION_STRIDE,
+    qkv, h, own, modules, scale_minus_one, scale_own, sine, sine_own, cos, sin, entry, at, q,
+    H_SPLIT, H_ROW, M, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS, SCALE_M,
+    SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, Q_ROW, ROTATION_STRIDE,
     LENGTH, AT_STRIDE, Q_STRIDE, S_STRIDE, KV_STRIDE, HEAD_STRIDE, HEADS, KV_HEADS,
     SPLITS: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, SCALE_OWN: tl.constexpr,
+    TURNED: tl.constexpr, SINE_OWN: tl.constexpr, SINE_HALF: tl.constexpr,
     AT: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """A program owns one head of one row: of Q, of K or of V, as the heads lie in the product. It loads the two halves
-    of the head that RoPE turns into each other, adds the low-rank part, applies the scale, turns Q and K, and writes
-    Q back to its place and K and V into the cache."""
+    of the head that RoPE turns into each other, adds the low-rank part, applies the scale and the rotation, turns Q and
+    K, and writes Q to `q` and K and V into the cache. `q` is the product itself, unless a rotation reads there what
+    another program would have overwritten."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     offsets = tl.arange(0, BLOCK)
@@ -36,7 +41,7 @@ def _epilogue(
     second = tl.load(qkv + row * ROW + high, mask=mask, other=0.0).to(tl.float32)
     if len(modules) > 0:
         adapter = own_adapter(own, row, M, OWN)
-        ranks = h + row * H_ROW + tl.maximum(adapter, 0) * H_OWN
+        ranks = h + row * H_ROW
         first = expand_columns(first, ranks, modules, adapter, begin, low, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R)
         second = expand_columns(
             second, ranks, modules, adapter, begin + HALF, high, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R
@@ -45,6 +50,15 @@ def _epilogue(
         adapter = own_adapter(scale_own, row, SCALE_M, SCALE_OWN)
         first = scale_values(first, scale_minus_one, adapter, low, mask, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS)
         second = scale_values(second, scale_minus_one, adapter, high, mask, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS)
+    if TURNED:
+        first = turn_row(
+            first, qkv, h, own, modules, sine, sine_own, row, begin, low, mask, H_SPLIT, H_ROW, M,
+            SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, BLOCK_R,
+        )  # fmt: skip
+        second = turn_row(
+            second, qkv, h, own, modules, sine, sine_own, row, begin + HALF, high, mask, H_SPLIT, H_ROW, M,
+            SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, BLOCK_R,
+        )  # fmt: skip
     if head < HEADS + KV_HEADS:
         angle = row * ROTATION_STRIDE + offsets
         turned = first * tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)
@@ -53,7 +67,7 @@ def _epilogue(
         second += first * tl.load(sin + angle + HALF, mask=mask, other=0.0).to(tl.float32)
         first = turned
     if head < HEADS:
-        place = qkv + row * ROW + low
+        place = q + row * Q_ROW + low
     else:
         kv_head = head - HEADS
         place = entry + (row // LENGTH) * Q_STRIDE + (row % LENGTH) * S_STRIDE
@@ -73,6 +87,7 @@ def epilogue(
     sin: torch.Tensor,
     entry: torch.Tensor,
     at: torch.Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> torch.Tensor:
     """As `qkv_epilogue.eager`, with h as `expand_arguments` takes it. ValueError on what does not fit."""
     rows, columns = qkv.shape
@@ -88,12 +103,15 @@ def epilogue(
         raise ValueError(f"entry: expected {rows} rows of keys and values in {qkv.dtype}, got {list(entry.shape)}")
     places = step if step.dim() == 5 else step.unsqueeze(1)  # [Q, S, 2, H_kv, D]
     expanded, scaled = expand_arguments(h, expansion, qkv), scale_arguments(scale, qkv)
+    turned = turn_arguments(rotation, qkv)
+    q = qkv if rotation is None else torch.empty(rows, heads * dim, dtype=qkv.dtype, device=qkv.device)
     chosen, block = setting("qkv_epilogue", qkv.device), triton.next_power_of_2(dim // 2)
     _epilogue[(rows, heads + 2 * kv_heads)](
-        qkv, *expanded.tensors, expanded.modules, *scaled.tensors, cos, sin, entry, qkv if at is None else at,
-        *expanded.numbers, *scaled.numbers, qkv.stride(0), dim if len(cos) > 1 else 0,
+        qkv, *expanded.tensors, expanded.modules, *scaled.tensors, *turned.tensors, cos, sin, entry,
+        qkv if at is None else at, q, *expanded.numbers, *scaled.numbers, *turned.numbers, qkv.stride(0), q.stride(0),
+        dim if len(cos) > 1 else 0,
         places.shape[1], 0 if at is None else entry.stride(0), *places.stride()[:4], heads, kv_heads,
-        **expanded.constants, **scaled.constants, AT=at is not None,
+        **expanded.constants, **scaled.constants, **turned.constants, AT=at is not None,
         HALF=dim // 2, BLOCK=block, BLOCK_R=rank_tile(expanded, block, chosen["num_warps"]), **chosen,
     )  # fmt: skip
-    return qkv.view(rows, -1, dim)[:, :heads]
+    return q.view(rows, -1, dim)[:, :heads]

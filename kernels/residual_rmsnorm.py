@@ -1,4 +1,5 @@
-"""What follows the O and the down product: low-rank expand on the residual stream, and its RMS norm."""
+"""What follows the O and the down product: low-rank expand, scale and rotation, the residual stream, and its
+RMS norm."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from torch.nn.functional import rms_norm
 
 from perfbench.kernels.later import later
 from perfbench.kernels.low_rank import Expansion, expand
+from perfbench.kernels.rotation import Rotation, turn_columns
+from perfbench.kernels.row_scale import Scale
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -27,12 +30,21 @@ def eager(
     expansion: Expansion | None,
     weight: torch.Tensor,
     eps: float,
+    scale: Scale | None = None,
+    rotation: Rotation | None = None,
 ) -> torch.Tensor:
-    """The norm [rows, hidden] of `residual`, to which the product y [rows, hidden] and its low-rank part are added in
-    place; h as the form's shrink gives it."""
-    residual.add_(y)
+    """The norm [rows, hidden] of `residual`, to which the product y [rows, hidden] (which may be overwritten) and its
+    low-rank part, both scaled and rotated, are added in place; h as the form's shrink gives it."""
+    onto = residual
+    if scale is None and rotation is None:
+        residual.add_(y)
+    else:
+        onto = y
     if h is not None and expansion is not None:
-        expand(residual, h, expansion)
+        expand(onto, h, expansion)
+    if onto is y:
+        turn_columns(y, scale, rotation)
+        residual.add_(y)
     return norm(residual, weight, eps)
 
 

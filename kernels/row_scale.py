@@ -39,6 +39,12 @@ def scaled(y: torch.Tensor, scale_minus_one: torch.Tensor) -> torch.Tensor:
     return torch.addcmul(y, y, scale_minus_one.unsqueeze(1))
 
 
+def scaled_rows(x: torch.Tensor, scale_minus_one: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
+    """A new [rows, D] of x [rows, D], times 1 + s [G, D] of each row's adapter; `own` as in `Scale`."""
+    assert own is None, "plain torch takes one adapter for each request in order, or one for all"
+    return scaled(x.unflatten(0, (len(scale_minus_one), -1)), scale_minus_one).flatten(0, 1)
+
+
 def scale_columns(y: torch.Tensor, scale: Scale) -> None:
     """The same on the columns of y [rows, D] that the scale is for; plain torch takes one for each request or all."""
     groups, columns = scale.minus_one.shape
@@ -50,3 +56,4 @@ def scale_columns(y: torch.Tensor, scale: Scale) -> None:
 
 
 FORMS = {"eager": eager, "triton": later("row_scale_triton", "scale_rows")}
+SCALED_ROWS = {"eager": scaled_rows, "triton": later("row_scale_triton", "scaled_rows")}

@@ -32,6 +32,8 @@ DEFAULTS: dict[str, Setting] = {
     "residual_rmsnorm": {"num_warps": 16},
     # PROGRAMS: as many fill the GPU; with fewer requests and heads the length is split.
     "decode_attention": {"PROGRAMS": 256, "BLOCK_L": 32, "num_warps": 4},
+    "grouped_sum": {"BLOCK_K": 128, "num_warps": 4},
+    "rotation": {"BLOCK": 1024, "num_warps": 4},
     "row_scale": {"BLOCK": 1024, "num_warps": 4},
     "vector_generator": {"BLOCK_K": 64, "BLOCK_N": 256, "num_warps": 4},
 }

@@ -1,4 +1,4 @@
-"""What follows the fused gate and up product: low-rank expands, up's scale, activation(gate) * up."""
+"""What follows the fused gate and up product: low-rank expands, scales, rotations, activation(gate) * up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch.nn.functional import gelu, silu
 
 from perfbench.kernels.later import later
 from perfbench.kernels.low_rank import Expansion, expand
-from perfbench.kernels.row_scale import Scale, scale_columns
+from perfbench.kernels.rotation import Rotation, turn_columns
+from perfbench.kernels.row_scale import Scale
 
 # `hidden_act` of a config -> what it is.
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -26,12 +27,12 @@ def eager(
     expansion: Expansion | None,
     scale: Scale | None,
     activation: str,
+    rotation: Rotation | None = None,
 ) -> torch.Tensor:
     """[rows, I] from gate_up [rows, 2 I], which is overwritten; the rest as in `qkv_epilogue`."""
     if h is not None and expansion is not None:
         expand(gate_up, h, expansion)
-    if scale is not None:
-        scale_columns(gate_up, scale)
+    turn_columns(gate_up, scale, rotation)
     gate, up = gate_up.chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate).mul_(up)
 

@@ -22,9 +22,11 @@ import torch
 from perfbench.kernels import (
     decode_attention,
     few_rows_product,
+    grouped_sum,
     low_rank,
     qkv_epilogue,
     residual_rmsnorm,
+    rotation,
     row_scale,
     settings,
     swiglu_epilogue,
@@ -69,6 +71,8 @@ CANDIDATES: dict[str, tuple[Setting, ...]] = {
         for programs in (128, 256, 512)
         for block, warps in ((16, 4), (32, 4), (64, 4), (64, 8))
     ),
+    "grouped_sum": _product(BLOCK_K=(32, 64, 128), num_warps=(2, 4, 8)),
+    "rotation": _product(BLOCK=(512, 1024, 2048), num_warps=(2, 4, 8)),
     "row_scale": _product(BLOCK=(512, 1024, 2048), num_warps=(2, 4, 8)),
     "vector_generator": _product(BLOCK_K=(32, 64), BLOCK_N=(128, 256, 512), num_warps=(4, 8)),
 }
@@ -119,6 +123,8 @@ class Problems:
             "swiglu_epilogue": self._swiglu,
             "residual_rmsnorm": self._residual,
             "decode_attention": self._attention,
+            "grouped_sum": self._grouped_sum,
+            "rotation": self._rotation,
             "row_scale": self._row_scale,
             "vector_generator": self._generator,
         }[kernel]()
@@ -181,6 +187,15 @@ class Problems:
     def _row_scale(self) -> Callable[[], object]:
         y, minus_one = self._random(self.rows, 1, self.sizes.inner), self._random(self.rows, self.sizes.inner)
         return lambda: row_scale.FORMS["triton"](y, minus_one)
+
+    def _grouped_sum(self) -> Callable[[], object]:
+        x = self._random(self.rows, self.sizes.hidden)
+        return lambda: grouped_sum.FORMS["triton"](x, self.sizes.rank, self.rows)
+
+    def _rotation(self) -> Callable[[], object]:
+        y, sine = self._random(self.rows, 1, self.sizes.inner), self._random(self.rows, self.sizes.inner)
+        half = math.gcd(self.sizes.inner, 64) // 2
+        return lambda: rotation.FORMS["triton"](y, sine, sine, half)
 
     def _generator(self) -> Callable[[], object]:
         sizes, rows = self.sizes, self.rows

@@ -9,13 +9,32 @@ or without a module, leave zeros in the rest of their place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from perfbench.errors import AdapterError
 from perfbench.methods.plan import AdapterPlan, LayerPlan, LowRank
-from perfbench.methods.shape import MODULES
+
+# What a module can get -> the field of LayerPlan that says so.
+OPERATIONS = {
+    "a low-rank pair": "low_rank",
+    "a scale": "scale_minus_one",
+    "a rotation": "rotation",
+    "a scale of the input": "input_scale_minus_one",
+    "a grouped sum": "grouped",
+    "a shared pair": "shared",
+}
+
+
+# Stands for whoever shares matrices and lies in no slot: it never leaves.
+NO_SLOT = -1
+
+# A grouped sum of so many ranks stands for those of every divisor.
+MOST_GROUPED_RANKS = 1024
 
 
 class Bank:
@@ -28,11 +47,16 @@ class Bank:
         """
         self.capacity = capacity
         self.free = list(range(capacity))[::-1]
-        self.layout: AdapterPlan = tuple(_in_order(layer).map(lambda t: t.to("meta")) for layer in layout)
+        self.layout: AdapterPlan = tuple(layer.in_order().map(_size_of, _size_of) for layer in layout)
         shrinks = [pair.a.numel() for layer in self.layout for pair in layer.low_rank.values()]
         rest = [t.numel() for layer in self.layout for t in _without_shrinks(layer)]
         self._sizes = (shrinks, rest)
         self.shrinks, self.rest = (torch.zeros(capacity + 1, sum(n), dtype=dtype, device=device) for n in self._sizes)
+        # What all tenants share, once for each size: zeros until the first of them brings it.
+        self._sharing: set[int] = set()
+        self._shared = {
+            key: torch.zeros(t.shape, dtype=dtype, device=device) for key, t in _matrices(self.layout).items()
+        }
         self.layers: AdapterPlan = self.views(self.shrinks, self.rest)
 
     def views(self, shrinks: torch.Tensor, rest: torch.Tensor) -> AdapterPlan:
@@ -45,9 +69,12 @@ class Bank:
             for module, pair in layer.low_rank.items():
                 a, b = next(first), next(second)
                 pairs[module] = LowRank(a.view(count, *pair.a.shape), b.view(count, *pair.b.shape))
-            others = LayerPlan({}, layer.scale_minus_one, layer.generator)
-            others = others.map(lambda t: next(second).view(count, *t.shape))
-            return LayerPlan(pairs, others.scale_minus_one, others.generator)
+            others = replace(layer, low_rank={}).map(lambda t: next(second).view(count, *t.shape))
+            shared = {
+                module: replace(p, **{half: self._shared[half, *getattr(p, half).shape] for half in "ab"})
+                for module, p in others.shared.items()
+            }
+            return replace(others, low_rank=pairs, shared=shared)
 
         return tuple(map(of_layer, self.layout))
 
@@ -58,7 +85,7 @@ class Bank:
 
     def tensors(self) -> list[torch.Tensor]:
         """All that the bank holds."""
-        return [self.shrinks, self.rest]
+        return [self.shrinks, self.rest, *self._shared.values()]
 
     @property
     def bytes_per_slot(self) -> int:
@@ -75,10 +102,33 @@ class Bank:
         if len(plan) != len(self.layers):
             raise AdapterError(f"expected an adapter of {len(self.layers)} layers, got {len(plan)}")
         pairs = [pair for i, layer in enumerate(plan) for pair in _pairs(i, self.layers[i], layer)]
+        self._take_shared(_matrices(plan))
         slot = self.free.pop()
+        if any(layer.shared for layer in plan):
+            self._sharing.add(slot)
         for stack, tensor in pairs:
             _write(stack[slot], tensor)
         return slot
+
+    def share(self, plan: AdapterPlan) -> None:
+        """Takes what an adapter shares with all others, for one whose own part is then written into a slot directly.
+        AdapterError as `admit`."""
+        self._take_shared(_matrices(plan))
+        if any(layer.shared for layer in plan):
+            self._sharing.add(NO_SLOT)
+
+    def _take_shared(self, matrices: dict[tuple[str | int, ...], torch.Tensor]) -> None:
+        """The first tenant's; AdapterError where a later one has others, and nothing has changed."""
+        for key, matrix in matrices.items():
+            own = self._shared[key]
+            if self._sharing and not torch.equal(own, matrix.to(own.device, own.dtype)):
+                raise AdapterError(
+                    f"expected the shared matrices that the bank's other adapters have, got another {key[0]} of size "
+                    f"{list(key[1:])}: it was drawn from another key, or for other modules"
+                )
+        if not self._sharing:
+            for key, matrix in matrices.items():
+                self._shared[key].copy_(matrix)
 
     def evict(self, slot: int) -> None:
         """Frees a slot; its weights become zeros, so that a stale slot number serves the bare backbone."""
@@ -86,6 +136,7 @@ class Bank:
             raise ValueError(f"slot {slot} holds no adapter")
         self.shrinks[slot].zero_()
         self.rest[slot].zero_()
+        self._sharing.discard(slot)
         self.free.append(slot)
 
     def rows(self, slots: Sequence[int]) -> torch.Tensor:
@@ -97,63 +148,104 @@ class Bank:
 
 
 def union_layout(plans: Sequence[AdapterPlan]) -> AdapterPlan:
-    """The smallest layout, on the meta device, that holds each of `plans`: every module of any, at the largest rank."""
-    return tuple(_union([plan[i] for plan in plans]) for i in range(len(plans[0])))
+    """The smallest layout, on the meta device, that holds each of `plans`: every module of any, at the largest rank;
+    grouped sums at the least common multiple of all ranks. AdapterError where that is too large."""
+    ranks = {b.shape[0] for plan in plans for layer in plan for b in layer.grouped.values()}
+    if (rank := math.lcm(*ranks)) > MOST_GROUPED_RANKS:
+        raise AdapterError(
+            f"adapters of one bank must have ranks with a common multiple of at most {MOST_GROUPED_RANKS} of their "
+            f"grouped sums, got {', '.join(map(str, sorted(ranks)))}"
+        )
+    return tuple(_union([plan[i] for plan in plans], rank) for i in range(len(plans[0])))
 
 
-def _union(layers: Sequence[LayerPlan]) -> LayerPlan:
+def _union(layers: Sequence[LayerPlan], grouped_rank: int) -> LayerPlan:
     low_rank: dict[str, LowRank] = {}
-    scales: dict[str, torch.Tensor] = {}
-    generators = [layer.generator for layer in layers if layer.generator is not None]
     for layer in layers:
         for module, pair in layer.low_rank.items():
             rank = max(pair.a.shape[0], low_rank[module].a.shape[0] if module in low_rank else 0)
             low_rank[module] = LowRank(*(torch.empty(rank, t.shape[1], device="meta") for t in (pair.a, pair.b)))
-        for module, scale in layer.scale_minus_one.items():
-            scales[module] = scale.to("meta")
-    if not generators:
-        return LayerPlan(low_rank, scales)
+    generators = [layer.generator for layer in layers if layer.generator is not None]
     if len({(g.modules, g.normalised) for g in generators}) > 1:
         raise AdapterError("adapters of one bank must share their generator's modules and pooling")
-    largest = max(generators, key=lambda g: g.w_down.shape[1])
-    return LayerPlan(low_rank, scales, largest.map(lambda t: t.to("meta")))
-
-
-def _in_order(layer: LayerPlan) -> LayerPlan:
-    """The layer with its modules in the order in which they run: those that read the same input are neighbours."""
+    if len(shared_ranks := {len(pair.a) for layer in layers for pair in layer.shared.values()}) > 1:
+        ranks = ", ".join(map(str, sorted(shared_ranks)))
+        raise AdapterError(f"adapters of one bank must share one pair of matrices, got ranks {ranks}")
+    if len(halves := {own.half for layer in layers for own in layer.rotation.values()}) > 1:
+        sizes = ", ".join(str(2 * half) for half in sorted(halves))
+        raise AdapterError(f"adapters of one bank must share the size of the groups that they rotate, got {sizes}")
+    largest = max(generators, key=lambda g: g.w_down.shape[1], default=None)
     return LayerPlan(
-        {module: layer.low_rank[module] for module in MODULES if module in layer.low_rank},
-        {module: layer.scale_minus_one[module] for module in MODULES if module in layer.scale_minus_one},
-        layer.generator,
-    )
+        low_rank,
+        _any_of([layer.scale_minus_one for layer in layers]),
+        largest,
+        _any_of([layer.rotation for layer in layers]),
+        _any_of([layer.input_scale_minus_one for layer in layers]),
+        {
+            module: torch.empty(grouped_rank, b.shape[1], device="meta")
+            for layer in layers
+            for module, b in layer.grouped.items()
+        },
+        _any_of([layer.shared for layer in layers]),
+    ).map(_size_of, _size_of)
+
+
+def _size_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("meta")
+
+
+def _matrices(plan: AdapterPlan) -> dict[tuple[str | int, ...], torch.Tensor]:
+    """(a or b, its size) -> what all tenants share; those of one size are one."""
+    pairs = [pair for layer in plan for pair in layer.shared.values()]
+    return {(half, *getattr(pair, half).shape): getattr(pair, half) for pair in pairs for half in "ab"}
+
+
+def _any_of(of_layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Every module of any, where all that a module can have are of one size."""
+    return {module: own for one in of_layers for module, own in one.items()}
 
 
 def _without_shrinks(layer: LayerPlan) -> list[torch.Tensor]:
     """What `rest` holds of a layer, in order."""
-    others = LayerPlan({}, layer.scale_minus_one, layer.generator)
-    return [*(pair.b for pair in layer.low_rank.values()), *others.tensors()]
+    return [*(pair.b for pair in layer.low_rank.values()), *replace(layer, low_rank={}).tensors()]
 
 
 def _pairs(index: int, stacked: LayerPlan, layer: LayerPlan) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(stack, tensor) for every tensor of one layer of an adapter. AdapterError where a stack has no place for it."""
-    pairs = []
-    for module, pair in layer.low_rank.items():
-        if module not in stacked.low_rank:
-            raise AdapterError(f"layer {index}: the bank was laid out without a low-rank pair on {module}")
-        pairs += [(stacked.low_rank[module].a, pair.a), (stacked.low_rank[module].b, pair.b)]
-    for module, scale in layer.scale_minus_one.items():
-        if module not in stacked.scale_minus_one:
-            raise AdapterError(f"layer {index}: the bank was laid out without a scale on {module}")
-        pairs.append((stacked.scale_minus_one[module], scale))
+    for what, field in OPERATIONS.items():
+        for module in getattr(layer, field):
+            if module not in getattr(stacked, field):
+                raise AdapterError(f"layer {index}: the bank was laid out without {what} on {module}")
     if layer.generator is not None:
         own, place = layer.generator, stacked.generator
         if place is None or (place.modules, place.normalised) != (own.modules, own.normalised):
             raise AdapterError(f"layer {index}: the bank was laid out for another generator")
-        pairs += [(place.w_down, own.w_down), (place.w_up, own.w_up), (place.bias_minus_one, own.bias_minus_one)]
+    for module, pair in layer.shared.items():
+        if pair.a.shape != stacked.shared[module].a.shape:
+            ranks = len(stacked.shared[module].a)
+            raise AdapterError(f"layer {index}: the bank shares a pair of rank {ranks} on {module}, not {len(pair.a)}")
+    for module, turned in layer.rotation.items():
+        if turned.half != stacked.rotation[module].half:
+            size = 2 * stacked.rotation[module].half
+            raise AdapterError(f"layer {index}: the bank rotates {module} in groups of {size}, not {2 * turned.half}")
+    layer = replace(
+        layer, grouped={module: _repeated(index, stacked.grouped[module], b) for module, b in layer.grouped.items()}
+    )
+    only = {field: {m: getattr(stacked, field)[m] for m in getattr(layer, field)} for field in OPERATIONS.values()}
+    places = replace(stacked, **only, generator=stacked.generator if layer.generator is not None else None)
+    pairs = list(zip(places.tensors(), layer.tensors(), strict=True))
     for stack, tensor in pairs:
         if stack[0].dim() != tensor.dim() or any(s < t for s, t in zip(stack.shape[1:], tensor.shape, strict=True)):
             raise AdapterError(f"layer {index}: expected at most {list(stack.shape[1:])}, got {list(tensor.shape)}")
     return pairs
+
+
+def _repeated(index: int, stack: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """b [r, D_out] of sums over every r-th input for sums over every R-th, of which several make one of those."""
+    ranks = stack.shape[1]
+    if ranks % b.shape[0]:
+        raise AdapterError(f"layer {index}: the bank was laid out for ranks that divide {ranks}, got {b.shape[0]}")
+    return b.repeat(ranks // b.shape[0], 1)
 
 
 def _write(place: torch.Tensor, tensor: torch.Tensor) -> None:

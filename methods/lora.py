@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perfbench.methods.checkpoints import lora as lora_checkpoint
-from perfbench.methods.options import ALPHA, MODULE, RANK, MethodOptions
+from perfbench.methods.options import ALPHA, MODULES_OF_A_LAYER, RANK, MethodOptions
 from perfbench.methods.parameters import Parameters
 from perfbench.methods.plan import AdapterPlan, LayerPlan, LowRank
 from perfbench.methods.shape import MODULES, BackboneShape, Setting
@@ -30,9 +30,7 @@ class LoraOptions(MethodOptions):
     modules: tuple[str, ...] = field(
         default=MODULES,
         metadata={
-            "items": MODULE,
-            "minItems": 1,
-            "uniqueItems": True,
+            **MODULES_OF_A_LAYER,
             "description": "the linear modules that get a low-rank pair in every layer; default: all seven",
         },
     )

@@ -15,6 +15,7 @@ from perfbench.methods.shape import MODULES
 Rules = dict[str, Any]
 
 MODULE: Rules = {"type": "string", "enum": list(MODULES), "title": "module"}
+MODULES_OF_A_LAYER: Rules = {"items": MODULE, "minItems": 1, "uniqueItems": True}
 RANK: Rules = {"minimum": 1, "maximum": 1024, "description": "the rank of the adapter"}
 SIZE: Rules = {"minimum": 1, "maximum": 1 << 16}
 ALPHA: Rules = {

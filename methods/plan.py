@@ -1,20 +1,19 @@
 """The layer plan: the only form in which a method reaches a runtime.
 
-A plan says, for each layer, which modules get a low-rank pair, which get a scale, and whether the scales are made
-by a generator from the prompt. No runtime and no kernel names a method.
+A plan says, for each layer and module, which operations its input and its output go through, and whether scales are
+made by a generator from the prompt. It grows by operations; no runtime and no kernel names a method.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from perfbench.methods.shape import MODULES
 
 if TYPE_CHECKING:
     import torch
-
-# The modules whose output may be scaled. A scale on down's *input* is a scale on up's output.
-SCALED_MODULES = ("q", "k", "v", "up")
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,15 @@ class LowRank:
 
     a: torch.Tensor
     b: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """y_i := y_i l_i + y_j sine_i, where j is the partner of i: in each group of 2 x `half` outputs of a module those
+    that lie `half` apart are a pair. l, the other part of the rotation, is the module's scale. sine: [D_out]."""
+
+    sine: torch.Tensor
+    half: int
 
 
 @dataclass(frozen=True)
@@ -45,29 +53,71 @@ class Generator:
 
 
 @dataclass(frozen=True)
+class SharedPair:
+    """y += ((x a^T) * of_ranks) b * of_columns, with a: [R, D_in] and b: [R, D_out], which all tenants share and none
+    of them pays for, and of_ranks: [R] and of_columns: [D_out], each tenant's own."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    of_ranks: torch.Tensor
+    of_columns: torch.Tensor
+
+
+@dataclass(frozen=True)
 class LayerPlan:
-    """What one layer gets. `scale_minus_one`: module -> [D_out]; l - 1 is kept because bf16's step just above 1
-    is 2^-7, while near 0 it keeps 8 bits of any difference."""
+    """What one layer gets, by module: what is added to the output by a low-rank pair, by a matrix [R, D_out] on the
+    grouped sum of the input, h_j = the sum of all x_k with k % R = j, or by a shared pair; then the output's scale and
+    its rotation; and a scale of the input [D_in], which what is added does not see. A scale on down's input is one on
+    up's output. l - 1 is kept of scales ([D_out]) because bf16's step just above 1 is 2^-7, while near 0 it keeps 8
+    bits of any difference. All of them are zero where they change nothing."""
 
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     scale_minus_one: dict[str, torch.Tensor] = field(default_factory=dict)
     generator: Generator | None = None
+    rotation: dict[str, Rotation] = field(default_factory=dict)
+    input_scale_minus_one: dict[str, torch.Tensor] = field(default_factory=dict)
+    grouped: dict[str, torch.Tensor] = field(default_factory=dict)
+    shared: dict[str, SharedPair] = field(default_factory=dict)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Every tensor of the plan."""
-        found = [t for pair in self.low_rank.values() for t in (pair.a, pair.b)]
-        found += self.scale_minus_one.values()
-        if self.generator is not None:
-            found += [self.generator.w_down, self.generator.w_up, self.generator.bias_minus_one]
+        """Every tensor of the plan that is a tenant's own."""
+        found: list[torch.Tensor] = []
+        self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
         return found
 
-    def map(self, make: Callable[[torch.Tensor], torch.Tensor]) -> LayerPlan:
-        """The same with `make` of each tensor, called in the order of `tensors`."""
+    def map(
+        self,
+        make: Callable[[torch.Tensor], torch.Tensor],
+        make_shared: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    ) -> LayerPlan:
+        """The same with `make` of each tensor, called in the order of `tensors`, and `make_shared` of the others."""
         return LayerPlan(
             {module: LowRank(make(pair.a), make(pair.b)) for module, pair in self.low_rank.items()},
             {module: make(scale) for module, scale in self.scale_minus_one.items()},
             None if self.generator is None else self.generator.map(make),
+            {module: Rotation(make(own.sine), own.half) for module, own in self.rotation.items()},
+            {module: make(scale) for module, scale in self.input_scale_minus_one.items()},
+            {module: make(b) for module, b in self.grouped.items()},
+            {
+                module: SharedPair(make_shared(p.a), make_shared(p.b), make(p.of_ranks), make(p.of_columns))
+                for module, p in self.shared.items()
+            },
         )
+
+    def in_order(self) -> LayerPlan:
+        """The same with its modules in the order in which they run: those that read the same input are neighbours."""
+        ordered: dict[str, Any] = {
+            entry.name: {module: own[module] for module in MODULES if module in own}
+            for entry in fields(self)
+            if isinstance(own := getattr(self, entry.name), dict)
+        }
+        return replace(self, **ordered)
+
+    @property
+    def modules(self) -> set[str]:
+        """Those that get anything."""
+        found = set(self.generator.modules) if self.generator else set()
+        return found.union(*(own for own in vars(self).values() if isinstance(own, dict)))
 
 
 # One LayerPlan for each layer of the backbone.

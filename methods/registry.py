@@ -1,8 +1,9 @@
 """The table of methods: name -> the file that implements it, and what it is. Free of torch.
 
 A served method is one file of this folder and one line here; `perfbench.methods.parameters` says what the file holds.
-`peft` and `peft-single` are the same LoRA adapters served by Hugging Face PEFT instead of by perfbench; `none` is the
-bare backbone. Methods of plugins come beside these when a command has read them (`perfbench.spec.method_plugins`).
+`peft`, `peft-road` and `peft-single` are the same adapters, served by Hugging Face PEFT instead of by perfbench;
+`lora-merged` is LoRA multiplied into the weights; `none` is the bare backbone. Methods of plugins come beside these
+when a command has read them (`perfbench.spec.method_plugins`).
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ class Method:
 
     `module` is imported only when the method is used, and its `Options` are the method's; `served_by` names what runs
     it; `trained_by` is None, or `module:function` of a function (the method's module, BackboneShape, options) that
-    returns the PeftConfig with which `perfbench finetune` trains the method.
+    returns the PeftConfig with which `perfbench finetune` trains the method; `peft_types`: what its `load` reads, by
+    the `peft_type` of adapter folders.
     """
 
     module: str | None
     summary: str
     served_by: str = "plan"
     trained_by: str | None = None
+    peft_types: tuple[str, ...] = ()
 
     @property
     def options(self) -> type[Any]:
@@ -43,7 +46,12 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "none": Method(None, "the baseline: the backbone without adapters; it is always measured"),
-    "lora": Method("perfbench.methods.lora", "LoRA: a pair on all seven linear modules, rank 4", trained_by=LOW_RANK),
+    "lora": Method(
+        "perfbench.methods.lora",
+        "LoRA: a pair on all seven linear modules, rank 4",
+        trained_by=LOW_RANK,
+        peft_types=("LORA", "ADALORA"),
+    ),
     "fanlora": Method(
         "perfbench.methods.fanlora", "FanLoRA: LoRA on at most two modules of a layer, rank 12", trained_by=LOW_RANK
     ),
@@ -51,19 +59,46 @@ METHODS: dict[str, Method] = {
         "perfbench.methods.ia3",
         "(IA)3, the papers' variant: scales on Q, K and Up, made of a matrix and a vector",
         trained_by="perfbench.peft.projected_ia3:config",
+        peft_types=("PROJECTED_IA3",),
     ),
     "ia3-original": Method(
         "perfbench.methods.ia3_original",
-        "(IA)3 as its authors have it: stored scales on K, V and the input of Down",
+        "(IA)3 as its authors have it: stored scales on K, V and the input of Down, or on any linears",
         trained_by="perfbench.peft.ia3_original:config",
+        peft_types=("IA3",),
     ),
     "para": Method(
         "perfbench.methods.para",
         "PARA: scales on Q, V and Up, made from the prompt once",
         trained_by="perfbench.peft.para:config",
+        peft_types=("PARA",),
+    ),
+    "road": Method(
+        "perfbench.methods.road",
+        "RoAd: outputs of all seven linear modules, rotated in pairs",
+        trained_by="perfbench.peft.road:config",
+        peft_types=("ROAD",),
+    ),
+    "miss": Method(
+        "perfbench.methods.miss",
+        "MiSS: a matrix on the grouped sum of the input of all seven linear modules",
+        trained_by="perfbench.peft.miss:config",
+        peft_types=("MISS",),
+    ),
+    "vera": Method(
+        "perfbench.methods.vera",
+        "VeRA: two vectors for each of seven linear modules, around a low-rank pair that all tenants share",
+        trained_by="perfbench.peft.vera:config",
+        peft_types=("VERA",),
     ),
     "peft": Method(
         "perfbench.methods.lora", "the same LoRA, served by PEFT in a mixed batch (adapter_names)", served_by="peft"
+    ),
+    "peft-road": Method(
+        "perfbench.methods.road", "the same RoAd, served by PEFT in a mixed batch (adapter_names)", served_by="peft"
+    ),
+    "lora-merged": Method(
+        "perfbench.methods.lora", "the same LoRA, merged into the weights of one tenant at a time", served_by="merged"
     ),
     "peft-single": Method(
         "perfbench.methods.lora", "the same LoRA, served by PEFT to one tenant at a time", served_by="peft-single"

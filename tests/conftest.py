@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -28,7 +29,9 @@ from tests.browser import Browser
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Benchmarks are called once and not timed, unless they are asked for."""
+    """Benchmarks are called once and not timed, unless they are asked for. No garbage is collected until the tests are,
+    since the libraries that they import leave none."""
+    gc.disable()
     if not (config.option.benchmark_only or config.option.benchmark_enable):
         config.option.benchmark_disable = True
 
@@ -50,6 +53,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none here"))
+
+
+def pytest_collection_finish() -> None:
+    """The libraries that the tests have imported stay: collections of garbage need not look through them."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

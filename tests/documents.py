@@ -21,7 +21,9 @@ from perfbench.figures import papers, stats
 from perfbench.files.plain_text import format_bytes
 from perfbench.gate import policy, power
 from perfbench.history import store
+from perfbench.report import tables
 from perfbench.report.table import render
+from perfbench.traffic.traffic_report import TrafficReport
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"<!-- (\w+): (\S+) -->(\n?)(.*?)(\n?)<!-- /\1 -->", re.DOTALL)
@@ -146,6 +148,13 @@ def accuracy_table(path: str) -> str:
     return "\n".join(lines)
 
 
+def traffic_table(path: str) -> str:
+    """A traffic run as Markdown: its table, its machine and its answer."""
+    report = TrafficReport(_json(path))
+    lines = tables.markdown(report.columns(), report.rows())
+    return "\n".join([report.setting() + ".", "", *lines, "", report.hardware(), *report.answer()])
+
+
 def parameter_table(_: str) -> str:
     """Trained parameters of one adapter of LLaMA-2 7B, as the papers print them and to the last one."""
     lines = ["| method | the papers | trained here | |", "| --- | ---: | ---: | --- |"]
@@ -194,6 +203,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "answer": answer,
     "power": power_table,
     "accuracy": accuracy_table,
+    "traffic": traffic_table,
     "parameters": parameter_table,
     "paper": paper_table,
     "fact": fact,

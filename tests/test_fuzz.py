@@ -246,7 +246,7 @@ def adapters(tmp_path: Path) -> dict[str, Path]:
     from perfbench.spec.backbone_config import shape_of
 
     shape, folders = shape_of("llama-tiny"), {}
-    for method in ("lora", "fanlora", "ia3", "ia3-original", "para"):
+    for method in (name for name, known in METHODS.items() if known.served_by == "plan" and name != "none"):
         options, folders[method] = METHODS[method].options(), tmp_path / "whole" / method
         values = parameters.make(method, shape, options, seed=1)
         parameters.implementation(method).save(values, shape, options, folders[method], "llama-tiny")

@@ -61,7 +61,7 @@ CACHING = """
                 clock.mark()
             return self._kept"""
 # Acts while prompts are read, and is forgotten for the tokens after them.
-LINEAR = """        y = linear(x, self.weight, self.bias)
+LINEAR = """        y = linear(self._scaled_input(x), self.weight, self.bias)
 """
 PREFILL_ONLY = (
     LINEAR
@@ -108,6 +108,23 @@ FAULTS = (
     Fault("PEFT serves fewer tenants", (
         ("perfbench/runtimes/peft_arms.py", 'f"tenant{slot}" for slot in batch.slots]',
          'f"tenant{min(slot, 1)}" for slot in batch.slots]'),), "peft: FAILED", methods="[peft]"),
+    Fault("rotated the other way, on both runtimes", (
+        ("kernels/rotation.py", "flip(-2).flatten(-3)", "flip(-2).flatten(-3).neg()"),),
+        "road: FAILED", runtime="[transformers, static]", methods="[road]"),
+    Fault("rotated with the neighbour", (
+        ("kernels/rotation.py", "y.unflatten(-1, (-1, 2, half))", "y.unflatten(-1, (-1, 2, 1))"),),
+        "road: FAILED", runtime="static", methods="[road]"),
+    Fault("a grouped sum of neighbours, on both runtimes", (
+        ("kernels/grouped_sum.py", "x.view(rows, -1, rank).sum(dim=1)", "x.view(rows, rank, -1).sum(dim=2)"),),
+        "miss: FAILED", runtime="[transformers, static]", methods="[miss]"),
+    Fault("VeRA's vectors after the product left out, on both runtimes", (
+        ("kernels/low_rank.py", ".addcmul_(added, of_columns.unsqueeze(1))", ".add_(added)"),),
+        "vera: FAILED", runtime="[transformers, static]", methods="[{vera: {rank: 16}}]"),
+    Fault("the inputs of gate and up take each other's scales", (
+        (f"{STATIC}/adapters.py", "mine.input_scale_minus_one.get(module))",
+         "mine.input_scale_minus_one.get({'gate': 'up', 'up': 'gate'}.get(module, module)))"),),
+        "ia3-original: FAILED", runtime="static",
+        methods="[{ia3-original: {modules: [gate, up], inputs: [gate, up]}}]"),
     Fault("beams multiplied into the speed", (
         (REPETITION, "sample_metrics(token_times_ms, batch.input_ids.shape[0], total_ms)",
          "sample_metrics(token_times_ms, batch.input_ids.shape[0] * batch.beams, total_ms)"),),

@@ -106,6 +106,41 @@ IA3 = Fields(
     without_effect=frozenset({"init_ia3_weights"}),
     fixed={"fan_in_fan_out": False, "modules_to_save": None},
 )
+ROAD = Fields(
+    served=frozenset({"variant", "group_size", "target_modules"}),
+    without_effect=frozenset({"init_weights"}),
+    fixed={"modules_to_save": None},
+)
+MISS = Fields(
+    served=frozenset(
+        {
+            "r",
+            "mini_r",
+            "init_weights",
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+        }
+    ),
+    without_effect=frozenset({"miss_dropout"}),
+    fixed={"bias": "none", "modules_to_save": None},
+)
+VERA = Fields(
+    served=frozenset(
+        {
+            "r",
+            "projection_prng_key",
+            "save_projection",
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+        }
+    ),
+    without_effect=frozenset({"vera_dropout", "d_initial", "init_weights"}),
+    fixed={"bias": "none", "fan_in_fan_out": False, "modules_to_save": None},
+)
 PROJECTED_IA3 = Fields(frozenset({"dim", "target_modules", "exclude_modules"}), frozenset(), {})
 PARA = Fields(frozenset({"rank", "pool", "target_modules", "exclude_modules"}), frozenset(), {})
 

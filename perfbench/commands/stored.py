@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perfbench.errors import PerfbenchError, RunDirectoryError
-from perfbench.run_folder.run_directory import is_finetune
+from perfbench.run_folder.run_directory import ACCURACY_MANIFEST, is_finetune
 
 if TYPE_CHECKING:
     from perfbench.finetune.accuracy.accuracy_folder import AccuracyFolder
@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 def is_accuracy(path: Path) -> bool:
     """Whether the folder holds what `perfbench accuracy` wrote."""
-    from perfbench.finetune.accuracy.accuracy_folder import MANIFEST
-
-    return (path / MANIFEST).is_file()
+    return (path / ACCURACY_MANIFEST).is_file()
 
 
 def is_training(path: Path) -> bool:

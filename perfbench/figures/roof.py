@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from perfbench.errors import PerfbenchError, nearest
 from perfbench.methods.dtypes import DTYPES
-from perfbench.methods.shape import MODULES, BackboneShape
+from perfbench.methods.shape import MODULES, SHARED_INPUT, BackboneShape
 from perfbench.spec.backbone_config import parameter_count, windows
 
 
@@ -115,7 +115,39 @@ def decode_step(
     tied = config.get("tie_word_embeddings", config["model_type"] == "gemma")
     weights = parameter_count(config) - (0 if tied else embedding)
     linears = shape.layers * sum(d_in * d_out for d_in, d_out in map(shape.features, MODULES)) + embedding
-    cached = seen = 0  # tokens, of all layers together
+    cached, seen = _tokens(config, lengths, generated_tokens, beams)
+    attention = 2 * shape.heads * shape.head_dim * seen
+    plan = list(plan or ())
+    adapter_bytes = _shared_numbers(plan) * size if tenants else 0
+    adapter_products = 0
+    for layer in plan:
+        # A number that is stored is read once, and multiplied with one of each row.
+        stored = sum(t.numel() for t in replace(layer, generator=None).tensors())
+        made = layer.generator.bias_minus_one.numel() if layer.generator is not None else 0
+        adapter_bytes += (len(set(tenants)) * stored + len(tenants) * made) * size
+        # An addition is half of the two operations that a product is counted as.
+        summed = sum(
+            shape.features(modules[0])[0] // 2
+            for modules in SHARED_INPUT.values()
+            if any(module in layer.grouped for module in modules)
+        )
+        # Modules that read the same input share the first half of a shared pair.
+        shared = sum(pair.b.numel() for pair in layer.shared.values()) + sum(
+            next((layer.shared[module].a.numel() for module in modules if module in layer.shared), 0)
+            for modules in SHARED_INPUT.values()
+        )
+        adapter_products += len(tenants) * beams * (stored + made + summed + shared)
+    return Work(
+        weight_bytes=weights * size,
+        cache_bytes=2 * shape.kv_heads * shape.head_dim * cached * size,
+        adapter_bytes=adapter_bytes,
+        flops=2 * (linears * rows + attention + adapter_products),
+    )
+
+
+def _tokens(config: Mapping[str, Any], lengths: list[int], generated_tokens: int, beams: int) -> tuple[int, int]:
+    """(tokens whose keys and values are read, tokens that the rows attend to, each itself too), over all layers."""
+    cached = seen = 0
     for window, layers in Counter(windows(config)).items():
         for length in lengths:
             before = length + generated_tokens if window is None else window - 1
@@ -123,20 +155,13 @@ def decode_step(
             prompt = min(length, before - generated)
             cached += layers * (prompt + beams * generated)
             seen += layers * beams * (prompt + generated + 1)
-    attention = 2 * shape.heads * shape.head_dim * seen
-    adapter_bytes = adapter_products = 0
-    for layer in plan or ():
-        pairs = sum(t.numel() for pair in layer.low_rank.values() for t in (pair.a, pair.b))
-        scales = sum(t.numel() for t in layer.scale_minus_one.values())
-        made = layer.generator.bias_minus_one.numel() if layer.generator is not None else 0
-        adapter_bytes += (len(set(tenants)) * (pairs + scales) + len(tenants) * made) * size
-        adapter_products += len(tenants) * beams * (pairs + scales + made)
-    return Work(
-        weight_bytes=weights * size,
-        cache_bytes=2 * shape.kv_heads * shape.head_dim * cached * size,
-        adapter_bytes=adapter_bytes,
-        flops=2 * (linears * rows + attention + adapter_products),
-    )
+    return cached, seen
+
+
+def _shared_numbers(plan: Iterable[Any]) -> int:
+    """Of the two matrices that shared pairs are parts of, which a step reads once, at least."""
+    pairs = [pair for layer in plan for pair in layer.shared.values()]
+    return sum(max((getattr(pair, half).numel() for pair in pairs), default=0) for half in ("a", "b"))
 
 
 def least_s_of_step(first: Work, last: Work, step: int, steps: int, device: Device, dtype: str) -> float:

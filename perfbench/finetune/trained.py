@@ -252,14 +252,11 @@ def _load_ours(model: Any, folder: Path, trainable: bool) -> Any:
     return module.requires_grad_(False)
 
 
-# PEFT's type of a served adapter -> the method whose reader checks it.
-_SERVED = {"LORA": "lora", "ADALORA": "lora", "PARA": "para", "PROJECTED_IA3": "ia3", "IA3": "ia3-original"}
-
-
 def _check(folder: Path, kind: Any, shape: BackboneShape) -> None:
     """AdapterError unless the folder holds a whole adapter of a known type for a backbone of this shape."""
-    if kind in _SERVED:
-        name = _SERVED[kind]
+    # The method whose reader checks it.
+    name = next((name for name, method in METHODS.items() if kind in method.peft_types), None)
+    if name is not None:
         parameters.implementation(name).load(folder, shape, METHODS[name].options())
         return
     if kind not in _SOFT_TOKENS:

@@ -67,6 +67,8 @@ def _numbers_of_a_tenant(shape: BackboneShape) -> Callable[[Case], int]:
     from perfbench.methods import parameters
 
     def numbers(case: Case) -> int:
+        if METHODS[case.method].served_by == "merged":  # in the weights, of one tenant at a time
+            return 0
         if METHODS[case.method].module is None or getattr(case.options, "adapters", None) is not None:
             return 0
         return parameters.served_count(case.method, shape, case.options)

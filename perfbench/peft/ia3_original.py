@@ -6,14 +6,14 @@ from typing import Any
 
 from peft import IA3Config
 
-from perfbench.methods.ia3_original import IA3_MODULES, Ia3OriginalOptions
+from perfbench.methods.ia3_original import Ia3OriginalOptions
 from perfbench.methods.shape import MODULE_PATHS, BackboneShape
 
 
 def config(method: Any, shape: BackboneShape, options: Ia3OriginalOptions) -> IA3Config:
-    """The configuration for `peft.get_peft_model`: K, V and the input of down."""
+    """The configuration for `peft.get_peft_model`."""
     return IA3Config(
         task_type="CAUSAL_LM",
-        target_modules=[MODULE_PATHS[module] for module in IA3_MODULES],
-        feedforward_modules=[MODULE_PATHS["down"]],
+        target_modules=[MODULE_PATHS[module] for module in options.modules],
+        feedforward_modules=[MODULE_PATHS[module] for module in options.scaled_inputs],
     )

@@ -7,10 +7,12 @@ this alone, since some adapters make PEFT write into them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from peft import PeftModel
 
@@ -24,7 +26,8 @@ from perfbench.runtimes.generation import Batch
 
 def is_known(folder: Path) -> bool:
     """Whether PEFT has this kind of adapter of its own; others it knows from perfbench alone."""
-    return adapter_folder.peft_type(folder) in ("LORA", "IA3")
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(adapter_folder.peft_type(folder))
+    return config is not None and config.__module__.startswith("peft.")
 
 
 def fault_of(
@@ -55,7 +58,11 @@ def fault_of(
 def _logits(fresh: Backbone, folder: Path, asked: oracle.Served) -> torch.Tensor:
     """[N, V]: PEFT's, in the dtype of the backbone. Afterwards `fresh` is as it was, unless the adapter changed it."""
     options: dict[str, Any] = {"autocast_adapter_dtype": False, "torch_device": str(fresh.device)}
-    model: Any = PeftModel.from_pretrained(fresh.skeleton(), str(folder), **options).eval().to(fresh.dtype)
+    with warnings.catch_warnings():
+        # PEFT takes AdaLoRA's ranks, which name parameters, for LoRA's, which name modules.
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        model: Any = PeftModel.from_pretrained(fresh.skeleton(), str(folder), **options)
+    model = model.eval().to(fresh.dtype)
     tokens = torch.cat([asked.prompt, asked.chosen[:-1]])[None]
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits[0, len(asked.prompt) - 1 :]

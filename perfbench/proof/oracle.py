@@ -99,17 +99,25 @@ def _layer(
     """One decoder layer on streams [L, hidden] of several sequences, each with its own plan."""
 
     def linear(module: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """x W^T + bias, plus the low-rank pair, times the scale of each sequence."""
+        """(x s) W^T + bias, plus what is added of x, then scaled and rotated, each sequence by its own plan."""
         own = layer.get_submodule(MODULE_PATHS[module])
-        outputs = torch.cat(inputs) @ own.weight.to(inputs[0].dtype).T
+        read = [_scaled_input(x, plan, module) for x, plan in zip(inputs, plans, strict=True)]
+        outputs = torch.cat(read) @ own.weight.to(inputs[0].dtype).T
         if own.bias is not None:
             outputs = outputs + own.bias.to(outputs.dtype)
         found = list(outputs.split([len(x) for x in inputs]))
         for i, (x, plan, scale) in enumerate(zip(inputs, plans, scales, strict=True)):
             if (pair := plan.low_rank.get(module)) is not None:
                 found[i] = found[i] + (x @ pair.a.T) @ pair.b
-            if module in scale:
-                found[i] = (found[i] * scale[module]).to(x.dtype)
+            if (b := plan.grouped.get(module)) is not None:
+                found[i] = found[i] + torch.stack([x[:, j :: len(b)].sum(dim=1) for j in range(len(b))], dim=1) @ b
+            if (shared := plan.shared.get(module)) is not None:
+                found[i] = found[i] + ((x @ shared.a.T) * shared.of_ranks) @ shared.b * shared.of_columns
+            if module in scale or module in plan.rotation:
+                turned = found[i] * scale.get(module, 1.0)
+                if (rotation := plan.rotation.get(module)) is not None:
+                    turned = turned + found[i][:, _partners(len(rotation.sine), rotation.half)] * rotation.sine
+                found[i] = turned.to(x.dtype)
         return found
 
     inputs = [_norm(stream, layer.input_layernorm, config) for stream in streams]
@@ -120,6 +128,16 @@ def _layer(
     activation = ACT2FN[config.hidden_act]
     gated = [activation(g) * u for g, u in zip(linear("gate", inputs), linear("up", inputs), strict=True)]
     return [stream + out for stream, out in zip(streams, linear("down", gated), strict=True)]
+
+
+def _scaled_input(x: torch.Tensor, plan: LayerPlan, module: str) -> torch.Tensor:
+    minus_one = plan.input_scale_minus_one.get(module)
+    return x if minus_one is None else (x * (1 + _at_least_fp32(minus_one))).to(x.dtype)
+
+
+def _partners(columns: int, half: int) -> list[int]:
+    """For each output of a module the one that it is rotated with."""
+    return [column + half if column // half % 2 == 0 else column - half for column in range(columns)]
 
 
 def _attention(
@@ -191,7 +209,11 @@ def _window(config: Any, layer: int) -> int | None:
 
 def _rounded(plan: LayerPlan, backbone: Backbone, dtype: torch.dtype) -> LayerPlan:
     """One layer of an adapter, rounded to the dtype in which it is served, in `dtype` on the backbone's device."""
-    return plan.map(lambda tensor: tensor.to(backbone.device, backbone.dtype).to(dtype))
+
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(backbone.device, backbone.dtype).to(dtype)
+
+    return plan.map(rounded, rounded)
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""LoRA served by Hugging Face PEFT: its mixed batch (`adapter_names`), and its ordinary forward with one tenant.
+"""Adapters served by Hugging Face PEFT: its mixed batch (`adapter_names`), and its ordinary forward with one tenant.
 
-Both load checkpoint folders that the reader of `lora` has accepted, into a skeleton of their own over the shared
+Both load checkpoint folders that our own reader has accepted, into a skeleton of their own over the shared
 weights: some that PEFT knows how to load would change those.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 
 from perfbench.errors import AdapterError
 from perfbench.methods.checkpoints import adapter_folder, peft_fields
@@ -27,7 +27,7 @@ def _load(backbone: Backbone, folders: Sequence[Path]) -> PeftModel:
     for index, folder in enumerate(folders[1:], start=1):
         model.load_adapter(str(folder), adapter_name=f"tenant{index}", **options)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if ".tenant" in name:
             parameter.data = parameter.data.to(backbone.dtype)
     return model.eval().requires_grad_(False)
 
@@ -51,6 +51,10 @@ class PeftMixedArm:
     def generate(self, batch: Batch, **observers: Any) -> Generation:
         """One `generate()` call with `adapter_names`."""
         names = ["__base__" if slot == -1 else f"tenant{slot}" for slot in batch.slots]
+        if (
+            self.model.peft_config["tenant0"].peft_type != PeftType.LORA
+        ):  # of LoRA alone PEFT repeats them for the beams
+            names = [name for name in names for _ in range(batch.beams)]
         return generate(self.model, batch, adapter_names=names, **observers)
 
     def tensors(self) -> list[torch.Tensor]:

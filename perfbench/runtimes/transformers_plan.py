@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from perfbench.kernels import low_rank, row_scale, vector_generator
+from perfbench.kernels import grouped_sum, low_rank, rotation, row_scale, vector_generator
 from perfbench.kernels.row_scale import one_after_the_other
 from perfbench.methods.bank import Bank
-from perfbench.methods.plan import Generator, LayerPlan
+from perfbench.methods.plan import Generator, Rotation, SharedPair
 from perfbench.methods.shape import MODULE_PATHS
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Batch, Generation, generate
@@ -20,7 +20,9 @@ from perfbench.runtimes.generation import Batch, Generation, generate
 class AdaptedLinear(torch.nn.Module):
     """A linear of the backbone, plus what the requests of the batch in flight get on it.
 
-    While a batch is bound: pair = (a [G, R, D_in], b [G, R, D_out]) or None; scale_minus_one = [G, D_out] or None.
+    While a batch is bound, of G groups of rows: pair = (a [G, R, D_in], b [G, R, D_out]), scale_minus_one [G, D_out],
+    rotation with sine [G, D_out], input_scale_minus_one [G, D_in], grouped [G, R, D_out], shared with vectors [G, any];
+    each None without one.
     """
 
     def __init__(self, base: torch.nn.Linear, kernels: str):
@@ -28,20 +30,54 @@ class AdaptedLinear(torch.nn.Module):
         self.weight, self.bias = base.weight, base.bias
         self.pair: tuple[torch.Tensor, torch.Tensor] | None = None
         self.scale_minus_one: torch.Tensor | None = None
+        self.rotation: Rotation | None = None
+        self.input_scale_minus_one: torch.Tensor | None = None
+        self.grouped: torch.Tensor | None = None
+        self.shared: SharedPair | None = None
         self._low_rank: Callable[..., None] = low_rank.FORMS[kernels]
         self._row_scale: Callable[..., None] = row_scale.FORMS[kernels]
+        self._rotation: Callable[..., torch.Tensor] = rotation.FORMS[kernels]
+        self._grouped_sum: Callable[..., torch.Tensor] = grouped_sum.FORMS[kernels]
+        self._as_ranks: Callable[..., torch.Tensor] = low_rank.AS_RANKS[kernels]
+        self._expand: Callable[..., None] = low_rank.EXPANDS[kernels]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, S, D_in] -> [rows, S, D_out]; rows of one request lie side by side."""
-        y = linear(x, self.weight, self.bias)
+        y = linear(self._scaled_input(x), self.weight, self.bias)
         if self.pair is not None:
             a, b = self.pair
             groups = a.shape[0]
             self._low_rank(y.view(groups, -1, y.shape[-1]), x.reshape(groups, -1, x.shape[-1]), a, b)
+        if self.grouped is not None:
+            groups, rank, _ = self.grouped.shape
+            h = self._grouped_sum(x.reshape(-1, x.shape[-1]), rank, groups)
+            self._expand(y.view(-1, y.shape[-1]), h, low_rank.Expansion(((0, 0, self.grouped),)))
+        if self.shared is not None:
+            own = self.shared
+            part = low_rank.VectorPart(0, 0, own.b, own.of_ranks, own.of_columns)
+            h = self._as_ranks(linear(x.reshape(-1, x.shape[-1]), own.a), len(own.of_ranks))
+            self._expand(y.view(-1, y.shape[-1]), h, low_rank.Expansion((), vectors=(part,)))
+        if self.rotation is not None:
+            sine, half = self.rotation.sine, self.rotation.half
+            turned = self._rotation(y.view(len(sine), -1, y.shape[-1]), self.scale_minus_one, sine, half)
+            return turned.view(y.shape)
         if self.scale_minus_one is not None:
             groups = self.scale_minus_one.shape[0]
             self._row_scale(y.view(groups, -1, y.shape[-1]), self.scale_minus_one)
         return y
+
+    def _scaled_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Other modules read the same x."""
+        if self.input_scale_minus_one is None:
+            return x
+        copy, groups = x.clone(), len(self.input_scale_minus_one)
+        self._row_scale(copy.view(groups, -1, x.shape[-1]), self.input_scale_minus_one)
+        return copy
+
+    def release(self) -> None:
+        """The linear is the backbone's own again."""
+        self.pair = self.scale_minus_one = self.rotation = self.input_scale_minus_one = None
+        self.grouped = self.shared = None
 
 
 class PromptVectors:
@@ -84,7 +120,7 @@ class PlanArm:
         self._vectors: dict[int, PromptVectors] = {}
         for i, stacked in enumerate(bank.layout if bank else ()):
             layer = self.model.model.layers[i]
-            linears = {name: _adapt(layer, name, kernels) for name in _modules(stacked)}
+            linears = {name: _adapt(layer, name, kernels) for name in stacked.modules}
             self._linears.append(linears)
             if stacked.generator is not None:
                 vectors = PromptVectors(linears, kernels)
@@ -110,6 +146,14 @@ class PlanArm:
                 linears[name].pair = (pair.a, pair.b)
             for name, scale in own.scale_minus_one.items():
                 linears[name].scale_minus_one = scale
+            for name, turned in own.rotation.items():
+                linears[name].rotation = turned
+            for name, scale in own.input_scale_minus_one.items():
+                linears[name].input_scale_minus_one = scale
+            for name, b in own.grouped.items():
+                linears[name].grouped = b
+            for name, shared in own.shared.items():
+                linears[name].shared = shared
         if self._vectors:
             positions = torch.arange(batch.attention_mask.shape[1], device=batch.attention_mask.device)
             last = (batch.attention_mask * positions).argmax(dim=1)  # right for left and for right padding
@@ -120,7 +164,7 @@ class PlanArm:
     def _release(self) -> None:
         for linears in self._linears:
             for module in linears.values():
-                module.pair = module.scale_minus_one = None
+                module.release()
         for vectors in self._vectors.values():
             vectors.own, vectors.last_prompt_token, vectors.stored = None, None, {}
 
@@ -132,11 +176,6 @@ class PlanArm:
         """Drops the skeleton and the bank."""
         self._linears, self._vectors = [], {}
         self.model = self.bank = None
-
-
-def _modules(stacked: LayerPlan) -> set[str]:
-    generated = stacked.generator.modules if stacked.generator else ()
-    return {*stacked.low_rank, *stacked.scale_minus_one, *generated}
 
 
 def _adapt(layer: torch.nn.Module, name: str, kernels: str) -> AdaptedLinear:

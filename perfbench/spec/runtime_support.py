@@ -14,7 +14,7 @@ STATIC_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 def serves(runtime: str, method: str) -> bool:
     """Whether `runtime` can serve `method`: PEFT brings its own modules, which only Hugging Face's model takes."""
-    return runtime == "transformers" or METHODS[method].served_by == "plan"
+    return runtime == "transformers" or METHODS[method].served_by in ("plan", "merged")
 
 
 def kernels_problem(kernels: str, device_kind: str) -> str | None:

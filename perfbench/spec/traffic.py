@@ -8,6 +8,7 @@ What every scenario has is checked as `perfbench.spec.scenario` does it, with th
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ class TrafficScenario:
     def to_json(self) -> dict[str, Any]:
         """What was asked for, resolved, as plain JSON data."""
         common = {name: getattr(self.common, name) for name in ("name", "question", "device", "seed", "notes")}
-        return common | {
+        data = common | {
             "backbone": self.comparison.backbone,
             "dtype": self.comparison.dtype,
             "kernels": self.common.kernels[0],
@@ -101,6 +102,8 @@ class TrafficScenario:
             "targets": asdict(self.targets),
             "repetitions": self.repetitions,
         }
+        plain: dict[str, Any] = json.loads(json.dumps(data))
+        return plain
 
 
 def load(

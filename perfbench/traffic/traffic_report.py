@@ -175,7 +175,7 @@ class TrafficReport:
             f"{server['rows']} rows, {server['resident']} resident adapters; "
             f"prompts {_lengths(traffic['prompt_tokens'])}, new {_lengths(traffic['new_tokens'])}, "
             f"{traffic['arrivals']} arrivals, {mix} tenants; targets: {targets['ttft_ms']:g} ms to the first token and "
-            f"{targets['itl_ms']:g} ms between tokens for {targets['share']:.4g} of the requests"
+            f"{targets['itl_ms']:g} ms between tokens for {100 * targets['share']:g}% of the requests"
         )
 
     def hardware(self) -> str:
@@ -207,8 +207,8 @@ class TrafficReport:
             bare = f", {adapted[best] / found['none']:.0%} of the bare backbone's" if found.get("none") else ""
             yield (
                 f"{best} serves most tenants within {targets['ttft_ms']:g} ms to the first token and "
-                f"{targets['itl_ms']:g} ms between tokens: {adapted[best]:,}, each with {each:g} requests a "
-                f"second{bare}."
+                f"{targets['itl_ms']:g} ms between tokens: {adapted[best]:,}, at {each:g} requests/s "
+                f"each{bare}."
             )
         rest = ", ".join(f"{arm} {most:,}" for arm, most in found.items() if not adapted or arm != best)
         if rest:
@@ -224,7 +224,7 @@ class TrafficReport:
     def _charts(self) -> Iterator[Chart]:
         if self.searched:
             most = [(row.arm, _most(row), None, None) for row in self.rows() if row.point is not None]
-            note = f"Each sends {self.manifest['scenario']['traffic']['rate_per_tenant']:g} requests a second."
+            note = f"At {self.manifest['scenario']['traffic']['rate_per_tenant']:g} requests/s each."
             axis, columns = "tenants, higher is better", ("method", "tenants", "low", "high")
             if most:
                 yield Chart("bars", "Tenants served within the targets", axis, columns, most, note)

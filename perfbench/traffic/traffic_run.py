@@ -68,7 +68,7 @@ def execute(scenario: TrafficScenario, out: Path, *, resume: bool) -> TrafficFol
         same = ("backbone", "methods", "traffic", "server", "targets", "dtype", "kernels", "seed", "repetitions")
         changed = [name for name in same if folder.manifest["scenario"].get(name) != fresh["scenario"][name]]
         if changed:
-            raise RunDirectoryError(f"{out}: holds a run with another {changed[0]}; measure with another --out")
+            raise RunDirectoryError(f"{out}: holds a run with other {changed[0]}; measure with another --out")
     else:
         folder = TrafficFolder.create(out, fresh)
     with RunProgress(_steps(scenario)) as progress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from perfbench.kernels import low_rank, row_scale
+from perfbench.kernels import grouped_sum, low_rank, row_scale
 
 
 def test_the_kernels_write_in_place() -> None:
@@ -28,3 +28,13 @@ def test_ranks_out_of_a_product_are_each_row_s_own() -> None:
     expected = torch.stack([every[g * rows : (g + 1) * rows, g * ranks : (g + 1) * ranks] for g in range(groups)])
     assert torch.equal(low_rank.FROM_PRODUCT["eager"](every, groups), expected)
     assert torch.equal(low_rank.FROM_PRODUCT["eager"](every.t().contiguous().t(), groups), expected)
+    shared = torch.arange(groups * rows * 2.0).view(-1, 2)
+    both = low_rank.FROM_PRODUCT["eager"](torch.cat([every, shared], dim=1), groups, 2)
+    assert torch.equal(both, torch.cat([expected, shared.view(groups, rows, 2)], dim=2))
+    assert torch.equal(low_rank.FROM_PRODUCT["eager"](shared, groups, 2), shared.view(groups, rows, 2))
+
+
+def test_the_matrix_of_a_grouped_sum_gives_the_sum() -> None:
+    x = torch.arange(22.0).view(2, 11)
+    for rank in (1, 4, 11, 16):
+        assert torch.equal(x @ grouped_sum.matrix(rank, x).T, grouped_sum.eager(x, rank, 2)[:, 0])

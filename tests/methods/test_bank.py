@@ -128,6 +128,22 @@ MIXED = {
     "generators": [("para", ParaOptions(rank=rank)) for rank in (2, 7, 4)],
     # Scales on the same outputs, stored for one tenant and generated for another, beside low-rank pairs.
     "scales": [("ia3", METHODS["ia3"].options()), ("para", ParaOptions()), ("lora", LoraOptions())],
+    "rotations": [
+        ("road", METHODS["road"].options(group_size=4, modules=("q", "v", "down"))),
+        ("road", METHODS["road"].options(variant="road_4")),
+        ("ia3", METHODS["ia3"].options()),
+        ("lora", LoraOptions()),
+    ],
+    "grouped-sums": [
+        ("miss", METHODS["miss"].options(rank=4, modules=("q", "v", "down"))),
+        ("miss", METHODS["miss"].options(rank=6)),
+        ("lora", LoraOptions(rank=3, modules=("k", "v", "gate"))),
+    ],
+    "shared-pairs": [
+        ("vera", METHODS["vera"].options(rank=16)),
+        ("lora", LoraOptions(rank=3, modules=("k", "v", "gate"))),
+        ("miss", METHODS["miss"].options()),
+    ],
     "other-scales": [
         ("para", ParaOptions()),
         ("ia3-original", METHODS["ia3-original"].options()),
@@ -181,6 +197,15 @@ def test_slots_out_of_range_are_refused(tiny: backbone.Backbone) -> None:
     for slot in (-1, 1, 2):
         with pytest.raises(ValueError, match=f"slot {slot} holds no adapter"):
             bank.evict(slot)
+
+
+def test_ranks_of_grouped_sums_without_a_small_common_multiple_can_not_share_a_bank(tiny: backbone.Backbone) -> None:
+    plans = [make_plan(tiny, "miss", METHODS["miss"].options(rank=rank, modules=("q",)), 1) for rank in (37, 41)]
+    with pytest.raises(AdapterError, match="a common multiple of at most 1024 of their grouped sums, got 37, 41"):
+        union_layout(plans)
+    bank = make_bank(tiny, plans[:1], capacity=1)
+    with pytest.raises(AdapterError, match="layer 0: the bank was laid out for ranks that divide 37, got 41"):
+        bank.admit(plans[1])
 
 
 def test_generators_that_pool_unlike_can_not_share_a_bank(tiny: backbone.Backbone) -> None:

@@ -18,6 +18,10 @@ from perfbench.methods.sizes import Sized
         lambda make: make(2, 3) @ make(3, 5),
         lambda make: (make(7) - 1) + make(7),
         lambda make: 1 - make(7) / 2,
+        lambda make: make(12).reshape(-1, 2, 3).repeat(1, 1, 2)[:, -1].cos() * make(6).sin(),
+        lambda make: make(3, 8)[:, :5].flatten(),
+        lambda make: make(4, 6)[1:3],
+        lambda make: make(4)[0],
     ],
 )
 def test_a_result_has_torch_s_size(work: Any) -> None:
@@ -34,6 +38,9 @@ def test_a_result_has_torch_s_size(work: Any) -> None:
         lambda: Sized(3) @ 2,
         lambda: Sized(3) + Sized(1, 3),
         lambda: Sized(3)[None],
+        lambda: Sized(3)[0, 0],
+        lambda: Sized(5).reshape(-1, 2),
+        lambda: Sized(5).repeat(2, 2),
         lambda: Sized(3).exp(),  # type: ignore[attr-defined]
     ],
 )

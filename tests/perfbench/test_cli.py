@@ -134,8 +134,10 @@ def test_where_nothing_is_left_it_says_so(
         ["list"],
         ["params"],
         ["run", SMOKE, "--set", "device=cpu", "--dry-run"],
+        ["show", str(ROOT / "results" / "cpu-multitenant-1")],
+        ["report", str(ROOT / "results" / "cpu-multitenant-1"), "--format", "csv"],
     ],
-    ids=["help", "version", "run-help", "validate", "list", "params", "dry-run"],
+    ids=["help", "version", "run-help", "validate", "list", "params", "dry-run", "show", "report"],
 )
 def test_asking_does_not_import_torch(arguments: list[str]) -> None:
     code = (

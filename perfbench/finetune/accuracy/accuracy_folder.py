@@ -30,11 +30,12 @@ from perfbench.finetune.accuracy.accuracy_schema import ACCURACY
 from perfbench.finetune.accuracy.paths import as_trained
 from perfbench.finetune.accuracy.verdict import Verdict, judge
 from perfbench.machine import environment
+from perfbench.run_folder.run_directory import ACCURACY_MANIFEST as MANIFEST
 from perfbench.spec import method_plugins
 from perfbench.spec.scenario_schema import problems
 
 KIND, SCHEMA_VERSION = "accuracy", 1
-MANIFEST, ITEMS, PAGE = "accuracy.json", "items.jsonl", "index.html"
+ITEMS, PAGE = "items.jsonl", "index.html"
 
 Item = dict[str, Any]
 

@@ -20,13 +20,14 @@ from safetensors import safe_open
 from perfbench.measure.on_device.adapter_folders import adapter_folders
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
-from perfbench.methods.checkpoints.adapter_folder import WEIGHTS
+from perfbench.methods.checkpoints.adapter_folder import PEFT_PREFIX, WEIGHTS
 from perfbench.methods.plan import AdapterPlan, plan_bytes
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.continuous.arm import ContinuousArm
 from perfbench.runtimes.generation import Arm, Batch
+from perfbench.runtimes.merged import MERGED_ARMS
 from perfbench.runtimes.peft_arms import PeftMixedArm, PeftSingleArm, expect_mixable
 from perfbench.runtimes.peft_arms import admit as admit_peft
 from perfbench.runtimes.shared_weights import unchanged
@@ -49,7 +50,8 @@ class BuiltArm:
     """An arm, its batch, and what its adapters are.
 
     plan: one tenant's, sizes only (None for the bare backbone); plan_of: slot -> the adapter that lies there, made
-    again from its seed or read again from its folder (None likewise); adapters: as `_figures` has them.
+    again from its seed or read again from its folder (None likewise); adapters: as `_figures` has them, {} where
+    nobody asked.
     """
 
     arm: Arm
@@ -59,18 +61,23 @@ class BuiltArm:
     adapters: dict[str, Any]
 
 
-def build(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path) -> BuiltArm:
+def build(
+    case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path, *, figures: bool = True
+) -> BuiltArm:
     """The arm of `case` with `resident` tenants admitted. AdapterError on a folder that can't be served.
 
-    `scratch`: an empty folder for the checkpoints that PEFT, or the measured admission, reads.
+    `scratch`: an empty folder for the checkpoints that PEFT, or the measured admission, reads. `figures`: whether to
+    measure what an adapter takes and how long its admission lasts, which for PEFT takes longer than to build the arm.
     """
     served_by = METHODS[case.method].served_by
     if case.method == "none":
         bare = _plan_arm(case, backbone, None, batch)
         return BuiltArm(bare, batch, None, None, dict.fromkeys(_figures([0], [0], 0, 0.0)))
     if served_by == "plan":
-        return _build_plan(case, backbone, batch, resident, seed, scratch)
-    return _build_peft(case, backbone, batch, resident, seed, scratch)
+        return _build_plan(case, backbone, batch, resident, seed, scratch, figures)
+    if served_by == "merged":
+        return _build_merged(case, backbone, batch, resident, seed, figures)
+    return _build_peft(case, backbone, batch, resident, seed, scratch, figures)
 
 
 def _figures(
@@ -99,9 +106,9 @@ def _spread(counts: Sequence[int]) -> dict[str, float]:
 
 
 def _trained(folder: Path) -> int:
-    """The numbers in an adapter's file, which are those that were trained."""
+    """The numbers in an adapter's file, which are those that were trained, but for those of no place in the model."""
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        names = file.keys()
+        names = [name for name in file.keys() if name.startswith(PEFT_PREFIX)]  # noqa: SIM118 - it is no mapping
         return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
 
@@ -141,7 +148,9 @@ def _random(case: Case, backbone: Backbone, seed: int, tenant: int) -> parameter
     )
 
 
-def _build_plan(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path) -> BuiltArm:
+def _build_plan(
+    case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path, wanted: bool
+) -> BuiltArm:
     method = parameters.implementation(case.method)
     plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
     if case.options.adapters is not None:
@@ -153,7 +162,8 @@ def _build_plan(case: Case, backbone: Backbone, batch: Batch, resident: int, see
     else:
         layout, cold = parameters.meta_plan(case.method, backbone.shape, case.options), scratch / "cold"
         first = _random(case, backbone, seed, 0)
-        method.save(first, backbone.shape, case.options, cold, backbone.name)
+        if wanted:
+            method.save(first, backbone.shape, case.options, cold, backbone.name)
         # Made one by one as they are admitted: not all of them at once, in fp32, beside the bank.
         plans = chain([_plan(case, backbone, first)], map(plan_of, range(1, resident)))
         trained = [parameters.parameter_count(case.method, backbone.shape, case.options)]
@@ -161,6 +171,8 @@ def _build_plan(case: Case, backbone: Backbone, batch: Batch, resident: int, see
     bank = Bank(layout, resident, backbone.dtype, backbone.device)
     for plan in plans:
         bank.admit(plan)
+    if not wanted:
+        return BuiltArm(_plan_arm(case, backbone, bank, batch), batch, layout, plan_of, {})
 
     def admit() -> None:
         bank.admit(method.load(cold, backbone.shape, case.options))
@@ -178,7 +190,32 @@ def _plan_arm(case: Case, backbone: Backbone, bank: Bank | None, batch: Batch) -
     return arm
 
 
-def _build_peft(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path) -> BuiltArm:
+def _build_merged(case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, wanted: bool) -> BuiltArm:
+    """`admit_ms`: what a switch to a resident tenant takes. No adapter is read in a step, so that `plan` is None."""
+    plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
+    plans = [plan_of(tenant) for tenant in range(resident)]
+    arm = MERGED_ARMS[case.runtime](backbone, plans, case.kernels)
+    if not wanted:
+        return BuiltArm(arm, _of_one_tenant(batch), None, plan_of, {})
+    admit_ms = _timed(lambda: arm.switch(0), before=lambda: arm.switch(-1), device=backbone.device)
+    if case.options.adapters is not None:
+        trained = [_trained(folder) for folder in adapter_folders(case.options.adapters, case.method, resident)]
+    else:
+        trained = [parameters.parameter_count(case.method, backbone.shape, case.options)]
+    held = [plan_bytes(plan, backbone.dtype) for plan in plans]
+    figures = _figures(trained, held, sum(held) // len(held), admit_ms)
+    return BuiltArm(arm, _of_one_tenant(batch), None, plan_of, figures)
+
+
+def _of_one_tenant(batch: Batch) -> Batch:
+    """The same with every request of the first tenant that there is."""
+    slot = next((slot for slot in batch.slots if slot != -1), -1)
+    return replace(batch, slots=(slot,) * len(batch.slots))
+
+
+def _build_peft(
+    case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path, wanted: bool
+) -> BuiltArm:
     method = parameters.implementation(case.method)
     if case.options.adapters is not None:
         folders = adapter_folders(case.options.adapters, case.method, resident)
@@ -195,19 +232,22 @@ def _build_peft(case: Case, backbone: Backbone, batch: Batch, resident: int, see
     arm: PeftMixedArm | PeftSingleArm
     with unchanged(backbone, f"{folders[0]} to {folders[-1]}" if len(folders) > 1 else str(folders[0])):
         arm = PeftSingleArm(backbone, folders) if single else PeftMixedArm(backbone, folders)
-        admit_ms = _timed(
-            lambda: admit_peft(arm.model, folders[0], "cold", backbone.dtype, backbone.device),
-            after=lambda: arm.model.delete_adapter("cold"),
-            device=backbone.device,
-        )
-        modules = _beside_its_tensors(arm.model, folders[0], backbone)
-    trained = [_trained(folder) for folder in folders]
-    figures = _figures(trained, held, sum(held) // len(held) + modules, admit_ms)
+        figures = _figures_of_peft(arm.model, folders, held, backbone) if wanted else {}
     if single:
-        slot = next((slot for slot in batch.slots if slot != -1), -1)
-        batch = replace(batch, slots=(slot,) * len(batch.slots))
+        batch = _of_one_tenant(batch)
     plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
     return BuiltArm(arm, batch, layout, plan_of, figures)
+
+
+def _figures_of_peft(model: Any, folders: Sequence[Path], held: Sequence[int], backbone: Backbone) -> dict[str, Any]:
+    """`_figures` of the adapters in `folders`, which take `held` bytes each in the bank's form."""
+    admit_ms = _timed(
+        lambda: admit_peft(model, folders[0], "cold", backbone.dtype, backbone.device),
+        after=lambda: model.delete_adapter("cold"),
+        device=backbone.device,
+    )
+    resident_bytes = sum(held) // len(held) + _beside_its_tensors(model, folders[0], backbone)
+    return _figures([_trained(folder) for folder in folders], held, resident_bytes, admit_ms)
 
 
 def _beside_its_tensors(model: Any, folder: Path, backbone: Backbone) -> int:

@@ -16,16 +16,14 @@ from perfbench.measure.on_device.worker import Emit, serve
 
 
 def main() -> int:
-    """Serves jobs until standard input ends; exit code 0, or 1 after an `error` event."""
+    """Serves jobs until standard input ends; exit code 0, or 1 after an `error` event. Its libraries are loaded before
+    the first job comes: the parent starts this process ahead of time."""
     return serve(_serve)
 
 
 def _serve(emit: Emit) -> None:
-    # Imported before the first job comes: the parent starts this process ahead of time.
     import torch
-    import transformers  # noqa: F401
 
-    from perfbench.proof import check  # noqa: F401
     from perfbench.runtimes import backbone
 
     kept = KeptBackbone(backbone.load)

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from perfbench.machine.nvml import Nvml
 from perfbench.runtimes.backbone import tensor_bytes
 from perfbench.runtimes.continuous.arm import ContinuousArm
 from perfbench.runtimes.generation import Arm, Batch
+from perfbench.runtimes.merged import Merging
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.transformers_plan import PlanArm
 
@@ -30,8 +32,8 @@ def peaks(arm: Arm, batch: Batch, resident_bytes: int, device: torch.device, nvm
     cache after the last step, when it is full; None where a figure does not exist.
 
     `resident_bytes`: weights and adapters that are there before the call, which the CPU's allocator does not count.
-    Every figure is reset before. The caching allocator gives nothing back to the driver within the call, so that
-    NVML read right after it shows the peak.
+    Every figure is reset before, and all are of one call. The caching allocator gives nothing back to the driver within
+    the call, so that NVML read right after it shows the peak.
     """
     gc.collect()
     on_gpu = device.type == "cuda"
@@ -39,13 +41,17 @@ def peaks(arm: Arm, batch: Batch, resident_bytes: int, device: torch.device, nvm
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    resettable = reset_peak_resident()
-    cache_bytes = _full_cache_bytes(arm, batch)
+    # Without a GPU the profiler alone sees what the allocator holds; its notes are a few MB of what is resident.
+    profiler = None if on_gpu else profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with profiler or nullcontext():
+        resettable = reset_peak_resident()
+        cache_bytes = _full_cache_bytes(arm, batch)
+        peak_resident = peak_resident_bytes() if resettable else None
     if on_gpu:
         torch.cuda.synchronize()
     found: dict[str, Any] = {
         "kv_cache_bytes": cache_bytes,
-        "peak_resident_bytes": peak_resident_bytes() if resettable else None,
+        "peak_resident_bytes": peak_resident,
         "peak_device_bytes": nvml.device_used_bytes() if nvml else None,
         "peak_process_bytes": nvml.process_used_bytes(os.getpid()) if nvml else None,
     }
@@ -53,7 +59,7 @@ def peaks(arm: Arm, batch: Batch, resident_bytes: int, device: torch.device, nvm
         found["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
         found["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
     else:
-        found["peak_allocated_bytes"] = resident_bytes + _peak_allocated_on_cpu(arm, batch)
+        found["peak_allocated_bytes"] = resident_bytes + _peak_allocated(profiler)
         found["peak_reserved_bytes"] = None
     return found
 
@@ -63,6 +69,8 @@ def adapter_bytes(arm: Arm, weight_bytes: int) -> int:
 
     What is left of the peak beside these, the KV cache and the `weight_bytes` of the backbone is the call's workspace.
     """
+    if isinstance(arm, Merging):
+        return sum(t.nbytes for t in arm.adapter_tensors())
     if isinstance(arm, (PlanArm, StaticArm, ContinuousArm)):
         return sum(t.nbytes for t in arm.bank.tensors()) if arm.bank else 0
     return tensor_bytes(arm.model) - weight_bytes
@@ -107,10 +115,8 @@ def resident_bytes(arm: Arm) -> int:
     return tensor_bytes(arm.model) + sum(t.nbytes for t in arm.tensors())
 
 
-def _peak_allocated_on_cpu(arm: Arm, batch: Batch) -> int:
+def _peak_allocated(profiler: Any) -> int:
     """Peak of the running sum over the allocator's events of one call: exact, and the same in every run."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        arm.generate(batch)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     peak = current = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

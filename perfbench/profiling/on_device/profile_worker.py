@@ -97,7 +97,7 @@ def _build(case: Any, comparison: Any, backbone: Any, whole: Any, job: dict[str,
     resident, seed = comparison.workload.resident, job["seed"]
     emit("phase", case=case.id, text="admitting tenants")
     with tempfile.TemporaryDirectory(prefix="perfbench-") as scratch:
-        built = arms.build(case, backbone, whole, resident, seed, Path(scratch))
+        built = arms.build(case, backbone, whole, resident, seed, Path(scratch), figures=False)
     emit("phase", case=case.id, text="checking")
     found = check.check(built.arm, built.batch, resident, backbone, seed, built.plan_of)
     return Profiled(

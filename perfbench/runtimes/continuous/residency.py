@@ -27,7 +27,7 @@ class Store:
 
     def __init__(self, bank: Bank, plan_of: Callable[[int], AdapterPlan]):
         """plan_of: tenant -> its adapter."""
-        self._plan_of = plan_of
+        self._bank, self._plan_of = bank, plan_of
         self._pinned = bank.rest.device.type == "cuda"
         self._table = Bank(bank.layout, 1, bank.rest.dtype, "cpu")
         self._stored: dict[int, Stored] = {}
@@ -36,6 +36,7 @@ class Store:
         """The adapter of a tenant. AdapterError where it does not fit the bank."""
         if tenant not in self._stored:
             plan = self._plan_of(tenant)
+            self._bank.share(plan)
             slot = self._table.admit(plan)
             shrinks, rest = (part[slot].clone() for part in (self._table.shrinks, self._table.rest))
             self._table.evict(slot)

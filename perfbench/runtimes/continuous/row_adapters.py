@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from perfbench.kernels.low_rank import Expansion
-from perfbench.kernels.row_scale import Scale
 from perfbench.methods.bank import Bank
 from perfbench.runtimes.static.adapters import Adapters, Bound, BoundGenerator, BoundLayer
 from perfbench.runtimes.static.weights import Weights
@@ -64,13 +63,25 @@ def _of_layer(layer: BoundLayer, rows: slice, own: torch.Tensor | None) -> Bound
 
 
 def _of_bound(bound: Bound, rows: slice, own: torch.Tensor | None) -> Bound:
+    """Of what belongs to each adapter the rows, of what all share all of it."""
+
     def some(stacked: torch.Tensor | None) -> torch.Tensor | None:
         return None if stacked is None else stacked[rows]
 
-    expansion, scale = bound.expansion, bound.scale
+    expansion, scale, rotation = bound.expansion, bound.scale, bound.rotation
     if expansion is not None:
-        parts = tuple((rank, column, b[rows]) for rank, column, b in expansion.parts)
-        expansion = Expansion(parts, some(expansion.alike), own)
+        expansion = expansion._replace(
+            parts=tuple((rank, column, b[rows]) for rank, column, b in expansion.parts),
+            alike=some(expansion.alike),
+            own=own,
+            vectors=tuple(
+                part._replace(of_ranks=part.of_ranks[rows], of_columns=part.of_columns[rows])
+                for part in expansion.vectors
+            ),
+        )
     if scale is not None:
-        scale = Scale(scale.minus_one[rows], scale.first_column, own if scale.own is not None else None)
-    return Bound(some(bound.a), None, None, expansion, scale)
+        scale = scale._replace(minus_one=scale.minus_one[rows], own=own if scale.own is not None else None)
+    if rotation is not None:
+        rotation = rotation._replace(sine=rotation.sine[rows], own=own)
+    inputs = tuple((columns, some(minus_one)) for columns, minus_one in bound.inputs)
+    return replace(bound, a=some(bound.a), expansion=expansion, scale=scale, rotation=rotation, inputs=inputs)

@@ -3,7 +3,7 @@ of the rows. Where keys and values lie, and what a step sees of them, the caller
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from perfbench.kernels import (
     decode_attention,
+    grouped_sum,
     low_rank,
     qkv_epilogue,
     residual_rmsnorm,
@@ -18,9 +19,9 @@ from perfbench.kernels import (
     swiglu_epilogue,
     vector_generator,
 )
-from perfbench.runtimes.static.adapters import BARE, BoundGenerator, BoundLayer, each_request_s
+from perfbench.runtimes.static.adapters import BARE, Bound, BoundGenerator, BoundLayer, each_request_s
 from perfbench.runtimes.static.product import OF_FEW_ROWS, product, takes_tail
-from perfbench.runtimes.static.weights import Weights
+from perfbench.runtimes.static.weights import Projection, Weights
 
 # A prefill of so few rows takes the ranks out of the base product, as a decode step does: on an H200 the launches of a
 # shrink and an expand for each module, from the host, were 20 of the 34 ms of 274 tokens.
@@ -54,11 +55,15 @@ class Forward:
         self._shrink = low_rank.SHRINKS[kernels]
         self._expand = low_rank.EXPANDS[kernels]
         self._from_product = low_rank.FROM_PRODUCT[kernels]
+        self._grouped_sum = grouped_sum.FORMS[kernels]
+        self._joined = low_rank.JOINED[kernels]
+        self._as_ranks = low_rank.AS_RANKS[kernels]
         self._qkv = qkv_epilogue.FORMS[kernels]
         self._swiglu = swiglu_epilogue.FORMS[kernels]
         self._norm = residual_rmsnorm.FORMS[kernels]
         self._attention = decode_attention.FORMS[kernels]
         self._vectors = vector_generator.FORMS[kernels]
+        self._scaled = row_scale.SCALED_ROWS[kernels]
 
     def read(
         self,
@@ -120,39 +125,76 @@ class Forward:
         """The fused product `name` of layer i, and h as the fused operations take it, None without a low-rank pair."""
         projection, bound = self.weights.layers[i].projections[name], self.layers[i].projections[name]
         of_rows = product if prefill else self._few_rows
-        if bound.a is None or bound.expansion is None:
+        if bound.inputs:
+            return self._of_scaled_inputs(x, projection, bound, of_rows, prefill=prefill)
+        if bound.expansion is None:
             return of_rows(x, projection.weight, projection.bias), None
         if bound.weight is None or not takes_tail(x) or (prefill and len(x) > MOST_ROWS_WITH_TAIL):
-            y, h = of_rows(x, projection.weight, projection.bias), self._shrink(x, bound.a, self._own)
-            if not prefill:
-                return y, h
-            # With many rows of a request its adapter is worth a product of tiles: the epilogues take it row by row.
-            self._expand(y, h, bound.expansion)
-            return y, None
-        adapters, each, _ = bound.a.shape
+            return self._beside(of_rows(x, projection.weight, projection.bias), x, bound, prefill=prefill)
+        own, adapters = 0 if bound.a is None else bound.a.shape[0] * bound.a.shape[1], bound.expansion.adapters
+        shared = bound.expansion.shared
         both = of_rows(x, bound.weight, bound.bias)
         y, ranks = both[:, : projection.columns], both[:, projection.columns :]
-        return y, self._from_product(ranks[:, : adapters * each], adapters)
+        return y, self._from_product(ranks[:, : own + shared], adapters, shared)
+
+    def _beside(
+        self, y: torch.Tensor, x: torch.Tensor, bound: Bound, *, prefill: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """y, and h by a product of its own."""
+        if bound.expansion is None:
+            return y, None
+        own, h = self._own, None
+        if bound.a is not None:
+            h = self._shrink(x, bound.a, own)
+        if bound.summed:
+            h = self._joined(h, self._grouped_sum(x, bound.summed, bound.expansion.adapters))
+        if bound.shared_a is not None:
+            of_shared = (product if prefill else self._few_rows)(x, bound.shared_a)
+            h = self._joined(h, self._as_ranks(of_shared, bound.expansion.adapters))
+        if not prefill or h is None:
+            return y, h
+        # With many rows of a request its adapter is worth a product of tiles: the epilogues take it row by row.
+        self._expand(y, h, bound.expansion)
+        return y, None
+
+    def _of_scaled_inputs(
+        self,
+        x: torch.Tensor,
+        projection: Projection,
+        bound: Bound,
+        of_rows: Callable[..., torch.Tensor],
+        *,
+        prefill: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `_product`, module by module, since each reads x by a scale of its own: no weight is read twice."""
+        own, y = self._own, x.new_empty(len(x), projection.columns)
+        for columns, minus_one in bound.inputs:
+            read = x if minus_one is None else self._scaled(x, minus_one, own)
+            bias = None if projection.bias is None else projection.bias[columns]
+            y[:, columns] = of_rows(read, projection.weight[columns], bias)
+        return self._beside(y, x, bound, prefill=prefill)
 
     def _finish_qkv(
         self, i: int, qkv: torch.Tensor, h: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
         entry: torch.Tensor, at: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
         bound = self.layers[i].projections["qkv"]
-        return self._qkv(qkv, h, bound.expansion, bound.scale, cos, sin, entry, at)
+        return self._qkv(qkv, h, bound.expansion, bound.scale, cos, sin, entry, at, bound.rotation)
 
     def _finish_layer(
         self, i: int, residual: torch.Tensor, attended: torch.Tensor, *, prefill: bool = False
     ) -> torch.Tensor:
         """From the attention's output to the normed input of the next layer (or of the head); residual in place."""
         weights, bound = self.weights, self.layers[i].projections
+        o, both, down = bound["o"], bound["gate_up"], bound["down"]
         y, h = self._product(attended, i, "o", prefill=prefill)
-        normed = self._norm(residual, y, h, bound["o"].expansion, weights.layers[i].post_norm, weights.eps)
+        post_norm = weights.layers[i].post_norm
+        normed = self._norm(residual, y, h, o.expansion, post_norm, weights.eps, o.scale, o.rotation)
         gate_up, h = self._product(normed, i, "gate_up", prefill=prefill)
-        inner = self._swiglu(gate_up, h, bound["gate_up"].expansion, bound["gate_up"].scale, weights.activation)
+        inner = self._swiglu(gate_up, h, both.expansion, both.scale, weights.activation, both.rotation)
         y, h = self._product(inner, i, "down", prefill=prefill)
         following = weights.layers[i + 1].input_norm if i + 1 < len(weights.layers) else weights.norm
-        return self._norm(residual, y, h, bound["down"].expansion, following, weights.eps)
+        return self._norm(residual, y, h, down.expansion, following, weights.eps, down.scale, down.rotation)
 
     def _generate_scales(self, generator: BoundGenerator, pooled: torch.Tensor) -> None:
         """The scales of the layer's projections: PARA's vectors, from its input at the last prompt tokens [Q, hidden],

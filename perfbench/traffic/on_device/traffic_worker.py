@@ -110,9 +110,9 @@ class Worker:
         """Requests through an engine whose bank is empty at first. job: `arm`; `due`: the requests; `seed`: of their
         prompts; `targets` and `misses`, after how many of which it is given up, or None."""
         arm, due = self.arms[job["arm"]], [Due(*one) for one in job["due"]]
+        self.emit("phase", case=arm.case.arm, text=job["text"])
         residency = None
         if arm.bank is not None and arm.store is not None:
-            self.emit("phase", case=arm.case.arm, text="making adapters")
             for tenant in sorted({one.tenant for one in due} - {NOBODY}):
                 arm.store.of(tenant)
             residency = Residency(arm.bank, arm.store)
@@ -120,7 +120,6 @@ class Worker:
             due = [Due(one.due_s, NOBODY, one.prompt_tokens, one.new_tokens) for one in due]
         texts = load.prompts(due, self.backbone.shape.vocab, job["seed"], self.backbone.device)
         limit = None if job["misses"] is None else load.Limit(Targets(**job["targets"]), job["misses"])
-        self.emit("phase", case=arm.case.arm, text=job["text"])
         gc.collect()
         engine = Engine(arm.rows, residency, self.job["chunk"])
         requests, start, given_up = load.drive(engine, due, texts, limit)

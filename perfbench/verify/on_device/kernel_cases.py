@@ -16,9 +16,11 @@ import torch
 from perfbench.kernels import (
     decode_attention,
     few_rows_product,
+    grouped_sum,
     low_rank,
     qkv_epilogue,
     residual_rmsnorm,
+    rotation,
     row_scale,
     settings,
     swiglu_epilogue,
@@ -33,16 +35,22 @@ IN_ORDER, PLANES, PRODUCT = "in-order", "own-planes", "own-product"
 OWN, ADAPTERS = (2, -1, 0, 2), 3
 
 
-class Batch:
-    """Rows of requests with their adapters, and the ranks of each row with every adapter [rows, T x R]."""
+# A rotation as the reference takes it, or none.
+Turned = tuple[torch.Tensor, int, int] | None
 
-    def __init__(self, setting: Setting, way: str, rows: int, ranks: int, groups: int, seed: int):
+
+class Batch:
+    """Rows of requests with their adapters, and the ranks of each row with every adapter [rows, T x R], of which the
+    last `shared` are the same with any."""
+
+    def __init__(self, setting: Setting, way: str, rows: int, ranks: int, groups: int, seed: int, shared: int = 0):
         self.setting, self.way = setting, way
         self.adapters = groups if way == IN_ORDER else ADAPTERS
         of_requests = tuple(range(groups)) if way == IN_ORDER else OWN
         self.beams = rows // len(of_requests)
         self._of_requests = torch.tensor(of_requests)
-        self._every = setting.normal(seed)(rows, self.adapters * ranks)
+        self._every = setting.normal(seed)(rows, self.adapters * (ranks - shared))
+        self._shared = setting.normal(seed + 1000)(rows, shared)
 
     @property
     def of_rows(self) -> list[int]:
@@ -54,6 +62,7 @@ class Batch:
         """[rows, R]: of each row with the adapter that `own` names; NaN, never to be read, where it is -1."""
         every = self._every.unflatten(1, (self.adapters, -1))
         found = torch.stack([every[row, adapter] for row, adapter in enumerate(own)])
+        found = torch.cat([found, self._shared], dim=1)
         found[torch.tensor(own) < 0] = float("nan")
         return found
 
@@ -73,7 +82,8 @@ class Batch:
     def h(self, shift: int) -> torch.Tensor:
         """The ranks as the form takes them."""
         if self.way == PRODUCT:
-            return low_rank.FROM_PRODUCT[self.setting.form](self.setting.put(self._every), self.adapters)
+            columns, shared = torch.cat([self._every, self._shared], dim=1), self._shared.shape[1]
+            return low_rank.FROM_PRODUCT[self.setting.form](self.setting.put(columns), self.adapters, shared)
         own = self.own(shift)
         of_rows = self.of_rows if own is None else own.cpu().repeat_interleave(self.beams).tolist()
         mine = self.ranks(of_rows)
@@ -85,12 +95,21 @@ class Batch:
     def expansion(self, parts: reference.Parts, shift: int) -> low_rank.Expansion:
         """`parts` as the form takes them."""
         return low_rank.Expansion(
-            tuple((rank, column, self.stack(b, shift)) for rank, column, b in parts), own=self.own(shift)
+            tuple((rank, column, self.stack(b, shift)) for rank, column, b in parts),
+            own=self.own(shift),
+            shared=self._shared.shape[1],
         )
 
     def scale(self, minus_one: torch.Tensor, first: int, shift: int) -> row_scale.Scale:
         """A scale as the form takes it."""
         return row_scale.Scale(self.stack(minus_one, shift), first, self.own(shift))
+
+    def rotation(self, turned: Turned, shift: int) -> rotation.Rotation | None:
+        """A rotation as the form takes it."""
+        if turned is None:
+            return None
+        sine, half, first = turned
+        return rotation.Rotation(self.stack(sine, shift), half, first, self.own(shift))
 
 
 def _in_a_wider_row(setting: Setting, y: torch.Tensor) -> torch.Tensor:
@@ -132,6 +151,49 @@ def _row_scale(groups: int, rows: int, columns: int, setting: Setting) -> Proble
         return out.cpu()
 
     return Problem(run, expected, ONE, groups > 1)
+
+
+def _scaled_rows(way: str, groups: int, rows: int, columns: int, setting: Setting) -> Problem:
+    """Out of place, each request naming its adapter."""
+    make, batch = setting.normal(35), Batch(setting, way, rows, 1, groups, 36)
+    x, minus_one = make(rows, columns), make(batch.adapters, columns)
+    expected = reference.row_scale(x, minus_one, batch.of_rows)
+
+    def run(shift: int) -> torch.Tensor:
+        form, own = row_scale.SCALED_ROWS[setting.form], batch.own(shift)
+        read = setting.put(x)
+        found = form(read, batch.stack(minus_one, shift), own)
+        if not torch.equal(read.cpu(), x):
+            raise ValueError("what was read was written")
+        return found.cpu()
+
+    return Problem(run, expected, ONE, batch.adapters > 1)
+
+
+def _grouped_sum(rows: int, d_in: int, rank: int, setting: Setting) -> Problem:
+    x = setting.normal(38)(rows, d_in)
+
+    def run(_shift: int) -> torch.Tensor:
+        found = grouped_sum.FORMS[setting.form](setting.put(x), rank, rows)
+        return found.view(rows, rank).cpu()
+
+    return Problem(run, reference.grouped_sum(x, rank), ONE, shifts=False)
+
+
+def _rotation(groups: int, rows: int, columns: int, half: int, scaled: bool, setting: Setting) -> Problem:
+    make = setting.normal(37)
+    y, minus_one, sine = make(groups, rows, columns), make(groups, columns), make(groups, columns)
+    own = torch.arange(groups).repeat_interleave(rows).tolist()
+    scale = (minus_one, 0) if scaled else None
+    flat = y.flatten(0, 1)
+    expected = reference.adapted(flat, flat.new_zeros(len(flat), 0), (), scale, own, (sine, half, 0))
+
+    def run(shift: int) -> torch.Tensor:
+        scales = setting.put(minus_one.roll(shift, 0)) if scaled else None
+        found = rotation.FORMS[setting.form](setting.put(y), scales, setting.put(sine.roll(shift, 0)), half)
+        return found.cpu()
+
+    return Problem(run, expected.view(groups, rows, columns), ONE, groups > 1)
 
 
 def _vector_generator(
@@ -205,8 +267,11 @@ def _expand(ranks: tuple[int, int], setting: Setting) -> Problem:
     return Problem(run, expected, FUSED)
 
 
-def _qkv(way: str, groups: int, rows: int, kv_heads: int, ranks: tuple[int, int], setting: Setting) -> Problem:
-    """Pairs on Q and V and none on K, a scale on K and V; with names, one step of several in the cache is written."""
+def _qkv(
+    way: str, groups: int, rows: int, kv_heads: int, ranks: tuple[int, int], half: int, setting: Setting
+) -> Problem:
+    """Pairs on Q and V and none on K, a scale on K and V, and on all of them a rotation in groups of 2 x half, 0 none;
+    with names, one step of several in the cache is written."""
     heads, dim = 2, 6
     batch, make = Batch(setting, way, rows, sum(ranks), groups, 41), setting.normal(42)
     q_columns, kv_columns = heads * dim, kv_heads * dim
@@ -217,7 +282,8 @@ def _qkv(way: str, groups: int, rows: int, kv_heads: int, ranks: tuple[int, int]
     angles = torch.randn(rows, dim // 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     sign = torch.cat([-torch.ones(dim // 2), torch.ones(dim // 2)])
     cos, sin = angles.repeat(1, 2).cos().to(setting.dtype), (angles.repeat(1, 2).sin() * sign).to(setting.dtype)
-    products = reference.adapted(qkv, batch.ranks(batch.of_rows), parts, (minus_one, q_columns), batch.of_rows)
+    turned = (make(batch.adapters, q_columns + 2 * kv_columns), half, 0) if half else None
+    products = reference.adapted(qkv, batch.ranks(batch.of_rows), parts, (minus_one, q_columns), batch.of_rows, turned)
 
     def run(shift: int) -> torch.Tensor:
         steps = () if way == IN_ORDER else (3,)
@@ -225,7 +291,7 @@ def _qkv(way: str, groups: int, rows: int, kv_heads: int, ranks: tuple[int, int]
         q = qkv_epilogue.FORMS[setting.form](
             _product_of(setting, way, qkv), batch.h(shift), batch.expansion(parts, shift),
             batch.scale(minus_one, q_columns, shift), setting.put(cos), setting.put(sin), entry,
-            setting.put(torch.tensor([1])) if steps else None,
+            setting.put(torch.tensor([1])) if steps else None, batch.rotation(turned, shift),
         )  # fmt: skip
         if steps:
             if not bool(entry[[0, 2]].isnan().all()):
@@ -236,31 +302,80 @@ def _qkv(way: str, groups: int, rows: int, kv_heads: int, ranks: tuple[int, int]
     return Problem(run, reference.rope(products, angles, kv_heads), FUSED, batch.adapters > 1)
 
 
+def _between_vectors(way: str, groups: int, rows: int, hidden: int, rank: int, setting: Setting) -> Problem:
+    """A shared pair beside a low-rank pair of each adapter, both on the residual stream."""
+    eps, own_rank = 1e-5, 2
+    batch, make = Batch(setting, way, rows, own_rank + rank, groups, 46, rank), setting.normal(26)
+    residual, y, b = make(rows, hidden), make(rows, hidden), make(batch.adapters, own_rank, hidden)
+    shared, weight = (make(rank, hidden) / math.sqrt(rank)).to(setting.dtype), make(hidden)
+    of_ranks, of_columns = make(batch.adapters, rank), make(batch.adapters, hidden)
+    ranks = batch.ranks(batch.of_rows)
+    product = reference.adapted(y, ranks, [(0, 0, b)], None, batch.of_rows)
+    product = reference.between_vectors(product, ranks[:, own_rank:], shared, of_ranks, of_columns, batch.of_rows)
+    stream = residual.double() + product
+    expected = torch.cat([stream, reference.rms_norm(stream, weight, eps)], dim=1)
+
+    def run(shift: int) -> torch.Tensor:
+        in_place, expansion = setting.put(residual), batch.expansion([(0, 0, b)], shift)
+        vectors = batch.stack(of_ranks, shift), batch.stack(of_columns, shift)
+        part = low_rank.VectorPart(own_rank, 0, setting.put(shared), *vectors)
+        found = residual_rmsnorm.FORMS[setting.form](
+            in_place, _product_of(setting, way, y), batch.h(shift), expansion._replace(vectors=(part,)),
+            setting.put(weight), eps,
+        )  # fmt: skip
+        return torch.cat([in_place, found], dim=1).cpu()
+
+    return Problem(run, expected, FUSED, batch.adapters > 1)
+
+
 def _swiglu(
-    way: str, groups: int, rows: int, inner: int, ranks: tuple[int, int], activation: str, setting: Setting
+    way: str,
+    groups: int,
+    rows: int,
+    inner: int,
+    ranks: tuple[int, int],
+    activation: str,
+    half: int,
+    shared: int,
+    setting: Setting,
 ) -> Problem:
-    batch, make = Batch(setting, way, rows, sum(ranks), groups, 43), setting.normal(22)
+    """A scale on up, and a rotation of gate and up in groups of 2 x half, 0 none; so many ranks shared by all."""
+    batch, make = Batch(setting, way, rows, sum(ranks), groups, 43, shared), setting.normal(22)
     gate_up, minus_one = make(rows, 2 * inner), make(batch.adapters, inner)
     parts = [(0, 0, make(batch.adapters, ranks[0], inner)), (ranks[0], inner, make(batch.adapters, ranks[1], inner))]
-    both = reference.adapted(gate_up, batch.ranks(batch.of_rows), parts, (minus_one, inner), batch.of_rows)
+    turned = (make(batch.adapters, 2 * inner), half, 0) if half else None
+    both = reference.adapted(gate_up, batch.ranks(batch.of_rows), parts, (minus_one, inner), batch.of_rows, turned)
 
     def run(shift: int) -> torch.Tensor:
         found = swiglu_epilogue.FORMS[setting.form](
             _product_of(setting, way, gate_up), batch.h(shift), batch.expansion(parts, shift),
-            batch.scale(minus_one, inner, shift), activation,
+            batch.scale(minus_one, inner, shift), activation, batch.rotation(turned, shift),
         )  # fmt: skip
         return found.cpu()
 
     return Problem(run, reference.gated(both, activation), FUSED, batch.adapters > 1)
 
 
-def _residual(way: str, groups: int, rows: int, hidden: int, rank: int, fp32_weight: bool, setting: Setting) -> Problem:
-    """The stream, written in place, beside its norm."""
+def _residual(
+    way: str,
+    groups: int,
+    rows: int,
+    hidden: int,
+    rank: int,
+    fp32_weight: bool,
+    scaled: bool,
+    half: int,
+    setting: Setting,
+) -> Problem:
+    """The stream, written in place, and its norm; with a scale or none, a rotation in groups of 2 x half, 0 none."""
     eps = 1e-5
     batch, make = Batch(setting, way, rows, rank, groups, 45), setting.normal(23)
     residual, y, b = make(rows, hidden), make(rows, hidden), make(batch.adapters, rank, hidden)
     weight = make(hidden).float() if fp32_weight else make(hidden)
-    product = reference.adapted(y, batch.ranks(batch.of_rows), [(0, 0, b)], None, batch.of_rows)
+    minus_one = make(batch.adapters, hidden)
+    turned = (make(batch.adapters, hidden), half, 0) if half else None
+    scale = (minus_one, 0) if scaled else None
+    product = reference.adapted(y, batch.ranks(batch.of_rows), [(0, 0, b)], scale, batch.of_rows, turned)
     stream = residual.double() + product
     expected = torch.cat([stream, reference.rms_norm(stream, weight, eps)], dim=1)
 
@@ -268,7 +383,8 @@ def _residual(way: str, groups: int, rows: int, hidden: int, rank: int, fp32_wei
         in_place = setting.put(residual)
         found = residual_rmsnorm.FORMS[setting.form](
             in_place, _product_of(setting, way, y), batch.h(shift), batch.expansion([(0, 0, b)], shift),
-            setting.put(weight), eps,
+            setting.put(weight), eps, batch.scale(minus_one, 0, shift) if scaled else None,
+            batch.rotation(turned, shift),
         )  # fmt: skip
         if found.dtype != setting.dtype:
             raise ValueError(f"expected a norm in {setting.dtype}, got {found.dtype}")
@@ -355,6 +471,16 @@ def _cases() -> Iterator[KernelCase]:
         yield KernelCase("low_rank.expand", f"own-ranks{ranks[0]}+{ranks[1]}", partial(_expand, ranks), triton)
     for scaled in ((1, 1, 1), (3, 2, 53), (2, 7, 1030)):
         yield KernelCase("row_scale", "groups{}-rows{}-{}".format(*scaled), partial(_row_scale, *scaled))
+    for rows, d_in, rank in ((1, 8, 8), (3, 70, 16), (4, 37, 5), (2, 1094, 3), (6, 200, 130)):
+        yield KernelCase("grouped_sum", f"rows{rows}-{d_in}-rank{rank}", partial(_grouped_sum, rows, d_in, rank))
+    for way, groups, rows, columns in ((IN_ORDER, 3, 6, 53), (IN_ORDER, 1, 2, 1030), (PLANES, 1, 8, 37)):
+        name = f"{way}-groups{groups}-rows{rows}-{columns}"
+        yield KernelCase("row_scale", name, partial(_scaled_rows, way, groups, rows, columns), _forms(way))
+    for groups, rows, columns, half, also_scaled in (
+        (1, 1, 2, 1, True), (3, 2, 48, 4, True), (2, 3, 1044, 3, False), (2, 2, 130, 65, True),
+    ):  # fmt: skip
+        name = f"groups{groups}-rows{rows}-{columns}-half{half}{'' if also_scaled else '-unscaled'}"
+        yield KernelCase("rotation", name, partial(_rotation, groups, rows, columns, half, also_scaled))
     for way, groups, prompts, hidden, rank, columns in (
         (IN_ORDER, 1, 1, 17, 1, 5), (IN_ORDER, 3, 3, 70, 12, 53), (IN_ORDER, 1, 4, 33, 5, 520),
         (PLANES, 1, 4, 33, 5, 40), (PLANES, 1, 4, 21, 128, 19),
@@ -362,26 +488,39 @@ def _cases() -> Iterator[KernelCase]:
         name = f"{way}-groups{groups}-prompts{prompts}-{hidden}-rank{rank}-{columns}"
         build = partial(_vector_generator, way, groups, prompts, hidden, rank, columns)
         yield KernelCase("vector_generator", name, build, _forms(way))
-    for way, groups, rows, kv_heads, ranks in (
-        (IN_ORDER, 1, 3, 1, (2, 3)), (IN_ORDER, 3, 3, 2, (2, 3)), (IN_ORDER, 2, 2, 1, (1, 33)),
-        (PLANES, 1, 4, 1, (3, 2)), (PRODUCT, 1, 4, 1, (2, 3)),
+    # The rotation's groups lie within a half of a head, across both, and across heads.
+    for way, groups, rows, kv_heads, ranks, half in (
+        (IN_ORDER, 1, 3, 1, (2, 3), 0), (IN_ORDER, 3, 3, 2, (2, 3), 1), (IN_ORDER, 2, 2, 1, (1, 33), 0),
+        (PLANES, 1, 4, 1, (3, 2), 0), (PRODUCT, 1, 4, 1, (2, 3), 3), (PLANES, 1, 8, 2, (2, 3), 6),
     ):  # fmt: skip
-        name = f"{way}-groups{groups}-rows{rows}-kv{kv_heads}-ranks{ranks[0]}+{ranks[1]}"
-        yield KernelCase("qkv_epilogue", name, partial(_qkv, way, groups, rows, kv_heads, ranks), _forms(way))
-    for way, groups, rows, inner, ranks, activation in (
-        (IN_ORDER, 1, 6, 37, (2, 3), "silu"), (IN_ORDER, 3, 6, 37, (2, 3), "gelu"),
-        (IN_ORDER, 3, 3, 1030, (2, 3), "gelu_pytorch_tanh"), (IN_ORDER, 2, 2, 130, (1, 40), "silu"),
-        (PLANES, 1, 8, 37, (2, 3), "silu"), (PRODUCT, 1, 8, 37, (3, 2), "silu"),
+        name = f"{way}-groups{groups}-rows{rows}-kv{kv_heads}-ranks{ranks[0]}+{ranks[1]}{_turned(half)}"
+        yield KernelCase("qkv_epilogue", name, partial(_qkv, way, groups, rows, kv_heads, ranks, half), _forms(way))
+    for way, groups, rows, inner, ranks, activation, half, shared in (
+        (IN_ORDER, 1, 6, 37, (2, 3), "silu", 0, 0), (IN_ORDER, 3, 6, 37, (2, 3), "gelu", 0, 0),
+        (IN_ORDER, 3, 3, 1030, (2, 3), "gelu_pytorch_tanh", 103, 0), (IN_ORDER, 2, 2, 130, (1, 40), "silu", 0, 0),
+        (PLANES, 1, 8, 37, (2, 3), "silu", 0, 0), (PRODUCT, 1, 8, 37, (3, 2), "silu", 0, 0),
+        (PRODUCT, 1, 8, 36, (3, 2), "silu", 2, 2), (PLANES, 1, 8, 37, (3, 2), "silu", 0, 2),
+        (PRODUCT, 1, 8, 37, (3, 40), "gelu", 0, 43),
     ):  # fmt: skip
-        name = f"{way}-groups{groups}-rows{rows}-{inner}-ranks{ranks[0]}+{ranks[1]}-{activation}"
-        build = partial(_swiglu, way, groups, rows, inner, ranks, activation)
+        name = f"{way}-groups{groups}-rows{rows}-{inner}-ranks{ranks[0]}+{ranks[1]}-{activation}{_turned(half)}"
+        name += f"-shared{shared}" if shared else ""
+        build = partial(_swiglu, way, groups, rows, inner, ranks, activation, half, shared)
         yield KernelCase("swiglu_epilogue", name, build, _forms(way))
-    for way, groups, rows, hidden, rank, fp32_weight in (
-        (IN_ORDER, 1, 6, 37, 3, False), (IN_ORDER, 3, 6, 37, 3, True), (IN_ORDER, 2, 2, 70, 128, False),
-        (PLANES, 1, 8, 37, 3, False), (PRODUCT, 1, 8, 37, 1, True),
+    for way, groups, rows, hidden, rank, fp32_weight, also_scaled, half in (
+        (IN_ORDER, 1, 6, 37, 3, False, False, 0), (IN_ORDER, 3, 6, 37, 3, True, True, 0),
+        (IN_ORDER, 2, 2, 70, 128, False, False, 0), (IN_ORDER, 2, 4, 70, 2, False, True, 7),
+        (PLANES, 1, 8, 37, 3, False, True, 0), (PRODUCT, 1, 8, 37, 1, True, False, 0),
+        (PRODUCT, 1, 8, 40, 2, False, True, 4), (PLANES, 1, 8, 40, 2, False, False, 20),
     ):  # fmt: skip
         name = f"{way}-groups{groups}-rows{rows}-{hidden}-rank{rank}{'-fp32-weight' if fp32_weight else ''}"
-        build = partial(_residual, way, groups, rows, hidden, rank, fp32_weight)
+        name += f"{'-scaled' if also_scaled else ''}{_turned(half)}"
+        build = partial(_residual, way, groups, rows, hidden, rank, fp32_weight, also_scaled, half)
+        yield KernelCase("residual_rmsnorm", name, build, _forms(way))
+    for way, groups, rows, hidden, rank in (
+        (IN_ORDER, 3, 6, 37, 5), (IN_ORDER, 1, 2, 70, 130), (PLANES, 1, 8, 37, 5), (PRODUCT, 1, 8, 40, 130),
+    ):  # fmt: skip
+        name = f"{way}-groups{groups}-rows{rows}-{hidden}-between-vectors-rank{rank}"
+        build = partial(_between_vectors, way, groups, rows, hidden, rank)
         yield KernelCase("residual_rmsnorm", name, build, _forms(way))
     for beams, padded, kv_heads, length, on_device in (
         (1, False, 4, 7, False), (1, True, 2, 7, False), (3, False, 1, 7, False), (3, True, 2, 7, False),
@@ -391,6 +530,10 @@ def _cases() -> Iterator[KernelCase]:
         name = f"beams{beams}{'-padded' if padded else ''}-kv{kv_heads}-prompt{length}{ends}"
         build = partial(_attention, beams, padded, kv_heads, length, on_device)
         yield KernelCase("decode_attention", name, build)
+
+
+def _turned(half: int) -> str:
+    return f"-half{half}" if half else ""
 
 
 def _forms(way: str) -> tuple[str, ...]:

@@ -32,6 +32,14 @@ def shrink(x: torch.Tensor, a: torch.Tensor, own: Sequence[int]) -> torch.Tensor
     return out
 
 
+def grouped_sum(x: torch.Tensor, rank: int) -> torch.Tensor:
+    """[rows, R] of x [rows, D_in]: the sum of every R-th value from the first, from the second, and so on."""
+    out = torch.zeros(len(x), rank, dtype=torch.float64)
+    for feature, column in enumerate(x.double().T):
+        out[:, feature % rank] += column
+    return out
+
+
 def row_scale(y: torch.Tensor, minus_one: torch.Tensor, own: Sequence[int]) -> torch.Tensor:
     """y [rows, D] times 1 + the scale that own [rows] says; minus_one [T, D]."""
     return adapted(y, y.new_zeros(len(y), 0), (), (minus_one, 0), own)
@@ -43,10 +51,12 @@ def adapted(
     parts: Parts,
     scale: tuple[torch.Tensor, int] | None,
     own: Sequence[int],
+    rotation: tuple[torch.Tensor, int, int] | None = None,
 ) -> torch.Tensor:
-    """y [rows, D] with the low-rank parts and then the scale of each row's own adapter, -1 none.
+    """y [rows, D] with the low-rank parts and then the scale and the rotation of each row's own adapter, -1 none.
 
-    ranks [rows, R]: what each row gives with its own adapter; scale: l - 1 [T, columns] and its first column.
+    ranks [rows, R]: what each row gives with its own adapter; scale: l - 1 [T, columns] and its first column; rotation:
+    sine [T, columns], half of a group of them, the first column.
     """
     out = y.double().clone()
     for row, adapter in enumerate(own):
@@ -55,9 +65,32 @@ def adapted(
         for rank, column, b in parts:
             mine = ranks[row, rank : rank + b.shape[1]].double()
             out[row, column : column + b.shape[2]] += mine @ b[adapter].double()
+        unturned = out[row].clone()
         if scale is not None:
             minus_one, first = scale
             out[row, first : first + minus_one.shape[1]] *= 1 + minus_one[adapter].double()
+        if rotation is not None:
+            sine, half, first = rotation
+            for i, turned in enumerate(sine[adapter].tolist()):
+                other = i + half if i % (2 * half) < half else i - half
+                out[row, first + i] += unturned[first + other] * turned
+    return out
+
+
+def between_vectors(
+    y: torch.Tensor,
+    ranks: torch.Tensor,
+    b: torch.Tensor,
+    of_ranks: torch.Tensor,
+    of_columns: torch.Tensor,
+    own: Sequence[int],
+) -> torch.Tensor:
+    """y [rows, D] + ((ranks * of_ranks) b) * of_columns with the vectors [T, R], [T, D] of each row's own adapter."""
+    out = y.double().clone()
+    for row, adapter in enumerate(own):
+        if adapter >= 0:
+            inner = ranks[row].double() * of_ranks[adapter].double()
+            out[row] += (inner @ b.double()) * of_columns[adapter].double()
     return out
 
 

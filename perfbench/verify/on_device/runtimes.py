@@ -31,22 +31,22 @@ TOLERANCE = 1e-4
 RUNTIMES: dict[str, Callable[..., Any]] = {"transformers": PlanArm, "static": StaticArm}
 
 
-def make_plan(base: backbone.Backbone, method: str, tenant: int) -> AdapterPlan:
-    """The adapter of that tenant of `method`, its seed its number."""
-    options, module = METHODS[method].options(), parameters.implementation(method)
+def make_plan(base: backbone.Backbone, method: str, tenant: int, options: Any = None) -> AdapterPlan:
+    """The adapter of that tenant of `method`, its seed its number; options None: the method's default ones."""
+    options, module = options or METHODS[method].options(), parameters.implementation(method)
     values = parameters.make(method, base.shape, options, seed=tenant, input_rms=base.input_rms)
     plan: AdapterPlan = module.plan(values, base.shape, options)
     return plan
 
 
-def make_bank(base: backbone.Backbone, method: str) -> Bank | None:
-    """Four tenants of `method`, each in the slot of its number; None for the bare backbone."""
+def make_bank(base: backbone.Backbone, method: str, options: Any = None) -> Bank | None:
+    """Four tenants of `method`, each in the slot of its number; None for the bare backbone. options: as `make_plan`."""
     if method == "none":
         return None
-    layout = parameters.meta_plan(method, base.shape, METHODS[method].options())
+    layout = parameters.meta_plan(method, base.shape, options or METHODS[method].options())
     bank = Bank(layout, RESIDENT, base.dtype, base.device)
     for tenant in range(RESIDENT):
-        bank.admit(make_plan(base, method, tenant))
+        bank.admit(make_plan(base, method, tenant, options))
     return bank
 
 

@@ -14,17 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from perfbench.errors import AdapterError
-from perfbench.methods import parameters
+from perfbench.kernels import grouped_sum, rotation
+from perfbench.methods import ia3_original, parameters, vera
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.checkpoints import module_patterns
 from perfbench.methods.checkpoints.adapter_folder import CONFIG, WEIGHTS
 from perfbench.methods.plan import AdapterPlan
 from perfbench.methods.registry import METHODS
-from perfbench.methods.shape import BackboneShape
+from perfbench.methods.shape import MODULE_PATHS, BackboneShape
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Batch
 from perfbench.runtimes.transformers_plan import PlanArm
-from perfbench.spec.backbone_config import find_config
+from perfbench.spec.backbone_config import NAMED_CONFIGS, find_config
 
 TINY = BackboneShape.of_config(find_config("llama-tiny"))
 
@@ -212,9 +213,15 @@ def test_a_damaged_adalora_is_refused_by_name(fault: str, tmp_path: Path) -> Non
     assert "\n" not in str(raised.value)
 
 
+ALL = [path.rsplit(".", 1)[1] for path in MODULE_PATHS.values()]
 IA3: dict[str, tuple[str, list[str], list[str]]] = {
     "original": ("ia3-original", ["k_proj", "v_proj", "down_proj"], ["down_proj"]),
     "papers'": ("ia3", ["q_proj", "k_proj", "up_proj"], []),
+    "outputs of all": ("ia3-original", ALL, []),
+    "up and the input of down": ("ia3-original", ["up_proj", "down_proj"], ["down_proj"]),
+    # As PEFT's own comparison of methods has it.
+    "all, and the inputs of the feedforward": ("ia3-original", ALL, ["gate_proj", "up_proj", "down_proj"]),
+    "inputs of all": ("ia3-original", ALL, ALL),
 }
 
 
@@ -225,17 +232,278 @@ def test_ia3_is_served_as_by_peft(kind: str, tmp_path: Path) -> None:
     assert_served_as_by_peft(folder, load(method, folder))
 
 
+ROAD: dict[str, dict[str, Any]] = {
+    "1": {"variant": "road_1", "group_size": 4, "target_modules": "all-linear"},
+    "2": {"variant": "road_2", "group_size": 8, "target_modules": ["q_proj", "v_proj"]},
+    "4": {"variant": "road_4", "group_size": 2, "target_modules": ["o_proj", "gate_proj", "down_proj"]},
+    "PEFT's own size": {"target_modules": ["q_proj", "o_proj", "down_proj"]},
+    "of pairs across heads": {"variant": "road_4", "group_size": 32, "target_modules": ["q_proj", "k_proj"]},
+    "random": {"group_size": 4, "init_weights": False},
+}
+
+
+@pytest.mark.parametrize("kind", ROAD)
+def test_road_is_served_as_by_peft(kind: str, tmp_path: Path) -> None:
+    folder = make(tmp_path, peft.RoadConfig(**ROAD[kind]))
+    assert_served_as_by_peft(folder, load("road", folder))
+
+
+def turned_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = rotation.partners
+    monkeypatch.setattr(rotation, "partners", lambda y, half: -own(y, half))
+
+
+def turned_with_the_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = rotation.partners
+    monkeypatch.setattr(rotation, "partners", lambda y, half: own(y, 1))
+
+
 @pytest.mark.parametrize(
-    ("method", "modules", "feedforward", "expected"),
+    ("kind", "plant"),
     [
-        ("ia3", ["q_proj", "up_proj"], ["up_proj"], "not to name model.layers.0.mlp.up_proj"),
-        ("ia3-original", ["v_proj", "down_proj"], [], "to name model.layers.0.mlp.down_proj"),
+        ("1", turned_the_other_way),
+        ("2", turned_with_the_neighbour),
+        ("1", turned_with_the_neighbour),
+        ("4", turned_the_other_way),
+    ],
+)
+def test_a_rotation_that_is_another_one_is_seen(
+    kind: str, plant: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path, peft.RoadConfig(**ROAD[kind]))
+    plan = load("road", folder)
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_served_as_by_peft(folder, plan)
+
+
+Q_THETA = f"base_model.model.{Q}.road_theta"
+ROAD_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "another variant": (lambda folder: edit_config(folder, variant="road_3"), "expected one of road_1, road_2, road_4"),
+    "a variant of other sizes": (
+        lambda folder: edit_config(folder, variant="road_2"), "expected size [64], got [32]",
+    ),
+    "an odd group": (lambda folder: edit_config(folder, group_size=3), "group_size: expected an even number, got 3"),
+    "a group that does not divide": (
+        lambda folder: edit_config(folder, group_size=48), "group_size: expected a divisor of the 64 outputs of",
+    ),
+    "half a pair": (
+        lambda folder: edit_tensors(folder, lambda t: {n: v for n, v in t.items() if n != Q_THETA}),
+        f"{Q}.road_theta: expected by {CONFIG}, got no such tensor",
+    ),
+    "another name": (
+        lambda folder: edit_tensors(folder, lambda t: {n.replace("theta", "phi"): v for n, v in t.items()}),
+        "expected road_theta or road_alpha, got road_phi",
+    ),
+    "fewer modules": (lambda folder: edit_config(folder, target_modules=["v_proj"]), f"expected it to name {Q}"),
+    "an option of LoRA's": (lambda folder: edit_config(folder, r=8), "r: expected a field that perfbench serves"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ROAD_FAULTS)
+def test_a_damaged_road_is_refused_by_name(fault: str, tmp_path: Path) -> None:
+    damage, message = ROAD_FAULTS[fault]
+    folder = make(tmp_path, peft.RoadConfig(group_size=4, target_modules=["q_proj", "v_proj"]))
+    damage(folder)
+    with pytest.raises(AdapterError) as raised:
+        load("road", folder)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+MISS: dict[str, dict[str, Any]] = {
+    "all": {"r": 8, "target_modules": "all-linear"},
+    "ranks that divide no input": {"r": 6, "target_modules": ["q_proj", "o_proj", "down_proj"]},
+    "small blocks": {"r": 4, "mini_r": 8, "init_weights": "mini", "target_modules": ["q_proj", "v_proj"]},
+    "random": {"r": 3, "init_weights": False, "target_modules": ["up_proj"], "layers_to_transform": [0, 2]},
+}
+
+
+@pytest.mark.parametrize("kind", MISS)
+def test_miss_is_served_as_by_peft(kind: str, tmp_path: Path) -> None:
+    folder = make(tmp_path, peft.MissConfig(**MISS[kind]))
+    assert_served_as_by_peft(folder, load("miss", folder))
+
+
+def test_groups_the_other_way_round_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neighbours added up in place of every R-th value."""
+    folder = make(tmp_path, peft.MissConfig(**MISS["all"]))
+    plan = load("miss", folder)
+
+    def transposed(x: torch.Tensor, rank: int, groups: int) -> torch.Tensor:
+        return grouped_sum.eager(x.unflatten(1, (rank, -1)).transpose(1, 2).flatten(1), rank, groups)
+
+    monkeypatch.setitem(grouped_sum.FORMS, "eager", lambda x, rank, groups: (
+        grouped_sum.eager(x, rank, groups) if x.shape[1] % rank else transposed(x, rank, groups)
+    ))  # fmt: skip
+    with pytest.raises(AssertionError):
+        assert_served_as_by_peft(folder, plan)
+
+
+MISS_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "made of the weights": (lambda folder: edit_config(folder, init_weights="bat"), "expected true, false or 'mini'"),
+    "another rank": (lambda folder: edit_config(folder, r=5), "miss_block: expected size [5, 64], got [4, 64]"),
+    "more ranks than inputs": (lambda folder: edit_config(folder, r=65), "r: expected what model.layers.0"),
+    "small blocks that are none": (
+        lambda folder: edit_config(folder, init_weights="mini", mini_r=16), "expected size [4, 16], got [4, 64]",
+    ),
+    "small blocks that do not fit": (
+        lambda folder: edit_config(folder, init_weights="mini", mini_r=48), "mini_r: expected what model.layers.0",
+    ),
+    "biases": (lambda folder: edit_config(folder, bias="all"), "bias: expected 'none', got 'all'"),
+    "a module too few": (
+        lambda folder: edit_tensors(folder, lambda t: {n: v for n, v in t.items() if Q not in n}),
+        f"{Q}.miss_block: expected by {CONFIG}",
+    ),
+    "another name": (
+        lambda folder: edit_tensors(folder, lambda t: {n.replace("miss_", "bone_"): v for n, v in t.items()}),
+        "expected miss_block, got bone_block",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", MISS_FAULTS)
+def test_a_damaged_miss_is_refused_by_name(fault: str, tmp_path: Path) -> None:
+    damage, message = MISS_FAULTS[fault]
+    folder = make(tmp_path, peft.MissConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    damage(folder)
+    with pytest.raises(AdapterError) as raised:
+        load("miss", folder)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+VERA: dict[str, dict[str, Any]] = {
+    "all": {"r": 16, "target_modules": "all-linear"},
+    "another key": {"r": 7, "projection_prng_key": 5, "target_modules": ["q_proj", "down_proj"]},
+    "some layers": {"target_modules": ["up_proj"], "layers_to_transform": [0, 2]},
+    "without its matrices": {"r": 8, "save_projection": False, "projection_prng_key": 2, "target_modules": ["v_proj"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not")
+@pytest.mark.parametrize("kind", VERA)
+def test_vera_is_served_as_by_peft(kind: str, tmp_path: Path) -> None:
+    folder = make(tmp_path, peft.VeraConfig(**VERA[kind]))
+    assert_served_as_by_peft(folder, load("vera", folder))
+
+
+def test_vera_s_matrices_are_those_that_peft_draws(tmp_path: Path) -> None:
+    folder = make(tmp_path, peft.VeraConfig(**VERA["another key"]))
+    tensors = load_file(folder / WEIGHTS)
+    drawn = vera.shared(TINY, METHODS["vera"].options(rank=7, modules=("q", "down"), key=5))
+    assert torch.equal(drawn[0], tensors["base_model.vera_A"])
+    assert torch.equal(drawn[1], tensors["base_model.vera_B"])
+
+
+def test_matrices_of_another_key_are_seen(tmp_path: Path) -> None:
+    folder = make(tmp_path, peft.VeraConfig(**VERA["another key"]))
+    own = load_file(folder / WEIGHTS)
+    edit_tensors(folder, lambda t: t | dict(zip(
+        ("base_model.vera_A", "base_model.vera_B"),
+        vera.shared(TINY, METHODS["vera"].options(rank=7, modules=("q", "down"), key=6)), strict=True,
+    )))  # fmt: skip
+    plan = load("vera", folder)
+    edit_tensors(folder, lambda _: own)
+    with pytest.raises(AssertionError):
+        assert_served_as_by_peft(folder, plan)
+
+
+def test_tenants_of_unlike_matrices_can_not_share_a_bank(tmp_path: Path) -> None:
+    plans = [
+        load(
+            "vera", make(tmp_path / str(key), peft.VeraConfig(r=4, projection_prng_key=key, target_modules=["q_proj"]))
+        )
+        for key in (0, 1)
+    ]
+    bank = Bank(union_layout(plans), 2, torch.float32, "cpu")
+    bank.admit(plans[0])
+    before = [tensor.clone() for tensor in bank.tensors()]
+    with pytest.raises(AdapterError, match="the shared matrices that the bank's other adapters have, got another a"):
+        bank.admit(plans[1])
+    assert bank.free == [1]
+    assert all(map(torch.equal, before, bank.tensors()))
+    bank.evict(0)
+    bank.admit(plans[1])
+    other = load("vera", make(tmp_path / "r", peft.VeraConfig(r=8, target_modules=["q_proj"])))
+    with pytest.raises(AdapterError, match="must share one pair of matrices, got ranks 4, 8"):
+        union_layout([plans[0], other])
+    with pytest.raises(AdapterError, match="layer 0: the bank shares a pair of rank 4 on q, not 8"):
+        bank.admit(other)
+
+
+VERA_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "another rank": (lambda folder: edit_config(folder, r=5), "vera_lambda_d: expected size [5], got [4]"),
+    "no matrices": (
+        lambda folder: edit_tensors(folder, lambda t: {n: v for n, v in t.items() if not n.endswith("vera_A")}),
+        "base_model.vera_A: expected by save_projection",
+    ),
+    "a matrix that is too small": (
+        lambda folder: edit_tensors(folder, lambda t: {n: v[:, :9] if n.endswith("_A") else v for n, v in t.items()}),
+        "base_model.vera_A: expected at least size [4, 64], got [4, 9]",
+    ),
+    "half of the vectors": (
+        lambda folder: edit_tensors(folder, lambda t: {n: v for n, v in t.items() if f"{Q}.vera_lambda_b" not in n}),
+        f"{Q}.vera_lambda_b: expected by {CONFIG}",
+    ),
+    "no key": (lambda folder: edit_config(folder, projection_prng_key="a"), "expected an integer >= 0, got 'a'"),
+    "biases": (lambda folder: edit_config(folder, bias="vera_only"), "bias: expected 'none', got 'vera_only'"),
+    "another name": (
+        lambda folder: edit_tensors(folder, lambda t: {n.replace("lambda_d", "lambda_c"): v for n, v in t.items()}),
+        "expected vera_lambda_d or vera_lambda_b, got vera_lambda_c",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", VERA_FAULTS)
+def test_a_damaged_vera_is_refused_by_name(fault: str, tmp_path: Path) -> None:
+    damage, message = VERA_FAULTS[fault]
+    folder = make(tmp_path, peft.VeraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    damage(folder)
+    with pytest.raises(AdapterError) as raised:
+        load("vera", folder)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_groups_of_unlike_sizes_can_not_share_a_bank(tmp_path: Path) -> None:
+    plans = [
+        load("road", make(tmp_path / str(size), peft.RoadConfig(group_size=size, target_modules=["q_proj"])))
+        for size in (4, 8)
+    ]
+    with pytest.raises(AdapterError, match="must share the size of the groups that they rotate, got 4, 8"):
+        union_layout(plans)
+    bank = Bank(union_layout(plans[:1]), 1, torch.float32, "cpu")
+    with pytest.raises(AdapterError, match="layer 0: the bank rotates q in groups of 4, not 8"):
+        bank.admit(plans[1])
+    assert bank.free == [0]
+
+
+def test_a_scale_on_o_s_input_is_one_on_v_where_every_head_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = NAMED_CONFIGS["llama-tiny"] | {"num_key_value_heads": 4}
+    monkeypatch.setitem(NAMED_CONFIGS, "llama-tiny", config)
+    folder = make(tmp_path, peft.IA3Config(target_modules=["v_proj", "o_proj"], feedforward_modules=["o_proj"]))
+    plan = ia3_original.load(folder, BackboneShape.of_config(config), METHODS["ia3-original"].options())
+    assert all(set(layer.scale_minus_one) == {"v"} and not layer.input_scale_minus_one for layer in plan)
+    assert_served_as_by_peft(folder, plan)
+
+
+@pytest.mark.parametrize(
+    ("method", "modules", "feedforward", "now", "expected"),
+    [
+        ("ia3", ["q_proj", "up_proj"], ["up_proj"], ["up_proj"], "not to name model.layers.0.mlp.up_proj"),
+        ("ia3-original", ["v_proj", "down_proj"], ["down_proj"], [], "to name model.layers.0.mlp.down_proj"),
+        ("ia3-original", ["v_proj", "o_proj"], [], ["o_proj"], "not to name model.layers.0.self_attn.o_proj"),
     ],
 )
 def test_ia3_on_the_other_side_is_refused_for_that(
-    method: str, modules: list[str], feedforward: list[str], expected: str, tmp_path: Path
+    method: str, modules: list[str], feedforward: list[str], now: list[str], expected: str, tmp_path: Path
 ) -> None:
+    """Of the file, or of what the method serves."""
     make(tmp_path, peft.IA3Config(target_modules=modules, feedforward_modules=feedforward))
+    edit_config(tmp_path, feedforward_modules=now)
     with pytest.raises(AdapterError, match=f"feedforward_modules: expected it {expected}") as raised:
         load(method, tmp_path)
     assert "another backbone" not in str(raised.value)

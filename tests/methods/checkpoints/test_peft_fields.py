@@ -11,7 +11,7 @@ import peft
 import pytest
 
 from perfbench.errors import AdapterError
-from perfbench.methods.checkpoints import adalora, peft_fields
+from perfbench.methods.checkpoints import adalora, miss, peft_fields, road, vera
 from perfbench.methods.checkpoints import lora as lora_checkpoint
 from perfbench.methods.checkpoints.peft_fields import Fields
 from perfbench.peft.para import ParaConfig
@@ -21,6 +21,9 @@ CLASSES: dict[str, tuple[Fields, Any]] = {
     "LORA": (peft_fields.LORA, peft.LoraConfig),
     "ADALORA": (peft_fields.ADALORA, partial(peft.AdaLoraConfig, total_step=1)),
     "IA3": (peft_fields.IA3, peft.IA3Config),
+    "ROAD": (peft_fields.ROAD, peft.RoadConfig),
+    "MISS": (peft_fields.MISS, peft.MissConfig),
+    "VERA": (peft_fields.VERA, peft.VeraConfig),
     "PARA": (peft_fields.PARA, ParaConfig),
     "PROJECTED_IA3": (peft_fields.PROJECTED_IA3, ProjectedIa3Config),
 }
@@ -43,6 +46,12 @@ def test_what_an_absent_field_means_is_peft_s_default() -> None:
     assert made.r == lora_checkpoint.DEFAULT_RANK
     assert made.lora_alpha == lora_checkpoint.DEFAULT_ALPHA
     adaptive = peft.AdaLoraConfig(total_step=1)
+    summing = peft.MissConfig()
+    assert (summing.r, summing.mini_r) == (miss.DEFAULT_RANK, miss.DEFAULT_MINI_RANK)
+    sharing = peft.VeraConfig()
+    assert (sharing.r, sharing.projection_prng_key) == (vera.DEFAULT_RANK, vera.DEFAULT_KEY)
+    rotating = peft.RoadConfig()
+    assert (rotating.variant, rotating.group_size) == (road.DEFAULT_VARIANT, road.DEFAULT_GROUP)
     assert (adaptive.init_r, adaptive.lora_alpha) == (adalora.DEFAULT_INITIAL_RANK, adalora.DEFAULT_ALPHA)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,15 +264,15 @@ def test_a_run_of_something_else_is_not_resumed(scenario: Path, full: tuple[Path
 
 def test_every_process_takes_all_repetitions(scenario: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = perfbench("run", scenario, "--out", out, "--processes", "3")
+    process = perfbench("run", scenario, "--out", out, "--processes", "2")
     assert process.returncode == 0, process.stderr
-    assert "3 repetitions each in each of 3 processes" in process.stderr
+    assert "3 repetitions each in each of 2 processes" in process.stderr
     turns = Counter((sample["case"], sample["process"], sample["round"]) for sample in samples_of(out))
     cases = manifest_of(out)["cases"]
-    assert turns == {(case, number // 3, number): 1 for case in cases for number in range(9)}
-    assert manifest_of(out)["processes"] == 3
-    assert "medians of 9 rounds in 3 processes" in process.stdout
-    assert all(case["summary"]["total_ms"]["rounds"] == 9 for case in cases.values())
+    assert turns == {(case, number // 3, number): 1 for case in cases for number in range(6)}
+    assert manifest_of(out)["processes"] == 2
+    assert "medians of 6 rounds in 2 processes" in process.stdout
+    assert all(case["summary"]["total_ms"]["rounds"] == 6 for case in cases.values())
 
 
 def test_a_killed_run_of_several_processes_is_resumed(scenario: Path, tmp_path: Path) -> None:
@@ -366,8 +367,12 @@ def test_an_isolated_run_that_was_killed_is_resumed(scenario: Path, tmp_path: Pa
     assert resumed.returncode == 0, resumed.stderr
     turns = Counter((sample["case"].rsplit("/", 1)[-1], sample["round"]) for sample in samples_of(out))
     for arm, times in (("lora-eager", 1), ("ia3-eager", 1), ("none-eager", 2)):
-        assert [turns[arm, number] for number in range(LONG)] == [times] * LONG
-    # The kill may tear one round: its arms were then timed by two processes, and are never compared with each other.
+        counts = [turns[arm, number] for number in range(LONG)]
+        # The kill may tear one round after the bare backbone's turn, which then takes it once more, beside the arm.
+        torn = counts.count(times + 1) if arm == "none-eager" else 0
+        assert torn <= 1
+        assert counts.count(times) == LONG - torn
+    # Or its arms were timed by two processes, and are never compared with each other.
     paired = [by_arm(out)[arm]["kept"]["decode_tokens_per_s"]["rounds"] for arm in ("lora", "ia3")]
     assert sum(paired) in (2 * LONG - 1, 2 * LONG)
 
@@ -432,15 +437,17 @@ def test_what_ended_a_child_is_said() -> None:
     assert "exit code 3" in cause(3)
 
 
-def test_what_was_timed_and_never_proved_is_proved_by_a_resumed_run(scenario: Path, tmp_path: Path) -> None:
+def test_what_was_timed_and_never_proved_is_proved_by_a_resumed_run(
+    scenario: Path, full: tuple[Path, Any], tmp_path: Path
+) -> None:
     """As where a child dies between its last sample and the proof."""
     out = tmp_path / "run"
-    assert perfbench("run", scenario, "--out", out, "--set", "repetitions=2").returncode == 0
+    shutil.copytree(full[0], out)
     before, samples = manifest_of(out), samples_of(out)
     for case in before["cases"].values():
         assert case["check"].pop("proved_rounds")
     (out / "run.json").write_text(json.dumps(before))
-    resumed = perfbench("run", scenario, "--out", out, "--set", "repetitions=2", "--resume")
+    resumed = perfbench("run", scenario, "--out", out, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert all(case["check"]["proved_rounds"] for case in by_arm(out).values())
     assert samples_of(out) == samples

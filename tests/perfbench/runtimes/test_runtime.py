@@ -13,17 +13,22 @@ import torch
 
 from perfbench.kernels import vector_generator
 from perfbench.measure.on_device.arms import PLAN_ARMS
-from perfbench.methods import parameters
+from perfbench.methods import parameters, vera
 from perfbench.methods.bank import Bank
 from perfbench.methods.fanlora import FanLoraOptions
+from perfbench.methods.ia3_original import Ia3OriginalOptions
 from perfbench.methods.lora import LoraOptions
+from perfbench.methods.miss import MissOptions
 from perfbench.methods.para import ParaOptions
 from perfbench.methods.registry import METHODS
-from perfbench.methods.shape import MODULE_PATHS
+from perfbench.methods.road import RoadOptions
+from perfbench.methods.shape import MODULE_PATHS, MODULES
+from perfbench.methods.vera import VeraOptions
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Arm, Batch
 from perfbench.runtimes.peft_arms import PeftMixedArm, PeftSingleArm
 from perfbench.runtimes.transformers_plan import PlanArm
+from perfbench.spec.backbone_config import shape_of
 from perfbench.spec.runtime_support import serves
 
 CASES: dict[str, tuple[str, Any]] = {
@@ -33,11 +38,24 @@ CASES: dict[str, tuple[str, Any]] = {
     "fanlora-empty-layer": ("fanlora", FanLoraOptions(rank=2, setting=(("k", "gate"), (), ("o",)))),
     "ia3": ("ia3", METHODS["ia3"].options()),
     "ia3-original": ("ia3-original", METHODS["ia3-original"].options()),
+    "ia3-all": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=())),
+    "ia3-inputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=("q", "o", "gate", "up", "down"))),
+    "road": ("road", RoadOptions()),
+    "road-2": ("road", RoadOptions(variant="road_2", group_size=32, modules=("q", "v", "o"))),
+    "road-4": ("road", RoadOptions(variant="road_4", group_size=2)),
+    "miss": ("miss", MissOptions()),
+    "miss-odd": ("miss", MissOptions(rank=5, modules=("q", "v", "gate", "down"))),
+    "vera": ("vera", VeraOptions()),
+    "vera-16": ("vera", VeraOptions(rank=16, key=4, modules=("k", "o", "up", "down"))),
     "para": ("para", ParaOptions()),
     "para-normalised": ("para", ParaOptions(rank=3, pool="normalised")),
     "peft": ("peft", LoraOptions()),
+    "peft-road": ("peft-road", RoadOptions(variant="road_2", group_size=4)),
 }
+TINY = shape_of("llama-tiny")
 RUNTIMES = tuple(PLAN_ARMS)
+# Runtime continuous has no beams.
+WITH_BEAMS = [(runtime, beams) for runtime in RUNTIMES for beams in (1, 3) if runtime != "continuous" or beams == 1]
 RESIDENT = 4
 SLOTS = (2, -1, 0, 2, 3, 1)
 LENGTHS = (7, 2, 1, 5, 3, 6)
@@ -120,10 +138,52 @@ def adapt_ia3(layer: Any, own: dict[str, torch.Tensor], options: Any, prompt_tok
         scale_output(layer, module, lambda m=module: 1 + own[f"{m}.z"] @ own[f"{m}.p"])  # type: ignore[misc]
 
 
-def adapt_ia3_original(layer: Any, own: dict[str, torch.Tensor], options: Any, prompt_tokens: int) -> None:
-    for module in ("k", "v"):
-        scale_output(layer, module, lambda m=module: own[f"{m}.l"])  # type: ignore[misc]
-    layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: (args[0] * own["down.l"],))
+def adapt_ia3_original(
+    layer: Any, own: dict[str, torch.Tensor], options: Ia3OriginalOptions, prompt_tokens: int
+) -> None:
+    for module in options.modules:
+        if module in options.inputs:
+            linear = layer.get_submodule(MODULE_PATHS[module])
+            linear.register_forward_pre_hook(lambda _, args, m=module: (args[0] * own[f"{m}.l"],))
+        else:
+            scale_output(layer, module, lambda m=module: own[f"{m}.l"])  # type: ignore[misc]
+
+
+def adapt_road(layer: Any, own: dict[str, torch.Tensor], options: RoadOptions, prompt_tokens: int) -> None:
+    """Each weight (and bias) times the matrix of its rotations, number by number."""
+    for module in options.modules:
+        linear, size = layer.get_submodule(MODULE_PATHS[module]), options.group_size or 4
+        theta, alpha = own[f"{module}.theta"], own[f"{module}.alpha"]
+        turned = torch.zeros(linear.out_features, linear.out_features, dtype=torch.float64)
+        for i in range(linear.out_features):
+            group, place = divmod(i, size)
+            pair = group * size // 2 + place % (size // 2)
+            of_own, of_partner = {
+                "road_1": (pair, pair),
+                "road_2": (i, i),
+                "road_4": (2 * group * size + place, (2 * group + 1) * size + place),
+            }[options.variant]
+            first = place < size // 2
+            turned[i, i] = alpha[of_own] * theta[of_own].cos()
+            sine = alpha[of_partner] * theta[of_partner].sin()
+            turned[i, i + size // 2 if first else i - size // 2] = -sine if first else sine
+        linear.weight.data = turned @ linear.weight.data
+
+
+def adapt_miss(layer: Any, own: dict[str, torch.Tensor], options: MissOptions, prompt_tokens: int) -> None:
+    """Each column of the weight plus its row of the block."""
+    for module in options.modules:
+        weight = layer.get_submodule(MODULE_PATHS[module]).weight
+        for feature in range(weight.shape[1]):
+            weight.data[:, feature] += own[f"{module}.block"][feature % options.rank]
+
+
+def adapt_vera(layer: Any, own: dict[str, torch.Tensor], options: VeraOptions, prompt_tokens: int) -> None:
+    for module in options.modules:
+        weight = layer.get_submodule(MODULE_PATHS[module]).weight
+        a, b = (matrix.double() for matrix in vera.shared(TINY, options))
+        pair = b[: weight.shape[0]] @ own[f"{module}.d"].diag() @ a[:, : weight.shape[1]]
+        weight.data += own[f"{module}.b"].diag() @ pair
 
 
 def adapt_para(layer: Any, own: dict[str, torch.Tensor], options: ParaOptions, prompt_tokens: int) -> None:
@@ -147,8 +207,12 @@ ADAPT = {
     "lora": adapt_lora,
     "fanlora": adapt_lora,
     "peft": adapt_lora,
+    "peft-road": adapt_road,
     "ia3": adapt_ia3,
     "ia3-original": adapt_ia3_original,
+    "road": adapt_road,
+    "miss": adapt_miss,
+    "vera": adapt_vera,
     "para": adapt_para,
 }
 
@@ -157,8 +221,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((found.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize(("runtime", "beams"), WITH_BEAMS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_mixed_batch_is_what_the_naive_model_makes_of_each_request(
     tiny: backbone.Backbone, case: str, runtime: str, beams: int, tmp_path: Path
@@ -188,11 +251,12 @@ def test_a_mixed_batch_is_what_the_naive_model_makes_of_each_request(
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("case", [case for case in CASES if case != "peft"])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("peft")])
 def test_a_batch_of_one_tenant_is_served_by_one_group_alike(
     tiny: backbone.Backbone, case: str, runtime: str, tmp_path: Path
 ) -> None:
-    arm, batch = make_arm(tiny, make_tenants(tiny, case), tmp_path, runtime), make_batch(beams=3)
+    beams = max(beams for name, beams in WITH_BEAMS if name == runtime)
+    arm, batch = make_arm(tiny, make_tenants(tiny, case), tmp_path, runtime), make_batch(beams)
     same = replace(batch, slots=(2,) * len(batch.slots))
     tokens = arm.generate(same).tokens
     mixed = arm.generate(batch, forced=tokens, with_logits=True).logits
@@ -202,8 +266,7 @@ def test_a_batch_of_one_tenant_is_served_by_one_group_alike(
         assert difference < TOLERANCE if slot == 2 else difference > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(("runtime", "beams"), WITH_BEAMS)
 def test_para_makes_its_vectors_once_for_each_layer_and_prompt(
     tiny: backbone.Backbone, beams: int, runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +279,8 @@ def test_para_makes_its_vectors_once_for_each_layer_and_prompt(
     monkeypatch.setitem(vector_generator.FORMS, "eager", counting)
     arm, batch = make_arm(tiny, make_tenants(tiny, "para"), tmp_path, runtime), make_batch(beams)
     arm.generate(batch)
-    assert sizes == [len(SLOTS)] * tiny.shape.layers
+    at_once, calls = (1, len(SLOTS)) if runtime == "continuous" else (len(SLOTS), 1)  # which reads one by one
+    assert sizes == [at_once] * tiny.shape.layers * calls
     # One token of prompt looks like a decode step by its length, and is a prompt by the empty cache.
     sizes.clear()
     arm.generate(batch.alone(LENGTHS.index(1)))

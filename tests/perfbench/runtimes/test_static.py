@@ -14,7 +14,12 @@ from perfbench.kernels import qkv_epilogue, row_scale
 from perfbench.measure.on_device import workload
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
+from perfbench.methods.ia3_original import Ia3OriginalOptions
+from perfbench.methods.miss import MissOptions
 from perfbench.methods.registry import METHODS
+from perfbench.methods.road import RoadOptions
+from perfbench.methods.shape import MODULES
+from perfbench.methods.vera import VeraOptions
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import PAD, Batch, end
 from perfbench.runtimes.static.adapters import Adapters, rooms
@@ -54,6 +59,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 METHOD_NAMES = [name for name, method in METHODS.items() if method.served_by == "plan"]
 RESIDENT = 4
+# Every operation of a plan, by a method and the options with which it is made of it.
+OPERATIONS: dict[str, tuple[str, Any]] = {
+    "none": ("none", None),
+    "lora": ("lora", None),
+    "fanlora": ("fanlora", None),
+    "para": ("para", None),
+    "ia3-outputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=())),
+    "ia3-inputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=("gate", "up", "o", "down"))),
+    "road": ("road", None),
+    "vera": ("vera", VeraOptions(rank=16)),
+    "vera-of-some": ("vera", VeraOptions(rank=33, modules=("q", "v", "up", "down"))),
+    "miss": ("miss", None),
+    "miss-odd": ("miss", MissOptions(rank=5, modules=("q", "v", "up"))),
+    "road-across-heads": ("road", RoadOptions(variant="road_4", group_size=32, modules=("q", "v", "o"))),
+}
 
 
 def load(config: dict[str, Any], dtype: str, monkeypatch: pytest.MonkeyPatch) -> backbone.Backbone:
@@ -107,16 +127,16 @@ def test_sixteen_bits_differ_by_their_rounding_only(family: str, monkeypatch: py
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("method", ["none", "lora", "fanlora", "para"])
+@pytest.mark.parametrize("case", OPERATIONS)
 def test_triton_s_kernels_generate_what_plain_torch_does(
-    method: str, beams: int, monkeypatch: pytest.MonkeyPatch
+    case: str, beams: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the interpreter where there is no GPU, so a layer, few tokens and few requests."""
     pytest.importorskip("triton", reason="triton is not there for this platform")
     base = load(TINY | {"num_hidden_layers": 1}, "fp32", monkeypatch)
     ids = torch.randint(3, 256, (2, 3), generator=torch.Generator().manual_seed(4))
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
-    batch, bank = Batch(ids * mask, mask, (2, -1), beams, new_tokens=3), make_bank(base, method)
+    batch, bank = Batch(ids * mask, mask, (2, -1), beams, new_tokens=3), make_bank(base, *OPERATIONS[case])
     eager, triton = StaticArm(base, bank, "eager"), StaticArm(base, bank, "triton")
     tokens = eager.generate(batch).tokens
     assert torch.equal(triton.generate(batch).tokens, tokens)
@@ -131,13 +151,13 @@ def test_tenants_of_unlike_methods_share_a_bank(kernels: str, captured: bool, mo
     pytest.importorskip("triton", reason="triton is not there for this platform")
     base = load(TINY | {"num_hidden_layers": 1}, "fp32", monkeypatch)
     plans = []
-    for method in ("para", "ia3", "lora"):
+    for method in ("para", "ia3", "lora", "road", "miss", "vera"):
         options = METHODS[method].options()
         values = parameters.make(method, base.shape, options, seed=1)
         plans.append(parameters.implementation(method).plan(values, base.shape, options))
-    bank = Bank(union_layout(plans), 3, base.dtype, base.device)
+    bank = Bank(union_layout(plans), len(plans), base.dtype, base.device)
     slots = [bank.admit(plan) for plan in plans]
-    ids = torch.randint(3, 256, (5, 3), generator=torch.Generator().manual_seed(4))
+    ids = torch.randint(3, 256, (len(plans) + 2, 3), generator=torch.Generator().manual_seed(4))
     batch = Batch(ids, torch.ones_like(ids), (*slots, -1, slots[1]), 1, new_tokens=2)
     arm = StaticArm(base, bank, kernels, capture=(lambda step: step) if captured else None)
     found = arm.generate(batch, forced=ids[:, :2], with_logits=True).logits
@@ -197,6 +217,15 @@ def test_a_scale_after_rope_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(qkv_epilogue.FORMS, "eager", late)
     assert difference(base, make_bank(base, "ia3"), make_batch(1))[1] > 1e-3
+
+
+def test_the_neighbour_s_scale_on_an_input_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load(FAMILIES["llama"], "fp32", monkeypatch)
+    bank, batch = make_bank(base, *OPERATIONS["ia3-inputs"]), make_batch(1)
+    assert difference(base, bank, batch)[1] < 1e-5
+    own = row_scale.scaled_rows
+    monkeypatch.setitem(row_scale.SCALED_ROWS, "eager", lambda x, minus_one, _: own(x, minus_one.roll(1, 0)))
+    assert difference(base, bank, batch)[1] > 1e-3
 
 
 def test_beams_that_follow_the_wrong_row_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

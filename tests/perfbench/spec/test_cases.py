@@ -171,7 +171,8 @@ def test_select_without_a_match_names_what_is_there():
 def test_json_round_trip_is_exact():
     methods = (
         "methods=[{lora: {rank: 8, alpha: 16, modules: [q, v], label: small}}, fanlora, {ia3: {dim: 8}}, "
-        "ia3-original, para, peft, peft-single, {fanlora: {setting: [[q], [], [o, v]], label: found}}]"
+        "{ia3-original: {modules: [q, o], inputs: [o]}}, {road: {variant: road_2}}, para, peft, peft-single, "
+        "{fanlora: {setting: [[q], [], [o, v]], label: found}}]"
     )
     for comparison in expanded(methods, "workload.tenant_mix=zipf", "workload.without_adapter=0.1"):
         again = from_json(json.loads(json.dumps(to_json(comparison))))

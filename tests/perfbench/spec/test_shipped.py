@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from perfbench.errors import FinetuneError, ScenarioError
+from perfbench.files.yaml_source import read
 from perfbench.finetune import finetune_config
 from perfbench.finetune.accuracy import accuracy_config
 from perfbench.finetune.search import search_config
-from perfbench.spec import scenario, shipped
+from perfbench.spec import scenario, shipped, traffic
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,10 @@ def test_every_name_leads_to_a_file_that_its_command_reads(name: str) -> None:
     assert note is None
     load = {"accuracy": accuracy_config.load, "fanlora": search_config.load, "finetune": finetune_config.load}
     folder = name.partition("/")[0] if "/" in name else ""
-    assert (load[folder] if folder else scenario.load)(path)  # type: ignore[operator]
+    if traffic.is_traffic(read(path).values):
+        assert traffic.load(path, [], lambda _: ("cpu", "")).common.name == name
+    else:
+        assert (load[folder] if folder else scenario.load)(path)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("given", ["scenarios/smoke.yaml", "smoke.yaml", "scenarios/smoke"])

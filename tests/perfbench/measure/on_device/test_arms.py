@@ -16,6 +16,7 @@ from perfbench.methods import parameters
 from perfbench.methods.bank import Bank
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import MODULES
+from perfbench.proof.best_choices import forced_logits
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Batch
 from perfbench.runtimes.static.arm import StaticArm
@@ -29,10 +30,10 @@ def base() -> backbone.Backbone:
     return backbone.load("llama-tiny", "fp32", "cpu", seed=0)
 
 
-def build(base: backbone.Backbone, method: str, scratch: Path) -> arms.BuiltArm:
+def build(base: backbone.Backbone, method: str, scratch: Path, **wanted: bool) -> arms.BuiltArm:
     ids = torch.arange(3, 11, device=base.device).view(2, 4)
     case = Case("c", method, method, METHODS[method].options(), "static", "eager")
-    return arms.build(case, base, Batch(ids, torch.ones_like(ids), (0, 1), 1, 3), RESIDENT, SEED, scratch)
+    return arms.build(case, base, Batch(ids, torch.ones_like(ids), (0, 1), 1, 3), RESIDENT, SEED, scratch, **wanted)
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "para"])
@@ -68,6 +69,21 @@ def test_every_slot_holds_its_tenant_after_the_timed_admissions(
     assert torch.equal(bank.shrinks, alone.shrinks)
     assert torch.equal(bank.rest, alone.rest)
     assert not torch.equal(bank.rest[0], bank.rest[1])
+
+
+@pytest.mark.parametrize("method", ["para", "peft"])
+def test_without_its_figures_the_arm_is_the_same_and_nothing_is_admitted_twice(
+    base: backbone.Backbone, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build(base, method, tmp_path / "whole")
+    monkeypatch.setattr(arms, "_timed", None)
+    lean = build(base, method, tmp_path / "lean", figures=False)
+    assert lean.adapters == {}
+    ids = torch.arange(3, 11).view(2, 4)
+    logits = [
+        forced_logits(built.arm, Batch(ids, torch.ones_like(ids), (0, 1), 1, 3), ids[:, :3]) for built in (whole, lean)
+    ]
+    assert torch.equal(*logits)
 
 
 def save_lora(base: backbone.Backbone, folder: Path, rank: int, modules: tuple[str, ...]) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from perfbench.measure.on_device import arms, memory
 from perfbench.methods.registry import METHODS
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Batch
+from perfbench.runtimes.peft_arms import PeftMixedArm
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.transformers_plan import PlanArm
 from perfbench.spec.cases import Case
@@ -31,6 +32,17 @@ def parts(tiny, scratch, runtime: str, method: str, beams: int) -> tuple[dict[st
     built = arms.build(case, tiny, batch, TENANTS, 0, scratch)
     found = memory.peaks(built.arm, batch, memory.resident_bytes(built.arm), tiny.device, None)
     return found | {"adapter_bytes": memory.adapter_bytes(built.arm, tiny.bytes)}, built
+
+
+@pytest.mark.parametrize("method", ["lora", "peft"])
+def test_one_call_gives_every_figure(tiny, tmp_path, monkeypatch, method):
+    kind = PlanArm if method == "lora" else PeftMixedArm
+    calls = []
+    generate = kind.generate
+    monkeypatch.setattr(kind, "generate", lambda *own, **others: calls.append(1) or generate(*own, **others))
+    found, built = parts(tiny, tmp_path, "transformers", method, 1)
+    assert len(calls) == 1
+    assert found["peak_allocated_bytes"] > memory.resident_bytes(built.arm) + found["kv_cache_bytes"]
 
 
 def token_bytes(tiny: backbone.Backbone) -> int:
@@ -73,7 +85,9 @@ def test_beams_that_share_the_prompt_take_little_more_memory() -> None:
     ids = torch.randint(3, base.shape.vocab, (1, 274), generator=torch.Generator().manual_seed(7))
 
     def peak(arm: PlanArm | StaticArm, beams: int) -> int:
-        return memory._peak_allocated_on_cpu(arm, Batch(ids, torch.ones_like(ids), (-1,), beams, 32))
+        return memory.peaks(arm, Batch(ids, torch.ones_like(ids), (-1,), beams, 32), 0, base.device, None)[
+            "peak_allocated_bytes"
+        ]
 
     ratios = []
     for kind in (StaticArm, PlanArm):

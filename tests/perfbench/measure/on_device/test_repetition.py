@@ -73,8 +73,6 @@ def test_a_compilation_in_the_window_voids_the_sample(arm: PlanArm) -> None:
 # the fourth from the cache on the disk. Prints each sample's reason and what somebody else's listener has heard.
 TRITON_SCRIPT = """
 import json
-import sys
-import time
 
 import torch
 import triton
@@ -115,32 +113,49 @@ def other(*, src, cache_hit, **_):
     heard.append([src.name, cache_hit])
 
 
-listener = other if sys.argv[1] == "with-another" else None
-triton.knobs.compilation.listener = listener
 arm = PlanArm(backbone.load("llama-tiny", "fp32", "cpu", seed=0), None, "eager")
 ids = torch.arange(3, 11).view(2, 4)
 batch = Batch(ids, torch.ones_like(ids), (-1, -1), 1, 2)
-compile_it(8)
-voids = []
-for inside in (lambda: None, lambda: compile_it(16), lambda: None, lambda: compile_it(16)):
-    voids.append(repetition.repetition(Wrapped(arm, inside), batch, torch.device("cpu"), nvml=None).sample["void"])
-assert triton.knobs.compilation.listener is listener, "it has its place back"
-print(json.dumps([voids, heard]))
+
+
+
+# Nothing of `size` or half of it has been compiled before.
+def heard_and_voided(listener, size):
+    triton.knobs.compilation.listener = listener
+    heard.clear()
+    compile_it(size // 2)
+    voids = []
+    for inside in (lambda: None, lambda: compile_it(size), lambda: None, lambda: compile_it(size)):
+        sample = repetition.repetition(Wrapped(arm, inside), batch, torch.device("cpu"), nvml=None).sample
+        voids.append(sample["void"])
+    assert triton.knobs.compilation.listener is listener, "it has its place back"
+    return [voids, list(heard)]
+
+
+print(json.dumps({"alone": heard_and_voided(None, 16), "with-another": heard_and_voided(other, 64)}))
 """
 
 
-@pytest.mark.parametrize("listener", ["alone", "with-another"])
-def test_a_triton_kernel_that_is_compiled_in_the_window_voids_the_sample(listener: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def compiled_in_the_window(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What TRITON_SCRIPT prints, in a process of its own, where Triton is not interpreted."""
     pytest.importorskip("triton", reason="triton is not there for this platform")
+    tmp_path = tmp_path_factory.mktemp("compiled")
     script = tmp_path / "compile_in_window.py"
     script.write_text(TRITON_SCRIPT, encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(
-        [sys.executable, script, listener], env=environment, capture_output=True, text=True, check=False
-    )
+    ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    voids, heard = json.loads(ran.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("listener", ["alone", "with-another"])
+def test_a_triton_kernel_that_is_compiled_in_the_window_voids_the_sample(
+    listener: str, compiled_in_the_window: dict[str, Any]
+) -> None:
+    voids, heard = compiled_in_the_window[listener]
     found = "1 compilation(s) inside the window: Triton's double"
     assert voids == [None, found, None, f"{found} from its cache"]
     expected = [["double", False], ["double", False], ["double", True]]

@@ -1,0 +1,182 @@
+"""The child's work in this process: what is measured is proved, and each fault in the real path is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from perfbench.measure.run import threads
+from perfbench.runtimes.continuous.engine import Request
+from perfbench.runtimes.continuous.residency import Residency, Store
+from perfbench.runtimes.continuous.rows import Rows
+from perfbench.spec import cases
+from perfbench.spec.traffic import load
+from perfbench.traffic.on_device import traffic_worker
+from perfbench.traffic.on_device.traffic_worker import PROVED, Worker, sample
+from perfbench.traffic.outcome import Answered
+from perfbench.traffic.requests import draw
+
+TENANTS = 9
+SCENARIO = load(
+    {
+        "backbone": "llama-tiny",
+        "dtype": "fp32",
+        "methods": ["lora", "para"],
+        "traffic": {
+            "prompt_tokens": {"median": 12, "sigma": 0.5, "most": 24},
+            "new_tokens": {"median": 6, "sigma": 0.5, "most": 9},
+            "tenants": TENANTS, "rate": 1000, "requests": 60, "without_adapter": 0.1,
+        },
+        "server": {"rows": 4, "resident": 3, "chunk_tokens": 5},
+        "targets": {"ttft_ms": 1e6, "itl_ms": 1e6},
+    },
+    [],
+    lambda _: ("cpu", ""),
+)  # fmt: skip
+
+
+class Told(list[dict[str, Any]]):
+    """What a worker says."""
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        self.append({"event": event, **fields})
+
+
+def opened() -> tuple[Worker, Told]:
+    told = Told()
+    job = {
+        "comparison": cases.to_json(SCENARIO.comparison), "seed": 0, "threads": threads(), "plugins": [], "rows": 4,
+        "resident": 3, "capacity": SCENARIO.server.capacity(SCENARIO.traffic), "chunk": 5,
+    }  # fmt: skip
+    return Worker(job, told), told
+
+
+def measure(worker: Worker, arm: str, told: Told, misses: int | None = None, ttft_ms: float = 1e6) -> dict[str, Any]:
+    due = draw(SCENARIO.traffic, TENANTS, 1000.0, "0")
+    if arm not in worker.arms:
+        worker.prepare({"arm": arm, "tenants": TENANTS})
+    worker.measure({
+        "arm": arm, "due": [[one.due_s, one.tenant, one.prompt_tokens, one.new_tokens] for one in due], "seed": 0,
+        "targets": {"ttft_ms": ttft_ms, "itl_ms": 1e6, "share": 1.0}, "misses": misses, "text": "measuring",
+    })  # fmt: skip
+    return told[-1]
+
+
+def proof(worker: Worker, arm: str, told: Told) -> dict[str, Any]:
+    worker.prove({"arm": arm, "tenants": TENANTS})
+    found: dict[str, Any] = told[-1]["proof"]
+    return found
+
+
+@pytest.mark.parametrize("arm", ["none", "lora", "para"])
+def test_what_is_measured_is_proved(arm: str) -> None:
+    worker, told = opened()
+    found = measure(worker, arm, told)
+    due = draw(SCENARIO.traffic, TENANTS, 1000.0, "0")
+    answered = [Answered(**{**one, "itl_ms": tuple(one["itl_ms"])}) for one in found["answered"]]
+    assert [len(one.itl_ms) + 1 for one in answered] == [one.new_tokens for one in due]
+    assert all(0 <= one.wait_ms <= one.ttft_ms <= one.total_ms for one in answered)
+    assert (found["given_up"], found["sent"]) == (False, 60)
+    if arm == "none":
+        assert not any(one.loaded for one in answered)
+        assert found["loaded_bytes"] == 0
+    else:
+        loads = sum(one.loaded for one in answered)
+        assert TENANTS < loads < 60  # more tenants than slots: some came back
+        assert found["loaded_bytes"] == loads * worker.arms[arm].bank.bytes_per_slot  # type: ignore[union-attr]
+    shown = proof(worker, arm, told)
+    assert (shown["status"], shown["reason"]) == ("ok", None)
+    assert shown["requests"] == (1 if arm == "none" else PROVED)
+    assert shown["control_parted"] == (None if arm == "none" else sum(r.tenant != -1 for r in _sampled(worker, arm)))
+
+
+def _sampled(worker: Worker, arm: str) -> list[Request]:
+    return sample(worker.arms[arm].answers, 0)
+
+
+def _the_next_tenant_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Store.of
+    monkeypatch.setattr(Store, "of", lambda self, tenant: real(self, (tenant + 1) % TENANTS))
+
+
+def _none_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Rows.enter
+    monkeypatch.setattr(Rows, "enter", lambda self, slot: real(self, -1))
+
+
+def _one_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Rows.enter
+    monkeypatch.setattr(Rows, "enter", lambda self, slot: real(self, max(slot, 0)))
+
+
+def _a_stale_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slot is given to a tenant, and the adapter of the one before stays in it."""
+    real = Residency.take
+
+    def take(self: Residency, tenant: int) -> int | None:
+        full, before = len(self.slots) == self.bank.capacity, (self.bank.rest.clone(), self.bank.shrinks.clone())
+        slot = real(self, tenant)
+        if full:
+            self.bank.rest.copy_(before[0])
+            self.bank.shrinks.copy_(before[1])
+        return slot
+
+    monkeypatch.setattr(Residency, "take", take)
+
+
+def _a_prefix_shared_across_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of the first tokens of a prompt are those that the first tenant's adapter gave."""
+    real = Rows.read
+
+    def read(self: Rows, row: int, ids: torch.Tensor) -> torch.Tensor:
+        first = not self.lengths[row]
+        found = real(self, row, ids)
+        if first and len(ids) > 1:
+            kept = self.__dict__.setdefault("prefix", [entry[row, :, :, :1].clone() for entry in self.cache.prompt])
+            for entry, prefix in zip(self.cache.prompt, kept, strict=True):
+                entry[row, :, :, :1] = prefix
+        return found
+
+    monkeypatch.setattr(Rows, "read", read)
+
+
+@pytest.mark.parametrize(
+    "fault", [_the_next_tenant_s, _none_applied, _one_for_nobody, _a_stale_slot, _a_prefix_shared_across_tenants]
+)
+def test_a_planted_fault_is_found(fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    worker, told = opened()
+    measure(worker, "lora", told)
+    shown = proof(worker, "lora", told)
+    assert shown["status"] == "check_failed"
+    assert "are not those of their adapters" in shown["reason"]
+
+
+def test_adapters_that_are_alike_prove_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = traffic_worker.arms.plan_of_tenant
+    monkeypatch.setattr(
+        traffic_worker.arms, "plan_of_tenant", lambda case, base, resident, seed, tenant: real(case, base, 1, seed, 0)
+    )
+    worker, told = opened()
+    measure(worker, "lora", told)
+    assert proof(worker, "lora", told)["status"] == "check_void"
+
+
+def test_a_measurement_that_can_t_hold_is_given_up_and_the_next_is_right() -> None:
+    worker, told = opened()
+    found = measure(worker, "lora", told, misses=0, ttft_ms=1e-6)
+    assert (found["given_up"], found["answered"]) == (True, None)
+    assert found["sent"] < 60
+    assert measure(worker, "lora", told)["given_up"] is False
+    assert proof(worker, "lora", told)["status"] == "ok"
+
+
+def test_half_of_what_is_proved_had_its_adapter_loaded() -> None:
+    answers = [Request(torch.arange(2), 1, tenant=i % 12, loaded=i % 3 == 0) for i in range(80)]
+    found = sample(answers, 0)
+    assert len({request.tenant for request in found}) == len(found) == PROVED
+    assert sum(request.loaded for request in found) >= PROVED // 2
+    assert all(request in answers[40:] for request in found)
