@@ -118,11 +118,12 @@ class Search:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A scenario that was checked and may be measured; `work` says in words how much that is."""
+    """A scenario that was checked and may be measured; `work` says in words how much that is, `large` lifts limits."""
 
     scenario: Scenario
     comparisons: tuple[Comparison, ...]
     work: str
+    large: bool = False
 
     @property
     def case_ids(self) -> list[str]:
@@ -139,9 +140,11 @@ class Prepared:
     def measure(self, out: Path, *, resume: bool = False, retry_failed: bool = False, say: Say = _to_stderr) -> Run:
         """Measures what is not measured yet into the folder `out`. Raises as `run`."""
         from perfbench.files import run_lock
-        from perfbench.measure import inputs
+        from perfbench.measure import inputs, needed_memory
         from perfbench.measure.run import execute
 
+        if not self.large:
+            needed_memory.check(self.scenario, self.comparisons)
         for note in inputs.check(self.comparisons):
             say(note)
         say(f"{self.work} -> {out}")
@@ -180,7 +183,7 @@ def prepare(
     if resolved.processes > 1:
         work += f" in each of {resolved.processes} processes"
     work += f" ({costs.turns:,} turns with the warm-up, about {format_bytes(costs.file_bytes)} on disk)"
-    return Prepared(resolved, comparisons, work)
+    return Prepared(resolved, comparisons, work, large)
 
 
 def run(
@@ -202,7 +205,7 @@ def run(
     case: a glob; only cases whose id matches, and the bare backbone beside them. out: the new folder of results, by
     default runs/<scenario>-<UTC time>; with `resume` what was begun there goes on, and with `retry_failed` too, the
     cases that crashed are measured again. plugins: files of methods, as with `--plugin`. large: lifts the limits on
-    cases, turns and bytes on disk. say: is given each note, in a line; by default they go to standard error.
+    cases, turns, bytes on disk and memory. say: is given each note, in a line; by default they go to standard error.
 
     A case that fails its check, crashes or runs out of memory is no exception: it is in the run's rows, and in its
     `exit_code`. PerfbenchError, in one line, for everything that can be mended: ScenarioError, BackboneError,

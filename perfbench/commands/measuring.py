@@ -89,7 +89,7 @@ def add(commands: Any) -> None:
 
 
 def _add_large(parser: argparse.ArgumentParser) -> None:
-    about = "go on above the limits of cases (2,000), turns (a million) and bytes on disk (1 GiB)"
+    about = "go on above the limits: 2,000 cases, a million turns, 1 GiB on disk, and this machine's memory"
     parser.add_argument("--large", action="store_true", help=about)
 
 

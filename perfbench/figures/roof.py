@@ -6,6 +6,7 @@ Free of torch: an adapter is known by its plan, whose tensors may be on the meta
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from perfbench.errors import PerfbenchError, nearest
 from perfbench.methods.dtypes import DTYPES
 from perfbench.methods.shape import MODULES, SHARED_INPUT, BackboneShape
-from perfbench.spec.backbone_config import parameter_count
+from perfbench.spec.backbone_config import parameter_count, windows
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def decode_step(
     """The least work of a step that finds the prompts and `generated_tokens` more of each row in the cache.
 
     Weights are read once, a prompt's cache once for all its beams, a tenant's adapter once for all its requests, but
-    scales made from a prompt once for each. The new cache entries and the embedding's rows are beside the point.
+    scales made from a prompt once for each. The new cache entries and the embedding's rows are beside the point, and so
+    are keys and values of tokens that a layer's window has left behind.
     `prompt_tokens`: of each request; `plan`: one tenant's adapter, sizes only (None: none); `served`: the tenant of
     each request that has one.
     """
@@ -112,10 +114,9 @@ def decode_step(
     embedding = shape.vocab * shape.hidden
     tied = config.get("tie_word_embeddings", config["model_type"] == "gemma")
     weights = parameter_count(config) - (0 if tied else embedding)
-    cached = sum(lengths) + generated_tokens * rows
     linears = shape.layers * sum(d_in * d_out for d_in, d_out in map(shape.features, MODULES)) + embedding
-    seen = sum(lengths) * beams + (generated_tokens + 1) * rows
-    attention = 2 * shape.layers * shape.heads * shape.head_dim * seen
+    cached, seen = _tokens(config, lengths, generated_tokens, beams)
+    attention = 2 * shape.heads * shape.head_dim * seen
     plan = list(plan or ())
     adapter_bytes = _shared_numbers(plan) * size if tenants else 0
     adapter_products = 0
@@ -138,10 +139,23 @@ def decode_step(
         adapter_products += len(tenants) * beams * (stored + made + summed + shared)
     return Work(
         weight_bytes=weights * size,
-        cache_bytes=2 * shape.layers * shape.kv_heads * shape.head_dim * cached * size,
+        cache_bytes=2 * shape.kv_heads * shape.head_dim * cached * size,
         adapter_bytes=adapter_bytes,
         flops=2 * (linears * rows + attention + adapter_products),
     )
+
+
+def _tokens(config: Mapping[str, Any], lengths: list[int], generated_tokens: int, beams: int) -> tuple[int, int]:
+    """(tokens whose keys and values are read, tokens that the rows attend to, each itself too), over all layers."""
+    cached = seen = 0
+    for window, layers in Counter(windows(config)).items():
+        for length in lengths:
+            before = length + generated_tokens if window is None else window - 1
+            generated = min(generated_tokens, before)
+            prompt = min(length, before - generated)
+            cached += layers * (prompt + beams * generated)
+            seen += layers * beams * (prompt + generated + 1)
+    return cached, seen
 
 
 def _shared_numbers(plan: Iterable[Any]) -> int:
@@ -152,7 +166,7 @@ def _shared_numbers(plan: Iterable[Any]) -> int:
 
 def least_s_of_step(first: Work, last: Work, step: int, steps: int, device: Device, dtype: str) -> float:
     """The least seconds of one `step` of `steps` in a row, counted from 0: what a step reads and computes grows by the
-    same each time."""
+    same each time, or by less from where a window is full, so that it is never less than on the line between."""
     part = step / (steps - 1) if steps > 1 else 1.0
     found_bytes, found_flops = (
         round(start + (end - start) * part) for start, end in ((first.bytes, last.bytes), (first.flops, last.flops))

@@ -287,8 +287,7 @@ class Supervisor:
             case = self._cases[event["case"]]
             known = case["check"].get("proved_rounds", [])
             case["check"] |= {"proved_rounds": sorted({*known, *event["rounds"]})}
-            if "read_by_peft" in event:
-                case["check"] |= {"read_by_peft": event["read_by_peft"]}
+            case["check"] |= {key: event[key] for key in ("read_by_peft", "same_tokens_as") if key in event}
             if event["reason"] is not None:
                 case["check"] |= {"passed": False}
                 case.update(status="check_failed", reason=event["reason"])

@@ -182,6 +182,19 @@ def parameter_count(config: Mapping[str, Any]) -> int:
     return embeddings + shape.layers * (linears + biases + norms_of_layer) + shape.hidden
 
 
+def windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Of each layer how many tokens, itself the last, a token attends to; None: all before it. As transformers reads
+    the fields, whose defaults it has where they are missing."""
+    layers, family = config["num_hidden_layers"], config["model_type"]
+    if family == "mistral":
+        return (config.get("sliding_window", 4096),) * layers
+    if family != "qwen2" or not config.get("use_sliding_window"):
+        return (None,) * layers
+    window, first = config.get("sliding_window", 4096), config.get("max_window_layers", 28)
+    kinds = config.get("layer_types") or ["sliding_attention" if i >= first else "" for i in range(layers)]
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
 def _biased_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The linear modules that have a bias in this config's model: by its type, or by its fields."""
     family = config["model_type"]
@@ -226,6 +239,17 @@ def _checked(config: dict[str, Any], where: str) -> dict[str, Any]:
             raise BackboneError(
                 f"{where}: {CONFIG_FIELDS[name]}: expected an integer >= 1, got {value!r}; mend the file"
             )
+    try:
+        seen = windows(config)
+    except TypeError:
+        seen = ()
+    if len(seen) != shape.layers or any(
+        window is not None and (type(window) is not int or window < 1) for window in seen
+    ):
+        raise BackboneError(
+            f"{where}: sliding_window, max_window_layers, layer_types: expected an integer >= 1 or null, an integer, "
+            f"and a kind for each of the {shape.layers} layers; mend the file"
+        )
     if shape.heads % shape.kv_heads:
         raise BackboneError(
             f"{where}: num_key_value_heads: expected a divisor of num_attention_heads {shape.heads}, "

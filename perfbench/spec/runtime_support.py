@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from perfbench.methods.registry import METHODS
+from perfbench.spec.backbone_config import windows
 
 # `hidden_act` of the configs that runtime static can run.
 STATIC_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
@@ -36,9 +37,8 @@ def unsupported(runtime: str, config: Mapping[str, Any]) -> str | None:
     rope = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
         return f"rope_type {rope}: RoPE that changes with the length is not in runtime static; {way_out}"
-    slides = config["model_type"] == "mistral" or config.get("use_sliding_window")
-    window = config.get("sliding_window", 4096)  # transformers' default for both
-    if slides and window and window < config["max_position_embeddings"]:
+    window = min((window for window in windows(config) if window is not None), default=None)
+    if window is not None and window < config["max_position_embeddings"]:
         return f"sliding_window {window}: sliding-window attention is not in runtime static; {way_out}"
     activation = config.get("hidden_act", "silu")
     if activation not in STATIC_ACTIVATIONS:

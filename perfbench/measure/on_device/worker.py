@@ -240,7 +240,7 @@ class Session:
             self.emit("phase", case=case.id, text="proving what was timed")
             own = built[case.id] if case.id in built else self._build(case)
             if not rounds:  # an earlier child took the samples and died before it came to this
-                rounds = {0: self.repetition(own, 0).tokens}
+                rounds = self.timed[case.id] = {0: self.repetition(own, 0).tokens}
             lot = random.Random(f"{self.job['seed']}/{case.id}")
             drawn = sorted(lot.sample(sorted(rounds), min(PROVED_ROUNDS, len(rounds))))
             fault = None
@@ -250,9 +250,44 @@ class Session:
                 if found is not None:
                     fault = f"round {number + 1}: {found}"
                     break
-            self.emit("proved", case=case.id, rounds=drawn, reason=fault)
+            alike = [other for other in cases if self._is_of_peft_and_like(case, other)]
+            unlike = [self._parted(case, own, other, built) for other in alike]
+            fault = next((found for found in (fault, *unlike) if found is not None), None)
+            same = {"same_tokens_as": [other.id for other in alike]} if alike else {}
+            self.emit("proved", case=case.id, rounds=drawn, reason=fault, **same)
             if case.id not in built:
                 own.arm.close()
+
+    def _is_of_peft_and_like(self, case: Any, other: Any) -> bool:
+        """Whether PEFT serves the adapters of `case`, and perfbench the same ones in `other`."""
+        from perfbench.methods.registry import METHODS
+
+        method, another = METHODS[case.method], METHODS[other.method]
+        same = (method.module, case.options) == (another.module, other.options)
+        return same and method.served_by in ("peft", "peft-single") and another.served_by == "plan"
+
+    def _parted(self, case: Any, own: Any, other: Any, built: dict[str, Any]) -> str | None:
+        """Where PEFT's arm of `case` and that of `other`, which hold the same adapters, chose other tokens for the same
+        prompts in any round that both were timed in. Which of them is wrong nothing says: the other fails here too."""
+        from perfbench.proof import same_adapters
+
+        made = built[other.id] if other.id in built else self._build(other)
+        theirs, ours = self.timed[case.id], self.timed.get(other.id, {})
+        if not set(ours) & set(theirs):  # an earlier child timed the other one
+            ours = {number: self.repetition(made, number).tokens for number in [min(theirs)]}
+        fault = None
+        for number in sorted(set(ours) & set(theirs)):
+            pair = (ours[number], theirs[number])
+            batch = self._batch_of(made, number)
+            parted = same_adapters.parted(batch, own.batch.slots, *pair, self.backbone, made.plan_of)
+            if parted:
+                where = f"round {number + 1}: request(s) {', '.join(map(str, parted))}: other tokens than"
+                fault = f"{where} {other.id} with the same adapters"
+                self.emit("proved", case=other.id, rounds=[], reason=f"{where} {case.id} with the same adapters")
+                break
+        if other.id not in built:
+            made.arm.close()
+        return fault
 
     def prove_read(self, cases: list[Any]) -> None:
         """That adapters out of folders are those that PEFT reads there, one request of each sampled tenant; with no

@@ -80,6 +80,68 @@ def test_a_prompt_is_read_once_for_its_beams_and_an_adapter_once_for_its_tenant(
     assert work("lora", []).adapter_bytes == 0
 
 
+@pytest.mark.parametrize(
+    ("fields", "sliding"),
+    [
+        ({"model_type": "mistral", "sliding_window": 5}, 3),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}, 1),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5,
+          "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, 2),
+        ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 5, "max_window_layers": 0}, 0),
+        ({"model_type": "mistral", "sliding_window": None}, 0),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("beams", [1, 3])
+def test_what_a_window_has_left_behind_is_not_read(fields: dict[str, Any], sliding: int, beams: int) -> None:
+    """Counted by hand: prompts of 7 and 3 tokens, and 2 more of each row. With a window of 5 a new token sees itself,
+    the two before it, and the last two of the prompt."""
+    config, shape = NAMED_CONFIGS["llama-tiny"] | fields, shape_of("llama-tiny")
+
+    def work(config: dict[str, Any]) -> Work:
+        return decode_step(config, "fp32", prompt_tokens=[7, 3], generated_tokens=2, beams=beams, plan=None, served=[])
+
+    whole, slides = 7 + 3 + 2 * 2 * beams, 2 + 2 + 2 * 2 * beams
+    token = 2 * shape.kv_heads * shape.head_dim * 4
+    found = work(config)
+    assert found.cache_bytes == token * ((3 - sliding) * whole + sliding * slides)
+    unseen = sliding * ((7 + 2 + 1 - 5) + (3 + 2 + 1 - 5)) * beams
+    plain = work(config | {"sliding_window": None, "use_sliding_window": False, "layer_types": None})
+    assert plain.flops - found.flops == 2 * 2 * shape.heads * shape.head_dim * unseen
+
+
+def test_where_a_window_fills_no_step_is_below_the_line_between_the_first_and_the_last() -> None:
+    config = NAMED_CONFIGS["llama-tiny"] | {"model_type": "mistral", "sliding_window": 9}
+    steps = [
+        decode_step(config, "fp32", prompt_tokens=[7, 3, 12], generated_tokens=g, beams=2, plan=None, served=[])
+        for g in range(14)
+    ]
+    for part in ("bytes", "flops"):
+        counts = [getattr(step, part) for step in steps]
+        assert counts == sorted(counts)
+        for g, count in enumerate(counts):
+            assert count >= counts[0] + (counts[-1] - counts[0]) * g / 13
+        assert counts[-1] == counts[-2] > counts[0]
+
+
+def test_the_windows_are_those_of_the_model_that_is_loaded() -> None:
+    from transformers import MistralConfig, Qwen2Config
+
+    from perfbench.spec.backbone_config import windows
+
+    for made in (
+        MistralConfig(num_hidden_layers=3),
+        MistralConfig(num_hidden_layers=3, sliding_window=None),
+        Qwen2Config(num_hidden_layers=4, use_sliding_window=True, max_window_layers=1),
+        Qwen2Config(num_hidden_layers=30, use_sliding_window=True),
+        Qwen2Config(num_hidden_layers=30),
+    ):
+        whole = made.to_dict()
+        kinds = whole.get("layer_types") or ["sliding_attention"] * made.num_hidden_layers
+        own = tuple(made.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+        assert windows(whole) == own
+        assert windows(made.to_diff_dict() | {"num_hidden_layers": made.num_hidden_layers}) == own
+
+
 def test_flops_are_two_for_each_weight_and_row() -> None:
     config, shape = NAMED_CONFIGS["llama-tiny"], shape_of("llama-tiny")
     work = decode_step(config, "fp32", prompt_tokens=[7, 3], generated_tokens=2, beams=1, plan=None, served=[])

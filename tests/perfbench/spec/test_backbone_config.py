@@ -140,6 +140,11 @@ def test_a_folder_of_shards_is_read(model_folder):
             {"num_key_value_heads": 3},
             "num_key_value_heads: expected a divisor of num_attention_heads 4, got 3",
         ),
+        ({"model_type": "mistral", "sliding_window": "x"}, "sliding_window, max_window_layers, layer_types: expected"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window, max_window_layers, layer_types: expected"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["x"]}, "a kind for each of the 3 layers"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "x"}, "max_window_layers"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": 7}, "layer_types: expected"),
     ],
 )
 def test_a_config_that_cannot_be_served_is_refused(model_folder, changes, expected):

@@ -19,7 +19,7 @@ REFUSED = {
     "window": (TINY | {"model_type": "mistral", "sliding_window": 128}, "sliding_window 128"),
     "window-by-default": (TINY | {"model_type": "mistral", "max_position_embeddings": 8192}, "sliding_window 4096"),
     "qwen2-window": (
-        TINY | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64},
+        TINY | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2},
         "sliding_window 64",
     ),
 }
@@ -55,6 +55,8 @@ def test_static_runs_every_named_shape(name: str) -> None:
 
 def test_a_window_wider_than_the_context_never_slides() -> None:
     assert unsupported("static", TINY | {"model_type": "mistral", "sliding_window": 4096}) is None
+    above_its_layers = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3}
+    assert unsupported("static", TINY | above_its_layers) is None
 
 
 def test_the_scenario_names_file_and_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
