@@ -14,12 +14,12 @@ import torch
 
 from perfbench.kernels import grouped_sum
 from perfbench.kernels.low_rank import Expansion, VectorPart
-from perfbench.kernels.placement import on_gpu
 from perfbench.kernels.rotation import Rotation
 from perfbench.kernels.row_scale import Scale
 from perfbench.methods.bank import Bank
 from perfbench.methods.plan import Generator, LayerPlan
 from perfbench.methods.shape import SHARED_INPUT, BackboneShape
+from perfbench.runtimes.static.product import takes_tail
 from perfbench.runtimes.static.weights import LayerWeights, Projection, Rooms, Weights
 
 # A row of the fused product is as long as the weight's columns and the tail together. Triton loads 16 bytes at once
@@ -97,7 +97,7 @@ def rooms(bank: Bank, adapters: int) -> list[Rooms]:
 
     def rows(layer: LayerPlan, modules: Sequence[str]) -> int:
         own = sum(layer.low_rank[module].a.shape[0] for module in modules if module in layer.low_rank)
-        in_tail = summed_ranks(layer, modules) + shared_ranks(layer, modules) if on_gpu(bank.rest) else 0
+        in_tail = summed_ranks(layer, modules) + shared_ranks(layer, modules) if takes_tail(bank.rest) else 0
         return tail_rows(adapters, own, in_tail)
 
     every = [{name: rows(layer, modules) for name, modules in SHARED_INPUT.items()} for layer in bank.layout]
@@ -192,7 +192,7 @@ class Adapters:
         pairs = [source.low_rank[module].a for module in paired]
         ranks, bound.summed = sum(a.shape[1] for a in pairs), summed_ranks(mine, modules)
         of_shared = shared_ranks(mine, modules)
-        in_tail = bound.summed + of_shared if on_gpu(self._rest) else 0
+        in_tail = bound.summed + of_shared if takes_tail(self._rest) else 0
         used = tail_rows(adapters, ranks, in_tail)
         bound.weight, bound.bias = projection.with_tail(used)
         tail = bound.weight[len(bound.weight) - used :]

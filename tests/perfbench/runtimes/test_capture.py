@@ -42,7 +42,8 @@ def make_batch(beams: int, *, ragged: bool) -> Batch:
 @pytest.fixture(params=[False, True], ids=["ranks-alone", "ranks-out-of-the-product"])
 def tail(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second is what a GPU does."""
-    monkeypatch.setattr("perfbench.runtimes.static.decoder.takes_tail", lambda x: request.param)
+    for module in ("decoder", "adapters"):
+        monkeypatch.setattr(f"perfbench.runtimes.static.{module}.takes_tail", lambda x: request.param)
 
 
 @pytest.mark.usefixtures("tail")
