@@ -22,6 +22,9 @@ from perfbench.spec.scenario import Scenario, parse_set, refuse
 from perfbench.spec.scenario_schema import first_written, problems
 from perfbench.spec.traffic_schema import SEARCH, schema
 
+# The tenant of a request without an adapter.
+NOBODY = -1
+
 OWN = ("traffic", "server", "targets", "repetitions")
 DEFAULT_ZIPF_EXPONENT = 1.0
 DEFAULT_RESIDENT = 16

@@ -43,7 +43,7 @@ def _lengths(description: str) -> Schema:
         "type": "object",
         "properties": {
             "median": {**_integer(1), "description": "half of the requests have fewer"},
-            "sigma": _number(exclusiveMinimum=0, description="the standard deviation of the logarithm"),
+            "sigma": _number(minimum=0, maximum=4, description="the standard deviation of the logarithm"),
             "most": {**_integer(1), "description": "longer ones are cut to this"},
         },
         "required": ["median", "sigma", "most"],
@@ -81,7 +81,7 @@ _TRAFFIC = _section(
             "description": "; ".join(f"{name}: {what}" for name, what in MIXES.items()),
             "default": "uniform",
         },
-        "zipf_exponent": _number(exclusiveMinimum=0, description="with tenant_mix zipf only; default 1"),
+        "zipf_exponent": _number(minimum=0, maximum=8, description="with tenant_mix zipf only; default 1"),
         "without_adapter": _number(
             minimum=0, maximum=1, description="the share of the requests that get no adapter", default=0
         ),
@@ -91,7 +91,9 @@ _TRAFFIC = _section(
             "default": "poisson",
         },
         "burstiness": _number(
-            exclusiveMinimum=0, description="with arrivals gamma only: the variance of the pauses over that of poisson"
+            minimum=0.01,
+            maximum=100,
+            description="with arrivals gamma only: the variance of the pauses over that of poisson",
         ),
         "requests": {**_integer(20), "description": "how many requests one measurement sends", "default": 300},
     },
@@ -100,7 +102,11 @@ _SERVER = _section(
     "what serves them",
     {
         "rows": {**_integer(1), "description": "how many requests are in flight at once", "default": 8},
-        "resident": {**_integer(1), "description": "how many adapters the device holds; others wait on the host"},
+        "resident": {
+            **_integer(1),
+            "description": "how many adapters the device holds; others wait on the host",
+            "default": 16,
+        },
         "chunk_tokens": {
             **_integer(1),
             "description": "how many tokens of a prompt are read between two decode steps; default: all of them",
@@ -113,7 +119,7 @@ _TARGETS = _section(
         "ttft_ms": _number(
             exclusiveMinimum=0, description="milliseconds from when a request is due to its first token"
         ),
-        "itl_ms": _number(exclusiveMinimum=0, description="mean milliseconds between the tokens of a request"),
+        "itl_ms": _number(exclusiveMinimum=0, description="ms between the tokens of a request, on average"),
         "share": _number(exclusiveMinimum=0, maximum=1, description="of all requests", default=0.99),
     },
 )

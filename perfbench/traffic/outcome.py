@@ -13,10 +13,15 @@ from statistics import fmean, median
 from typing import Any
 
 from perfbench.figures.stats import tail
-from perfbench.spec.traffic import Targets
+from perfbench.spec.traffic import NOBODY, Targets
 
 # Of the requests, at the start and at the end, that are not counted.
 CUT = 0.1
+# By how much of the target for the first token the wait for a row may grow during a measurement: where it grows more,
+# the server is given more than it can serve, and would miss the targets had there only been more requests.
+MOST_GROWTH = 0.5
+# Tenants with fewer requests say nothing about how a tenant is served.
+LEAST_OF_TENANT = 5
 
 
 @dataclass(frozen=True)
@@ -61,48 +66,59 @@ def kept_share(answered: Sequence[Answered], targets: Targets) -> float:
 
 
 def held(answered: Sequence[Answered], targets: Targets) -> bool:
-    """Whether enough requests of a measurement kept the targets."""
+    """Whether enough requests of a measurement kept the targets, and the queue did not grow beyond MOST_GROWTH."""
     own = counted(answered)
-    return sum(not one.keeps(targets) for one in own) <= most_misses(len(own), targets)
+    enough = sum(not one.keeps(targets) for one in own) <= most_misses(len(own), targets)
+    return enough and wait_growth_ms(own) <= MOST_GROWTH * targets.ttft_ms
 
 
 def figures(repetitions: Sequence[Sequence[Answered]], targets: Targets) -> dict[str, Any]:
     """What the requests of all repetitions of a point say together.
 
-    counted; kept_share; goodput_per_s: requests a second that kept the targets; tokens_per_s; ttft_ms, itl_ms,
-    total_ms, wait_ms: median, p95 and p99 (None where there are too few); tenants_seen; worst_tenant_ttft_ms: the
-    largest of the tenants' median times to the first token; fairness: Jain's index of these, 1 where all are alike;
-    loaded_share: of the requests whose adapter had to be loaded; wait_growth_ms: by how much the wait for a row grew
-    from the first request to the last, the largest of the repetitions.
+    counted; kept_share; goodput_per_s: requests a second that kept the targets, and tokens_per_s, both over the time
+    from when the first was due to the last token; ttft_ms, itl_ms, total_ms, wait_ms: median, p95 and p99 (None where
+    there are too few); tenants_seen; of the tenants with LEAST_OF_TENANT requests, None without any:
+    worst_tenant_ttft_ms, the largest of their median times to the first token, and fairness, Jain's index of these, 1
+    where all are alike; loaded_share: of the requests whose adapter had to be loaded; wait_growth_ms: by how much the
+    wait for a row grew from the first request to the last, the largest of the repetitions.
     """
     apart = [counted(answered) for answered in repetitions]
     together = [one for own in apart for one in own]
     kept = sum(one.keeps(targets) for one in together)
-    seconds = sum(own[-1].due_s - own[0].due_s for own in apart)
+    seconds = sum(max(one.due_s + one.total_ms / 1e3 for one in own) - own[0].due_s for own in apart)
     of_tenants = _by_tenant(together)
+    squares = sum(value**2 for value in of_tenants)
     return {
         "counted": len(together),
         "kept_share": kept / len(together),
-        "goodput_per_s": kept / seconds if seconds else None,
-        "tokens_per_s": sum(len(one.itl_ms) + 1 for one in together) / seconds if seconds else None,
+        "goodput_per_s": kept / seconds,
+        "tokens_per_s": sum(len(one.itl_ms) + 1 for one in together) / seconds,
         "ttft_ms": _tails([one.ttft_ms for one in together]),
         "itl_ms": _tails([gap for one in together for gap in one.itl_ms]),
         "total_ms": _tails([one.total_ms for one in together]),
         "wait_ms": _tails([one.wait_ms for one in together]),
-        "tenants_seen": len({one.tenant for one in together}),
-        "worst_tenant_ttft_ms": max(of_tenants),
-        "fairness": sum(of_tenants) ** 2 / (len(of_tenants) * sum(value**2 for value in of_tenants)),
+        "tenants_seen": len({one.tenant for one in together} - {NOBODY}),
+        "worst_tenant_ttft_ms": max(of_tenants, default=None),
+        "fairness": sum(of_tenants) ** 2 / (len(of_tenants) * squares) if of_tenants else None,
         "loaded_share": sum(one.loaded for one in together) / len(together),
-        "wait_growth_ms": max(_growth(own) * (own[-1].due_s - own[0].due_s) for own in apart),
+        "wait_growth_ms": max(map(wait_growth_ms, apart)),
     }
 
 
+def throughput_per_s(answered: Sequence[Answered]) -> float:
+    """Requests a second of a server whose rows are all busy, from requests that were all due at once: those that had
+    ended by the time when the last one got a row."""
+    full_ms = max(one.wait_ms for one in answered)
+    return sum(one.total_ms <= full_ms for one in answered) / full_ms * 1e3
+
+
 def _by_tenant(answered: Sequence[Answered]) -> list[float]:
-    """Each tenant's median time to the first token."""
+    """The median time to the first token of each tenant with enough requests."""
     of: dict[int, list[float]] = {}
     for one in answered:
         of.setdefault(one.tenant, []).append(one.ttft_ms)
-    return [median(values) for values in of.values()]
+    of.pop(NOBODY, None)
+    return [median(values) for values in of.values() if len(values) >= LEAST_OF_TENANT]
 
 
 def _tails(values: Sequence[float]) -> dict[str, float | None]:
@@ -111,9 +127,11 @@ def _tails(values: Sequence[float]) -> dict[str, float | None]:
     return {"median": median(values), "p95": tail(values, "p95"), "p99": tail(values, "p99")}
 
 
-def _growth(answered: Sequence[Answered]) -> float:
-    """Milliseconds a second by which the wait for a row grows, by least squares."""
+def wait_growth_ms(answered: Sequence[Answered]) -> float:
+    """By how many milliseconds the wait for a row grows from the first of them to the last, by least squares."""
     at, wait = [one.due_s for one in answered], [one.wait_ms for one in answered]
     middle, level = fmean(at), fmean(wait)
     spread = sum((x - middle) ** 2 for x in at)
-    return sum((x - middle) * (y - level) for x, y in zip(at, wait, strict=True)) / spread if spread else 0.0
+    if not spread:
+        return 0.0
+    return sum((x - middle) * (y - level) for x, y in zip(at, wait, strict=True)) / spread * (at[-1] - at[0])

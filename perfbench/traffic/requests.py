@@ -1,24 +1,25 @@
 """The requests of one measurement: whose, how long, and when each is due. Free of torch.
 
-The same traffic, number of tenants, rate and seed give the same requests to every arm and on every machine.
+A seed gives the same lengths, the same pattern of pauses and the same order of popular and rare tenants whatever their
+number and rate are: with more of them the same requests come faster, so that a search compares like with like. All arms
+get the same.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from perfbench.spec.traffic import Lengths, Traffic
-
-NOBODY = -1
+from perfbench.spec.traffic import NOBODY, Lengths, Traffic
 
 
 @dataclass(frozen=True)
 class Due:
-    """One request. `due_s`: seconds after the start; `tenant`: -1 for one without an adapter."""
+    """One request. `due_s`: seconds after the start; `tenant`: NOBODY for one without an adapter."""
 
     due_s: float
     tenant: int
@@ -28,50 +29,42 @@ class Due:
 
 def draw(traffic: Traffic, tenants: int, rate: float, seed: str) -> list[Due]:
     """`traffic.requests` requests of so many tenants, `rate` of them a second on average."""
-    chance = random.Random(f"{seed}/{tenants}/{rate!r}")
+    chance = random.Random(seed)
     weights = [1.0] * tenants
     if traffic.zipf_exponent is not None:
         weights = [1 / rank**traffic.zipf_exponent for rank in range(1, tenants + 1)]
     cumulated = list(accumulate(weights))
-    moments = _moments(traffic, rate, chance)
-    return [
-        Due(
-            next(moments),
-            NOBODY
-            if chance.random() < traffic.without_adapter
-            else chance.choices(range(tenants), cum_weights=cumulated)[0],
-            _length(traffic.prompt_tokens, chance),
-            _length(traffic.new_tokens, chance),
-        )
-        for _ in range(traffic.requests)
-    ]
+    found, now = [], 0.0
+    for _ in range(traffic.requests):
+        now += _pause(traffic, chance) / rate
+        tenant = _tenant(cumulated, chance.random())
+        bare = chance.random() < traffic.without_adapter
+        lengths = _length(traffic.prompt_tokens, chance), _length(traffic.new_tokens, chance)
+        found.append(Due(now, NOBODY if bare else tenant, *lengths))
+    return found
 
 
 def all_at_once(traffic: Traffic, tenants: int, count: int, seed: str) -> list[Due]:
-    """The first `count` of such requests, all of them due at the start."""
+    """`count` such requests, all of them due at the start."""
     drawn = draw(traffic, tenants, 1.0, seed)
-    return [Due(0.0, *_rest(drawn[i % len(drawn)])) for i in range(count)]
+    again = (drawn[i % len(drawn)] for i in range(count))
+    return [Due(0.0, one.tenant, one.prompt_tokens, one.new_tokens) for one in again]
 
 
-def _rest(due: Due) -> tuple[int, int, int]:
-    return due.tenant, due.prompt_tokens, due.new_tokens
+def _tenant(cumulated: Sequence[float], share: float) -> int:
+    """Whose request it is that lies at this share of all, in order of the tenants."""
+    return min(bisect(cumulated, share * cumulated[-1]), len(cumulated) - 1)
 
 
-def _moments(traffic: Traffic, rate: float, chance: random.Random) -> Iterator[float]:
-    """When the requests come: sums of pauses of 1 / rate seconds on average."""
-    now = 0.0
-    while True:
-        if traffic.arrivals == "poisson":
-            now += chance.expovariate(rate)
-        elif traffic.arrivals == "gamma":  # whose variance is burstiness x mean^2
-            now += chance.gammavariate(1 / traffic.burstiness, traffic.burstiness / rate)
-        else:
-            now += 1 / rate
-        yield now
+def _pause(traffic: Traffic, chance: random.Random) -> float:
+    """Until the next request, 1 on average."""
+    if traffic.arrivals == "poisson":
+        return chance.expovariate(1.0)
+    if traffic.arrivals == "gamma":  # whose variance is burstiness x mean^2
+        return chance.gammavariate(1 / traffic.burstiness, traffic.burstiness)
+    return 1.0
 
 
 def _length(lengths: Lengths, chance: random.Random) -> int:
-    if not lengths.sigma:
-        return lengths.median
-    drawn = chance.lognormvariate(math.log(lengths.median), lengths.sigma)
-    return max(1, min(lengths.most, round(drawn)))
+    drawn = lengths.median * math.exp(chance.gauss(0.0, 1.0) * lengths.sigma)
+    return max(1, round(min(lengths.most, drawn)))

@@ -24,7 +24,7 @@ class Found:
 def search(start: int, least: int = 1) -> Generator[int, bool, Found]:
     """Yields a number to be tried, none below `least`, and is sent whether it held; returns what it found. A number
     that holds is taken to mean that every smaller one does."""
-    held, failed, step = 0, MOST + 1, STEP
+    held, failed, step, least = 0, MOST + 1, STEP, min(least, MOST)
     number = max(least, min(start, MOST))
     while failed > max(held + 1, held * RESOLUTION) and failed > least:
         if (yield number):

@@ -68,12 +68,14 @@ class TrafficFolder:
             lines = file.read_bytes().split(b"\n")
         except OSError as error:
             raise RunDirectoryError(f"{file}: can't be read ({error.strerror})") from None
-        for number, line in enumerate(lines[:-1], start=1):  # what follows the last line end was torn
+        for number, line in enumerate(lines[:-1], start=1):
             try:
                 key, found = _parse(strict_json.parse(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise RunDirectoryError(f"{file}:{number}: is damaged ({error}); restore it, or measure anew") from None
             measured[key] = found
+        if lines[-1]:  # what follows the last line end was torn
+            _write(file, b"\n".join([*lines[:-1], b""]), "wb")
         return cls(path, manifest, measured)
 
     def add(self, key: Key, found: Measured) -> None:
@@ -83,21 +85,21 @@ class TrafficFolder:
             {**key._asdict(), "sent": found.sent, "loaded_bytes": found.loaded_bytes, "columns": COLUMNS, "rows": rows},
             allow_nan=False, separators=(",", ":"),
         )  # fmt: skip
-        file = self.path / MEASUREMENTS
-        try:
-            with file.open("r+b") as out:
-                kept = out.read()
-                out.seek(kept.rfind(b"\n") + 1)
-                out.truncate()
-                out.write(line.encode() + b"\n")
-        except OSError as error:
-            raise RunDirectoryError(f"{file}: can't be written ({error.strerror})") from None
+        _write(self.path / MEASUREMENTS, line.encode() + b"\n", "ab")
         self.measured[key] = found
 
     def write(self) -> None:
         """Writes traffic.json, whole or not at all."""
         text = json.dumps(self.manifest, indent=1, allow_nan=False, ensure_ascii=False)
         whole.write(self.path / MANIFEST, text.encode() + b"\n")
+
+
+def _write(file: Path, content: bytes, mode: str) -> None:
+    try:
+        with file.open(mode) as out:
+            out.write(content)
+    except OSError as error:
+        raise RunDirectoryError(f"{file}: can't be written ({error.strerror})") from None
 
 
 def is_traffic(path: Path) -> bool:

@@ -12,14 +12,18 @@ from perfbench.report.chart import Chart
 from perfbench.report.tables import Column
 
 LEGEND = (
-    "tenants: how many send requests, each at the same rate. of bare: as a share of the bare backbone's. kept: the "
-    "share of the requests within both targets. ttft: the time from when a request is due to its first token. itl: the "
-    "time between two tokens. worst: the tenant with the largest median ttft. loaded: the share of the requests whose "
-    "adapter had to be brought from the host. full: requests a second with every row busy. check: some answers were "
-    "made again by definition, in a wider dtype, each with its own adapter."
+    "tenants: how many send requests, on average at the same rate. of bare: as a share of the bare backbone's. seen: "
+    "of how many tenants requests came. kept: the share of the requests within both targets. ttft: the time from when "
+    "a request is due to its first token. itl: the time between two tokens, of all requests together. worst: of the "
+    "tenants with five requests or more the one with the largest median ttft. loaded: the share of the requests whose "
+    "adapter had to be brought from the host. full: requests a second with every row busy. check: how many answers "
+    "were made again by definition, in a wider dtype, each with its own adapter. A p95 needs 100 values and a p99 "
+    "1,000; a dash stands where there are fewer."
 )
-# Of percentiles there are only those that the requests can tell: see LEGEND of a run's tails.
-_TAILS = "A p95 needs 100 values and a p99 1,000; a dash stands where there are fewer."
+_SEARCHED = (
+    "Which number is the largest hangs on a few late requests: with other seeds a search may end a fifth higher or "
+    "lower, so that methods closer than that are equal."
+)
 
 
 @dataclass(frozen=True)
@@ -70,16 +74,17 @@ class TrafficReport:
 
     def columns(self) -> list[Column]:
         """Of the table."""
-        bare = (self.manifest["arms"].get("none", {}).get("most_tenants") or {}).get("held")
+        bare = self._most_of_all().get("none")
         found = [Column("arm", lambda row: row.arm, text=True)]
         if self.searched:
-            found.append(Column("tenants", lambda row: _count(_most(row))))
-            found.append(Column("of bare\n%", lambda row: _share(_most(row) / bare if bare else None)))
+            found.append(Column("tenants", lambda row: _count(_most(row)) if row.point else _none_held(row)))
+            found.append(Column("of bare\n%", lambda row: _share(_most(row) / bare if bare and _is_ok(row) else None)))
         else:
             found.append(Column("tenants", lambda row: _count((row.point or {}).get("tenants"))))
         return [
             *found,
             Column("requests\n/s", lambda row: _number((row.point or {}).get("rate_per_s"))),
+            Column("seen", lambda row: _count(row.figures.get("tenants_seen"))),
             Column("kept\n%", lambda row: _share(row.figures.get("kept_share"))),
             Column("tokens\n/s", lambda row: _count(row.figures.get("tokens_per_s"))),
             Column("ttft\nms", lambda row: _number(_tail(row, "ttft_ms", "median"))),
@@ -109,13 +114,13 @@ class TrafficReport:
         for sentence in self.answer():
             console.print(Text(sentence), width=width)
         console.print()
-        console.print(Text(f"{LEGEND} {_TAILS}", "dim"), width=width)
+        console.print(Text(self.legend(), "dim"), width=width)
 
     def markdown(self) -> str:
         """The same as Markdown."""
         lines = [self.manifest["scenario"]["question"], "", tables.plain(self.setting()), ""]
         lines += tables.markdown(self.columns(), self.rows())
-        lines += ["", *map(tables.plain, [*self.reasons(), self.hardware(), *self.answer()]), "", LEGEND]
+        lines += ["", *map(tables.plain, [*self.reasons(), self.hardware(), *self.answer()]), "", self.legend()]
         return "\n".join(lines) + "\n"
 
     def records(self) -> list[dict[str, Any]]:
@@ -160,7 +165,7 @@ class TrafficReport:
                 "title": "The environment", "heads": ["", "this run"], "note": "",
                 "rows": [{"name": name, "cells": [text], "differs": False} for name, text in environment.items()],
             }],
-            legend=f"{LEGEND} {_TAILS}",
+            legend=self.legend(),
             charts=[charts] if charts else [],
             colors={name: place for place, name in enumerate(names)},
         )  # fmt: skip
@@ -175,7 +180,7 @@ class TrafficReport:
             f"{server['rows']} rows, {server['resident']} resident adapters; "
             f"prompts {_lengths(traffic['prompt_tokens'])}, new {_lengths(traffic['new_tokens'])}, "
             f"{traffic['arrivals']} arrivals, {mix} tenants; targets: {targets['ttft_ms']:g} ms to the first token and "
-            f"{targets['itl_ms']:g} ms between tokens for {100 * targets['share']:g}% of the requests"
+            f"{targets['itl_ms']:g} ms between tokens, on average, for {100 * targets['share']:g}% of the requests"
         )
 
     def hardware(self) -> str:
@@ -188,38 +193,57 @@ class TrafficReport:
             f"tenth of which are not counted.{words.busy(environment)}"
         )
 
+    def legend(self) -> str:
+        """How to read the table."""
+        return f"{LEGEND} {_SEARCHED}" if self.searched else LEGEND
+
     def answer(self) -> Iterator[str]:
-        """What the reader wanted to know."""
-        traffic, targets = self.manifest["scenario"]["traffic"], self.manifest["scenario"]["targets"]
-        if not self.searched:
-            missed = [
-                f"{row.arm} with {row.point['tenants']:,} tenants at {_number(row.point['rate_per_s'])} requests/s"
-                for row in self.rows()
-                if row.point is not None and not row.point["held"]
-            ]
-            yield f"The targets were missed by {'; '.join(missed)}." if missed else "The targets were held everywhere."
+        """What the reader wanted to know, of the arms whose answers were proved."""
+        if self.searched:
+            yield from self._most_tenants()
             return
-        each = traffic["rate_per_tenant"]
-        found = {row.arm: _most(row) for row in self.rows() if row.entry["status"] == "ok"}
-        adapted = {arm: most for arm, most in found.items() if arm != "none"}
-        if adapted:
-            best = max(adapted, key=lambda arm: adapted[arm])
-            bare = f", {adapted[best] / found['none']:.0%} of the bare backbone's" if found.get("none") else ""
+        measured = [row for row in self.rows() if row.point is not None and _is_ok(row)]
+        missed = [row for row in measured if row.point is not None and not row.point["held"]]
+        if missed:
+            where = "; ".join(_where(row) for row in missed)
+            yield f"The targets were missed by {where}."
+        elif measured:
+            of = f" by {', '.join(dict.fromkeys(row.arm for row in measured))}"
+            yield f"The targets were held everywhere{'' if len(measured) == len(self.rows()) else of}."
+
+    def _most_of_all(self) -> dict[str, int]:
+        """Arm -> the most tenants that it held, 0 for none at all, of the arms whose answers were proved."""
+        return {row.arm: _most(row) for row in self.rows() if _is_ok(row) and row.entry.get("most_tenants")}
+
+    def _most_tenants(self) -> Iterator[str]:
+        traffic, targets = self.manifest["scenario"]["traffic"], self.manifest["scenario"]["targets"]
+        found = self._most_of_all()
+        held = {arm: most for arm, most in found.items() if most and arm != "none"}
+        best = max(held, key=lambda arm: held[arm], default=None)
+        if best is not None:
+            bare = f", {held[best] / found['none']:.0%} of the bare backbone's" if found.get("none") else ""
             yield (
                 f"{best} serves most tenants within {targets['ttft_ms']:g} ms to the first token and "
-                f"{targets['itl_ms']:g} ms between tokens: {adapted[best]:,}, at {each:g} requests/s "
-                f"each{bare}."
+                f"{targets['itl_ms']:g} ms between tokens: {self._bracket(best)}, each at "
+                f"{traffic['rate_per_tenant']:g} requests/s on average{bare}."
             )
-        rest = ", ".join(f"{arm} {most:,}" for arm, most in found.items() if not adapted or arm != best)
+        rest = [arm for arm, most in found.items() if most and arm != best]
         if rest:
-            yield f"The others: {rest}. The next number tried, about 5% larger, missed the targets."
-        none = [
-            f"{arm} (less than {(self.manifest['arms'][arm]['most_tenants'] or {}).get('failed'):,})"
-            for arm in found
-            if not found[arm]
-        ]
+            others = "; ".join(f"{arm} {self._bracket(arm)}" for arm in rest)
+            yield f"{'Without adapters' if best is None else 'The others'}: {others}."
+        none = [arm for arm, most in found.items() if not most]
         if none:
-            yield f"Not served within the targets at any load that was tried: {', '.join(none)}."
+            least = "; ".join(f"{arm} not even with {self._failed(arm):,} tenants" for arm in none)
+            yield f"The targets were missed at every load that was tried: {least}."
+
+    def _failed(self, arm: str) -> int | None:
+        failed: int | None = self.manifest["arms"][arm]["most_tenants"]["failed"]
+        return failed
+
+    def _bracket(self, arm: str) -> str:
+        """The largest number that held, and the smallest that did not."""
+        held, failed = self.manifest["arms"][arm]["most_tenants"]["held"], self._failed(arm)
+        return f"{held:,}" if failed is None else f"{held:,} ({failed:,} missed)"
 
     def reasons(self) -> Iterator[str]:
         """Why arms have no figures, or none to be trusted."""
@@ -230,26 +254,27 @@ class TrafficReport:
 
     def _charts(self) -> Iterator[Chart]:
         if self.searched:
-            most = [(row.arm, _most(row), None, None) for row in self.rows() if row.point is not None]
+            most = [(arm, held, None, None) for arm, held in self._most_of_all().items()]
             note = f"At {self.manifest['scenario']['traffic']['rate_per_tenant']:g} requests/s each."
             axis, columns = "tenants, higher is better", ("method", "tenants", "low", "high")
             if most:
                 yield Chart("bars", "Tenants served within the targets", axis, columns, most, note)
         targets = self.manifest["scenario"]["targets"]
         along = "requests a second"
-        for name, what, target in (
-            ("ttft_ms", "Time to the first token, p95", targets["ttft_ms"]),
-            ("itl_ms", "Time between tokens, p99", targets["itl_ms"]),
+        for name, what, target, of in (
+            ("ttft_ms", "Time to the first token, p95", targets["ttft_ms"], ""),
+            ("itl_ms", "Time between tokens, p99", targets["itl_ms"], " for the mean of a request"),
         ):
             tail = "p95" if name == "ttft_ms" else "p99"
+            several = not self.searched and len(self.manifest["scenario"]["traffic"]["tenants"]) > 1
             rows = sorted(
-                (arm, point["rate_per_s"], value, None, None)
+                (f"{arm}, {point['tenants']:,} tenants" if several else arm, point["rate_per_s"], value, None, None)
                 for arm, entry in self.manifest["arms"].items()
                 for point in entry.get("points", [])
                 if (value := ((point["figures"] or {}).get(name) or {}).get(tail)) is not None
             )
             if rows:
-                note = f"The target is {target:g} ms. Points that were given up early have no figure."
+                note = f"The target is {target:g} ms{of}. Points that were given up early have no figure."
                 axis = "milliseconds, lower is better"
                 yield Chart("lines", what, axis, ("method", along, "ms", "low", "high"), rows, note, {"x": along})
 
@@ -270,8 +295,26 @@ def _tail(row: Row, name: str, tail: str) -> float | None:
     return found
 
 
+def _is_ok(row: Row) -> bool:
+    return bool(row.entry["status"] == "ok")
+
+
+def _none_held(row: Row) -> str:
+    """Fewer than the smallest number that was tried; a dash where nothing was."""
+    failed = (row.entry.get("most_tenants") or {}).get("failed")
+    return "-" if failed is None else f"< {failed:,}"
+
+
+def _where(row: Row) -> str:
+    point = row.point or {}
+    return f"{row.arm} with {point['tenants']:,} tenants at {_number(point['rate_per_s'])} requests/s"
+
+
 def _verdict(entry: Mapping[str, Any]) -> str:
-    return {"ok": "ok", "check_failed": "FAILED", "check_void": "void"}.get(entry["status"], entry["status"])
+    words = {"ok": "ok", "check_failed": "FAILED", "check_void": "void"}
+    proved = (entry.get("proof") or {}).get("requests")
+    word = words.get(entry["status"], entry["status"])
+    return f"{word} ({proved})" if proved else str(word)
 
 
 def _lengths(lengths: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ arms take turns, a measurement each, so that what changes on the machine meanwhi
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -28,13 +29,17 @@ from perfbench.traffic.search import Found, search
 from perfbench.traffic.traffic_folder import SCHEMA_VERSION, Key, Measured, TrafficFolder
 
 WORKER = "perfbench.traffic.on_device.traffic_worker"
-# All requests at once: so many times the rows, after a round to warm up.
-FULL_ROUNDS, WARM_ROUNDS = 4, 1
+# All requests at once: so many times the rows, and so many to warm up.
+FULL_ROUNDS, WARM_ROUNDS = 6, 2
 # Where the search begins: a server at this share of its throughput still answers. At the least share hardly anybody
 # waits: what misses the targets there misses them with a single tenant, whose requests would take hours to come.
 FIRST_LOAD, LEAST_LOAD = 0.6, 0.06
 # The rate of a measurement in which all requests are there from the start.
 AT_ONCE = 0.0
+
+
+# What the child says of an arm when it prepares it.
+_OF_THE_ARM = ("bytes_per_tenant", "bank_bytes", "rows_bytes", "cache_bytes")
 
 
 class ChildDied(Exception):
@@ -66,16 +71,23 @@ def execute(scenario: TrafficScenario, out: Path, *, resume: bool) -> TrafficFol
     fresh = manifest_of(scenario)
     if resume:
         folder = TrafficFolder.open(out)
-        same = ("backbone", "methods", "traffic", "server", "targets", "dtype", "kernels", "seed", "repetitions")
-        changed = [name for name in same if folder.manifest["scenario"].get(name) != fresh["scenario"][name]]
+        old, new = (
+            {**one["scenario"], "plugins": one.get("plugins"), "notes": None} for one in (folder.manifest, fresh)
+        )
+        changed = [name for name in new if old.get(name) != new[name]]
         if changed:
             raise RunDirectoryError(f"{out}: holds a run with other {changed[0]}; measure with another --out")
+        folder.manifest["finished_at"] = None
     else:
         folder = TrafficFolder.create(out, fresh)
     with RunProgress(_steps(scenario)) as progress:
         session = Session(scenario, folder, progress)
         try:
             session.run()
+        except PerfbenchError:
+            if not resume and not folder.measured:
+                shutil.rmtree(out, ignore_errors=True)
+            raise
         finally:
             session.end()
     return folder
@@ -137,10 +149,15 @@ class Session:
     def _plan(self, arm: str) -> Generator[Key, Measured, None]:
         """Throughput with all rows busy, then the search or the points, then the proof of the last answers."""
         entry, traffic = self._arm(arm), self.scenario.traffic
+        proof = entry.get("proof")
+        for name in set(entry) - {"method", *_OF_THE_ARM}:
+            del entry[name]
         entry.update(status="pending", points=[])
-        most = max(traffic.tenants or (self.scenario.server.resident,))
+        # In a search, so many that adapters come and go.
+        most = max(traffic.tenants or (2 * self.scenario.server.resident,))
         full = yield Key(arm, most, AT_ONCE, 0)
-        entry["throughput_per_s"] = throughput = _throughput(full)
+        assert full.answered is not None
+        entry["throughput_per_s"] = throughput = outcome.throughput_per_s(full.answered)
         if traffic.tenants is None:
             assert traffic.rate_per_tenant is not None
             most_at_all = throughput / traffic.rate_per_tenant
@@ -150,10 +167,11 @@ class Session:
         else:
             for tenants, rate in points_of(traffic):
                 yield from self._point(arm, tenants, rate, give_up=False)
-        if "proof" not in entry:
+        if arm in self._answering or proof is None:
             if arm not in self._answering:  # of a run that goes on all may be known but this
                 self._full(Key(arm, most, AT_ONCE, 0))
-            entry["proof"] = self._job(arm, {"do": "prove", "arm": arm, "tenants": most})["proof"]
+            proof = self._job(arm, {"do": "prove", "arm": arm})["proof"]
+        entry["proof"] = proof
         entry["status"] = entry["proof"]["status"]
 
     def _search(self, arm: str, start: int, least: int) -> Generator[Key, Measured, Found]:
@@ -182,7 +200,9 @@ class Session:
             point["held"] &= found.answered is not None and outcome.held(found.answered, targets)
             if give_up and not point["held"]:
                 break
-        point["figures"] = outcome.figures(whole, targets) if whole else None
+        # Of a point of which a part was given up, the other part alone would look better than it was.
+        complete = len(whole) == len(point["repetitions"])
+        point["figures"] = outcome.figures(whole, targets) if complete else None
         self._arm(arm)["points"].append(point)
         return bool(point["held"])
 
@@ -206,19 +226,17 @@ class Session:
         return self._requests(key, due, f"{key.tenants:,} tenants, {key.rate:,.3g} requests/s", misses)
 
     def _full(self, key: Key) -> Measured:
-        """With every row busy, after a round to warm up."""
-        for rounds in (WARM_ROUNDS, FULL_ROUNDS):
-            count = rounds * self.scenario.server.rows
-            due = all_at_once(self.scenario.traffic, key.tenants, count, f"{self.scenario.common.seed}/full")
-            found = self._requests(key, due, "all rows busy", None)
-        return found
+        """With every row busy."""
+        count = FULL_ROUNDS * self.scenario.server.rows
+        due = all_at_once(self.scenario.traffic, key.tenants, count, f"{self.scenario.common.seed}/full")
+        return self._requests(key, due, "all rows busy", None)
 
     def _requests(self, key: Key, due: list[Due], text: str, misses: int | None) -> Measured:
         job = {
             "do": "measure",
             "arm": key.arm,
             "due": [[one.due_s, one.tenant, one.prompt_tokens, one.new_tokens] for one in due],
-            "seed": key.repetition,
+            "seed": self.scenario.common.seed * 1000 + key.repetition,
             "targets": asdict(self.scenario.targets),
             "misses": misses,
             "text": text,
@@ -244,6 +262,10 @@ class Session:
                     {name: value for name, value in event.items() if name.endswith(("bytes", "tenant"))}
                 )
             self._prepared.add(arm)
+            # Whatever is measured first in a process would be measured cold.
+            tenants = most or 2 * self.scenario.server.resident
+            due = all_at_once(self.scenario.traffic, tenants, WARM_ROUNDS * self.scenario.server.rows, "warm")
+            self._requests(Key(arm, tenants, AT_ONCE, 0), due, "warming up", None)
         (found,) = self._events(job)
         return found
 
@@ -281,9 +303,3 @@ class Session:
         """After the child's death: the next job starts another, which prepares its arms anew."""
         self.end()
         self._child, self._prepared, self._answering = None, set(), set()
-
-
-def _throughput(found: Measured) -> float:
-    """Requests a second with all rows busy."""
-    assert found.answered is not None
-    return len(found.answered) / max(one.total_ms for one in found.answered) * 1e3

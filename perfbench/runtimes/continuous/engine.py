@@ -17,9 +17,7 @@ import torch
 
 from perfbench.runtimes.continuous.residency import Residency
 from perfbench.runtimes.continuous.rows import Rows
-
-# The tenant of a request without an adapter.
-NOBODY = -1
+from perfbench.spec.traffic import NOBODY
 
 
 @dataclass(eq=False)
@@ -84,9 +82,6 @@ class Engine:
 
     def abandon(self) -> None:
         """Forgets all requests."""
-        for request in (*self.decoding, *([self.reading] if self.reading else [])):
-            if request.tenant != NOBODY and self.residency is not None:
-                self.residency.give_back(request.tenant)
         self.waiting.clear()
         self.decoding.clear()
         self.reading = None
@@ -118,17 +113,13 @@ class Engine:
         return [request]
 
     def _start(self) -> bool:
-        """Gives the first that waits a row and its adapter a slot; False where there is none, or no room."""
+        """Gives the first that waits a row with its adapter; False where none waits, or there is no row."""
         if not self.waiting or self.in_flight == self.rows.most:
             return False
         request, slot = self.waiting[0], NOBODY
         if request.tenant != NOBODY:
             assert self.residency is not None
-            loads = self.residency.counted.loads
-            found = self.residency.take(request.tenant)
-            if found is None:
-                return False
-            slot, request.loaded = found, self.residency.counted.loads > loads
+            slot, request.loaded = self.residency.take(request.tenant)
         self.rows.enter(slot)
         request.began_s = self.clock()
         self.reading = self.waiting.popleft()
@@ -169,6 +160,3 @@ class Engine:
             if self.reading is not None:
                 self.rows.move(last + 1, last)
             self.rows.lengths.pop()
-            if request.tenant != NOBODY:
-                assert self.residency is not None
-                self.residency.give_back(request.tenant)

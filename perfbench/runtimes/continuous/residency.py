@@ -1,9 +1,12 @@
-"""More tenants than the bank has slots: adapters wait on the host, and the one that was used longest ago makes room."""
+"""More tenants than the bank has slots: adapters wait on the host, and the one that was used longest ago makes room.
+
+A row has a copy of its adapter, so that a request in flight needs its slot no longer once it has begun.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +26,7 @@ class Stored:
 
 
 class Store:
-    """The adapters of all tenants on the host, in the dtype of `bank`, each made when it is first asked for."""
+    """The adapters of tenants on the host, in the dtype of `bank`, each made when it is first asked for."""
 
     def __init__(self, bank: Bank, plan_of: Callable[[int], AdapterPlan]):
         """plan_of: tenant -> its adapter."""
@@ -45,55 +48,33 @@ class Store:
             self._stored[tenant] = Stored(shrinks, rest, any(layer.generator is not None for layer in plan))
         return self._stored[tenant]
 
-
-@dataclass
-class Loads:
-    """What the requests so far have cost: how many found their adapter resident, how many had it loaded, and how many
-    bytes that were."""
-
-    hits: int = 0
-    loads: int = 0
-    loaded_bytes: int = 0
+    def keep(self, tenants: Collection[int]) -> None:
+        """Makes the adapters of these tenants, and lets all others go: thousands of them may not fit the host."""
+        self._stored = {tenant: own for tenant, own in self._stored.items() if tenant in tenants}
+        for tenant in sorted(tenants):
+            self.of(tenant)
 
 
 @dataclass
 class Residency:
-    """Which tenant's adapter lies in which slot of a bank. One that a request in flight uses never goes."""
+    """Which tenant's adapter lies in which slot of a bank. loaded_bytes: brought from the host so far."""
 
     bank: Bank
     store: Store
-    counted: Loads = field(default_factory=Loads)
+    loaded_bytes: int = 0
     slots: OrderedDict[int, int] = field(default_factory=OrderedDict)  # tenant -> slot, the last used at the end
-    users: dict[int, int] = field(default_factory=dict)  # tenant -> requests in flight
 
-    def take(self, tenant: int) -> int | None:
-        """The slot of the tenant's adapter, loaded where it has to be, held until `give_back`. None where every slot is
-        held by others."""
-        slot = self.slots.get(tenant)
-        if slot is None:
-            slot = self._free_slot()
-            if slot is None:
-                return None
+    def take(self, tenant: int) -> tuple[int, bool]:
+        """(the slot of the tenant's adapter, whether it had to be loaded). AdapterError where it can't be had; then
+        nothing has changed."""
+        loaded = tenant not in self.slots
+        if loaded:
             stored = self.store.of(tenant)
+            full = len(self.slots) == self.bank.capacity
+            slot = self.slots.popitem(last=False)[1] if full else len(self.slots)
             self.bank.shrinks[slot].copy_(stored.shrinks, non_blocking=True)
             self.bank.rest[slot].copy_(stored.rest, non_blocking=True)
-            self.counted.loads += 1
-            self.counted.loaded_bytes += self.bank.bytes_per_slot
-        else:
-            self.counted.hits += 1
-        self.slots[tenant] = slot
+            self.loaded_bytes += self.bank.bytes_per_slot
+            self.slots[tenant] = slot
         self.slots.move_to_end(tenant)
-        self.users[tenant] = self.users.get(tenant, 0) + 1
-        return slot
-
-    def give_back(self, tenant: int) -> None:
-        """A request that `take` was called for has ended."""
-        self.users[tenant] -= 1
-        if not self.users[tenant]:
-            del self.users[tenant]
-
-    def _free_slot(self) -> int | None:
-        if len(self.slots) < self.bank.capacity:
-            return len(self.slots)
-        idle = next((tenant for tenant in self.slots if tenant not in self.users), None)
-        return None if idle is None else self.slots.pop(idle)
+        return self.slots[tenant], loaded

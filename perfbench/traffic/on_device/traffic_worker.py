@@ -10,7 +10,7 @@ import gc
 import json
 import random
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -26,17 +26,18 @@ from perfbench.proof import as_answered
 from perfbench.proof.oracle import Served
 from perfbench.runtimes import backbone as backbones
 from perfbench.runtimes.backbone import Backbone
-from perfbench.runtimes.continuous.engine import NOBODY, Engine, Request
+from perfbench.runtimes.continuous.engine import Engine, Request
 from perfbench.runtimes.continuous.residency import Residency, Store
 from perfbench.runtimes.continuous.rows import Rows
 from perfbench.spec import cases, method_plugins
 from perfbench.spec.cases import Case
-from perfbench.spec.traffic import Targets
+from perfbench.spec.traffic import NOBODY, Targets
 from perfbench.traffic.on_device import load
 from perfbench.traffic.requests import Due
 
-# Answers that the oracle makes again, at least half of them of requests whose adapter had to be loaded.
-PROVED = 8
+# Answers that the oracle makes again, at least half of them of requests whose adapter had to be loaded; and from how
+# many of the last ones they are drawn.
+PROVED, MOST_ANSWERS = 16, 2000
 
 
 def main() -> int:
@@ -46,14 +47,14 @@ def main() -> int:
 
 @dataclass
 class Arm:
-    """One method with the adapters of all its tenants, of which the bank holds some."""
+    """One method with the adapters of all its tenants, of which the bank holds some, from one measurement to the
+    next. answers: of the last measurements that were not given up."""
 
     case: Case
     rows: Rows
-    bank: Bank | None
-    store: Store | None
+    residency: Residency | None
     plan_of: Any
-    answers: list[Request] = field(default_factory=list)  # of the last measurement that was not given up
+    answers: list[Request] = field(default_factory=list)
 
 
 def _serve(emit: Emit) -> None:
@@ -88,7 +89,7 @@ class Worker:
     def prepare(self, job: dict[str, Any]) -> None:
         """An arm: its bank, empty, and its rows. job: `arm`; `tenants`: how many have adapters in folders."""
         case = self.cases[job["arm"]]
-        bank, store, plan_of = None, None, None
+        bank, residency, plan_of = None, None, None
         if case.method != "none":
             plan_of = partial(arms.plan_of_tenant, case, self.backbone, job["tenants"], self.job["seed"])
             if case.options.adapters is not None:
@@ -96,73 +97,76 @@ class Worker:
             else:
                 layout = parameters.meta_plan(case.method, self.backbone.shape, case.options)
             bank = Bank(layout, self.job["resident"], self.backbone.dtype, self.backbone.device)
-            store = Store(bank, plan_of)
+            residency = Residency(bank, Store(bank, plan_of))
         rows = Rows(self.backbone, bank, case.kernels, self.job["rows"], self.job["capacity"])
-        self.arms[case.arm] = Arm(case, rows, bank, store, plan_of)
+        self.arms[case.arm] = Arm(case, rows, residency, plan_of)
         self.emit(
             "prepared",
             bytes_per_tenant=0 if bank is None else bank.bytes_per_slot,
             bank_bytes=0 if bank is None else sum(t.nbytes for t in bank.tensors()),
+            rows_bytes=0 if rows.adapters is None else sum(t.nbytes for t in rows.adapters.tensors()),
             cache_bytes=sum(t.nbytes for t in rows.cache.tensors()),
         )
 
     def measure(self, job: dict[str, Any]) -> None:
-        """Requests through an engine whose bank is empty at first. job: `arm`; `due`: the requests; `seed`: of their
-        prompts; `targets` and `misses`, after how many of which it is given up, or None."""
+        """Requests through an engine. job: `arm`; `due`: the requests; `seed`: of their prompts; `targets`, and after
+        how many `misses` it is given up, or None."""
         arm, due = self.arms[job["arm"]], [Due(*one) for one in job["due"]]
+        served = due
         self.emit("phase", case=arm.case.arm, text=job["text"])
-        residency = None
-        if arm.bank is not None and arm.store is not None:
-            for tenant in sorted({one.tenant for one in due} - {NOBODY}):
-                arm.store.of(tenant)
-            residency = Residency(arm.bank, arm.store)
-        else:
-            due = [Due(one.due_s, NOBODY, one.prompt_tokens, one.new_tokens) for one in due]
+        residency = arm.residency
+        if residency is not None:
+            residency.store.keep({one.tenant for one in due} - {NOBODY})
+        else:  # the bare backbone serves the same requests of the same tenants
+            served = [replace(one, tenant=NOBODY) for one in due]
+        loaded_before = 0 if residency is None else residency.loaded_bytes
         texts = load.prompts(due, self.backbone.shape.vocab, job["seed"], self.backbone.device)
         limit = None if job["misses"] is None else load.Limit(Targets(**job["targets"]), job["misses"])
         gc.collect()
         engine = Engine(arm.rows, residency, self.job["chunk"])
-        requests, start, given_up = load.drive(engine, due, texts, limit)
+        requests, start, given_up = load.drive(engine, served, texts, limit)
         if given_up:
             self.emit("measured", given_up=True, sent=len(requests), answered=None, loaded_bytes=None)
             return
-        arm.answers = requests
+        arm.answers = (arm.answers + requests)[-MOST_ANSWERS:]
         found = [asdict(one) for one in load.answered(requests, due, start)]
-        loaded = 0 if residency is None else residency.counted.loaded_bytes
+        loaded = 0 if residency is None else residency.loaded_bytes - loaded_before
         self.emit("measured", given_up=False, sent=len(requests), answered=found, loaded_bytes=loaded)
 
     def prove(self, job: dict[str, Any]) -> None:
-        """That some answers of the arm's last measurement are those of their adapters."""
+        """That some of the arm's answers are those of their adapters."""
         arm = self.arms[job["arm"]]
         self.emit("phase", case=arm.case.arm, text="proving answers")
         sampled = sample(arm.answers, self.job["seed"])
-        asked, others = [], []
-        for request in sampled:
-            plan = other = None
-            if arm.plan_of is not None and request.tenant != NOBODY:
-                plan, other = arm.plan_of(request.tenant), arm.plan_of(_another(request.tenant, job["tenants"]))
-            tokens = torch.tensor(request.tokens, device=self.backbone.device)
-            asked.append(Served(request.prompt, tokens, plan, request.tenant))
-            others.append(other)
-        self.emit("proved", proof=asdict(as_answered.check(self.backbone, asked, others)))
+        plans: dict[int, Any] = {NOBODY: None}
+        for tenant in {request.tenant for request in sampled} - {NOBODY}:
+            plans[tenant] = tuple(layer.map(torch.Tensor.cpu) for layer in arm.plan_of(tenant))
+        asked = [
+            Served(request.prompt, torch.tensor(request.tokens, device=self.backbone.device), plans[request.tenant],
+                   request.tenant)
+            for request in sampled
+        ]  # fmt: skip
+        others = [plans[_another(request.tenant, list(plans))] for request in sampled]
+        proof = as_answered.check(self.backbone, asked, others, adapters=arm.residency is not None)
+        self.emit("proved", proof=asdict(proof))
 
 
 def sample(answers: list[Request], seed: int) -> list[Request]:
-    """PROVED answers of different tenants, as far as there are, from the later half of the requests: half of them such
-    whose adapter was loaded for them, because what goes wrong there shows there."""
+    """PROVED answers of different tenants, as far as there are: half of them such whose adapter was loaded for them,
+    because what goes wrong there shows there."""
     draw = random.Random(seed)
-    later = answers[len(answers) // 2 :]
-    order = draw.sample(later, len(later))
+    order = draw.sample(answers, len(answers))
     order.sort(key=lambda request: not request.loaded)
     of_tenants = list({request.tenant: request for request in reversed(order)}.values())[::-1]
     loaded = [request for request in of_tenants if request.loaded][: PROVED // 2]
     rest = [request for request in of_tenants if request not in loaded]
-    return (loaded + rest)[:PROVED]
+    found = (loaded + rest)[:PROVED]
+    return found + [request for request in order if request not in found][: PROVED - len(found)]
 
 
-def _another(tenant: int, tenants: int) -> int:
-    """The next tenant; of one alone, one who is not there."""
-    return (tenant + 1) % max(2, tenants)
+def _another(tenant: int, tenants: list[int]) -> int:
+    """The next of these tenants, NOBODY among them."""
+    return tenants[(tenants.index(tenant) + 1) % len(tenants)]
 
 
 if __name__ == "__main__":

@@ -35,7 +35,13 @@ def answers(base: backbone.Backbone, tenants: int = 3) -> list[Served]:
 def test_right_answers_pass_and_others_would_differ(base: backbone.Backbone) -> None:
     asked = answers(base)
     found = check(base, asked, [asked[(i + 1) % 3].plan for i in range(3)])
-    assert (found.status, found.reason, found.requests, found.ties, found.control_parted) == ("ok", None, 3, 0, 3)
+    assert (found.status, found.reason, found.requests, found.ties) == ("ok", None, 3, 0)
+    assert (found.adapted, found.control_parted) == (3, 3)
+
+
+def test_the_bare_backbone_is_a_control_too(base: backbone.Backbone) -> None:
+    found = check(base, answers(base, 1), [None])
+    assert (found.status, found.control_parted) == ("ok", 1)
 
 
 def test_one_wrong_token_is_named(base: backbone.Backbone) -> None:
@@ -54,15 +60,25 @@ def test_the_neighbour_s_adapter_fails(base: backbone.Backbone) -> None:
     assert check(base, swapped, [None, None, None]).status == "check_failed"
 
 
-def test_a_control_that_changes_nothing_is_void(base: backbone.Backbone) -> None:
+def test_a_control_that_changes_little_is_void(base: backbone.Backbone) -> None:
     asked = answers(base)
-    found = check(base, asked, [one.plan for one in asked])
-    assert (found.status, found.control_parted) == ("check_void", 0)
-    assert found.reason == "the adapters are too alike: the next tenant's would have given the same answers"
+    found = check(base, asked, [asked[0].plan, asked[1].plan, asked[0].plan])
+    assert (found.status, found.control_parted) == ("check_void", 1)
+    assert found.reason == "the adapters are too alike: of 3 answers 2 would have been the same with another one"
 
 
 def test_without_adapters_there_is_no_control(base: backbone.Backbone) -> None:
     one = Served(torch.arange(5, 12), torch.zeros(1, dtype=torch.int64), None)
     (logits,) = oracle.logits(base, [one], torch.float64)
-    found = check(base, [replace(one, chosen=logits.argmax(-1))], [None])
-    assert (found.status, found.control_parted) == ("ok", None)
+    right = replace(one, chosen=logits.argmax(-1))
+    assert check(base, [right], [None], adapters=False).status == "ok"
+    assert check(base, [right], [None]).reason == "none of the answers that were looked at had an adapter"
+
+
+def test_what_is_not_finite_proves_nothing() -> None:
+    broken = backbone.load("llama-tiny", "fp32", "cpu", seed=0)
+    broken.model.model.layers[0].mlp.down_proj.weight.data.fill_(float("nan"))
+    one = Served(torch.arange(5, 12), torch.zeros(3, dtype=torch.int64), None)
+    found = check(broken, [one], [None], adapters=False)
+    assert found.status == "check_void"
+    assert "too much to prove anything" in str(found.reason)

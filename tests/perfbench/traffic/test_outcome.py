@@ -51,29 +51,43 @@ def test_figures_are_those_of_all_repetitions() -> None:
     found = outcome.figures([requests(20, ttft=5), slow], TARGETS)
     assert found["counted"] == 32
     assert found["kept_share"] == 31 / 32
-    assert found["goodput_per_s"] == pytest.approx(31 / 30)
-    assert found["tokens_per_s"] == pytest.approx(32 * 3 / 30)
     assert found["ttft_ms"]["median"] == 80.0
     assert found["ttft_ms"]["p95"] is None
     assert found["loaded_share"] == 0.5
     assert found["tenants_seen"] == 2
 
 
-def test_the_worst_tenant_and_fairness() -> None:
+def test_tokens_are_counted_over_the_time_that_it_took_to_make_them() -> None:
+    """And not over the time in which they were asked for, which would be the load that was offered."""
+    offered = [replace(GOOD, due_s=0.01 * i, total_ms=1e3 * (i + 1), itl_ms=(1.0,) * 15) for i in range(20)]
+    found = outcome.figures([offered], replace(TARGETS, ttft_ms=1e6))
+    # Of requests 2 to 17, due from 0.02 s on, the last ends 18 s after it was due at 0.17 s.
+    assert found["tokens_per_s"] == pytest.approx(16 * 16 / 18.15)
+    assert found["goodput_per_s"] == pytest.approx(16 / 18.15)
+
+
+def test_the_worst_tenant_and_fairness_are_of_tenants_with_enough_requests() -> None:
     made = [replace(one, ttft_ms=30.0 if one.tenant else 90.0) for one in requests(40)]
+    made[7] = replace(made[7], tenant=9, ttft_ms=900.0)
+    made[8] = replace(made[8], tenant=-1, ttft_ms=900.0)
     found = outcome.figures([made], TARGETS)
     assert found["worst_tenant_ttft_ms"] == 90.0
     assert found["fairness"] == pytest.approx(120**2 / (2 * (30**2 + 90**2)))
-    assert outcome.figures([requests(40)], TARGETS)["fairness"] == pytest.approx(1)
+    assert found["tenants_seen"] == 3
+    few = outcome.figures([[replace(one, tenant=i) for i, one in enumerate(requests(40))]], TARGETS)
+    assert (few["worst_tenant_ttft_ms"], few["fairness"]) == (None, None)
 
 
-def test_a_queue_that_grows_is_seen() -> None:
+def test_a_queue_that_grows_is_not_held_however_few_the_requests() -> None:
     growing = [replace(one, wait_ms=3.0 * one.due_s) for one in requests(40)]
     assert outcome.figures([requests(40), growing], TARGETS)["wait_growth_ms"] == pytest.approx(3.0 * 31)
-    assert outcome.figures([requests(40)], TARGETS)["wait_growth_ms"] == pytest.approx(0)
+    assert outcome.kept_share(growing, TARGETS) == 1
+    assert not outcome.held(growing, TARGETS)
+    assert outcome.held([replace(one, wait_ms=one.due_s) for one in requests(40)], TARGETS)
 
 
-def test_requests_that_are_all_due_at_once_have_no_rate() -> None:
-    found = outcome.figures([[replace(one, due_s=0.0) for one in requests(20)]], TARGETS)
-    assert found["goodput_per_s"] is None
-    assert found["wait_growth_ms"] == 0
+def test_the_throughput_is_that_of_full_rows() -> None:
+    """Two rows, a second for each request: the last one starts after three, by when six have ended."""
+    made = [replace(GOOD, due_s=0.0, wait_ms=1e3 * (i // 2), total_ms=1e3 * (i // 2 + 1)) for i in range(8)]
+    assert outcome.throughput_per_s(made) == pytest.approx(2)
+    assert outcome.figures([made], TARGETS)["wait_growth_ms"] == 0

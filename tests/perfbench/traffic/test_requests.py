@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import pairwise
 from statistics import fmean, median, pvariance
 
 import pytest
 
-from perfbench.spec.traffic import Lengths, Traffic
-from perfbench.traffic.requests import NOBODY, all_at_once, draw
+from perfbench.spec.traffic import NOBODY, Lengths, Traffic
+from perfbench.traffic.requests import all_at_once, draw
 
 TRAFFIC = Traffic(
     prompt_tokens=Lengths(40, 0.5, 120), new_tokens=Lengths(8, 0.0, 8), tenants=None, rate_per_tenant=1.0, rates=(),
@@ -21,6 +21,14 @@ TRAFFIC = Traffic(
 def test_a_seed_gives_the_same_requests_and_another_gives_others() -> None:
     assert draw(TRAFFIC, 9, 5.0, "0/1") == draw(TRAFFIC, 9, 5.0, "0/1")
     assert draw(TRAFFIC, 9, 5.0, "0/1") != draw(TRAFFIC, 9, 5.0, "0/2")
+
+
+def test_more_tenants_send_the_same_requests_sooner() -> None:
+    few, many = draw(TRAFFIC, 10, 5.0, "0"), draw(TRAFFIC, 20, 10.0, "0")
+    assert [one[2:] for one in map(astuple, few)] == [one[2:] for one in map(astuple, many)]
+    for one, other in zip(few, many, strict=True):
+        assert other.due_s == pytest.approx(one.due_s / 2)
+        assert one.tenant == other.tenant // 2
 
 
 @pytest.mark.parametrize(

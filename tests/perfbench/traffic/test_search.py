@@ -38,6 +38,7 @@ def test_nothing_below_the_least_is_tried() -> None:
 
 def test_it_stops_where_even_the_most_holds() -> None:
     assert run(10**9, 10)[0] == Found(MOST, None)
+    assert run(10**9, 10**8, least=5 * 10**6)[0] == Found(MOST, None)
 
 
 def test_near_the_answer_it_takes_few_tries() -> None:

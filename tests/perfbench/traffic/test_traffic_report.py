@@ -50,16 +50,29 @@ def changed(arm: str, **fields: Any) -> dict[str, Any]:
 def test_the_answer_names_the_best_method_and_its_share_of_the_bare_backbone() -> None:
     first, second = TrafficReport(MANIFEST).answer()
     assert first == (
-        "para serves most tenants within 100 ms to the first token and 10 ms between tokens: 180, at 0.1 requests/s "
-        "each, 90% of the bare backbone's."
+        "para serves most tenants within 100 ms to the first token and 10 ms between tokens: 180 (189 missed), each at "
+        "0.1 requests/s on average, 90% of the bare backbone's."
     )
-    assert second == "The others: none 200, lora 150. The next number tried, about 5% larger, missed the targets."
+    assert second == "The others: none 200 (210 missed); lora 150 (157 missed)."
+
+
+def test_where_nothing_is_held_that_is_said() -> None:
+    manifest = changed("lora", points=[], most_tenants={"held": 0, "failed": 12})
+    manifest["arms"]["para"] = deepcopy(manifest["arms"]["lora"])
+    report = TrafficReport(manifest)
+    assert list(report.answer()) == [
+        "Without adapters: none 200 (210 missed).",
+        "The targets were missed at every load that was tried: lora not even with 12 tenants; para not even with 12 "
+        "tenants.",
+    ]
+    assert [column.cell(row) for row in report.rows() for column in report.columns()[1:2]] == ["200", "< 12", "< 12"]
 
 
 def test_the_setting_is_in_words() -> None:
     assert TrafficReport(MANIFEST).setting() == (
         "llama-256x8 fp32 cpu eager; 8 rows, 16 resident adapters; prompts about 32 (at most 128), new 16, poisson "
-        "arrivals, Zipf 1 tenants; targets: 100 ms to the first token and 10 ms between tokens for 99% of the requests"
+        "arrivals, Zipf 1 tenants; targets: 100 ms to the first token and 10 ms between tokens, on "
+        "average, for 99% of the requests"
     )
 
 
@@ -67,7 +80,8 @@ def test_the_table_has_the_point_that_held() -> None:
     report = TrafficReport(MANIFEST)
     cells = [[column.cell(row) for column in report.columns()] for row in report.rows()]
     assert cells[1] == [
-        "lora", "150", "75.0", "15.0", "99.5", "204", "20.0", "41.5", "3.25", "8.50", "61.0", "25.0", "17.3", "ok",
+        "lora", "150", "75.0", "15.0", "90", "99.5", "204", "20.0", "41.5", "3.25", "8.50", "61.0", "25.0", "17.3",
+        "ok (8)",
     ]  # fmt: skip
     assert len(report.records()) == 6
     assert [record["held"] for record in report.records()] == [True, False] * 3
@@ -89,10 +103,13 @@ def test_the_exit_code_is_that_of_the_worst_arm(status: str, code: int) -> None:
 
 
 def test_an_arm_without_any_point_is_a_line_of_dashes() -> None:
-    manifest = changed("lora", status="crashed", points=[], most_tenants=None, throughput_per_s=None, reason="it died")
+    manifest = changed(
+        "lora", status="crashed", points=[], most_tenants=None, throughput_per_s=None, reason="it died", proof=None
+    )
     report = TrafficReport(manifest)
+    assert [arm for arm in ("none", "lora", "para") if f"{arm} " in " ".join(report.answer())] == ["none", "para"]
     (row,) = [row for row in report.rows() if row.arm == "lora"]
-    assert [column.cell(row) for column in report.columns()][3:] == ["-"] * 10 + ["crashed"]
+    assert [column.cell(row) for column in report.columns()][1:] == ["-"] * 13 + ["crashed"]
     assert "lora: crashed: it died" in report.reasons()
     assert "it died" in report.page()
 

@@ -104,6 +104,7 @@ def test_what_was_measured_is_not_measured_again(
     monkeypatch.setattr(traffic_run.Session, "_measure", lambda self, key: asked.append(key) or real(self, key))
     assert main(["traffic", str(scenario), "--out", str(begun), "--resume"]) == 0
     assert len(asked) == 15 - 8
+    assert manifest(begun)["finished_at"]
     assert (begun / "measurements.jsonl").read_bytes().splitlines(keepends=True)[:8] == kept[:8]
     assert manifest(begun)["arms"]["none"]["points"][0] == manifest(done)["arms"]["none"]["points"][0]
     assert main(["traffic", str(scenario), "--out", str(begun), "--resume", "--set", "server.rows=2"]) == 2

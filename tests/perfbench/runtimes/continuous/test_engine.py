@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from perfbench.errors import AdapterError
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.runtimes import backbone
-from perfbench.runtimes.continuous.engine import NOBODY, Engine, Request
+from perfbench.runtimes.continuous.engine import Engine, Request
 from perfbench.runtimes.continuous.residency import Residency, Store
 from perfbench.runtimes.continuous.rows import Rows
 from perfbench.runtimes.generation import Batch
 from perfbench.runtimes.transformers_plan import PlanArm
+from perfbench.spec.traffic import NOBODY
 from perfbench.verify.on_device.runtimes import make_plan
 
 # Eight tenants, two of each method, in one bank.
@@ -102,14 +104,14 @@ def _not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The slot is found, and what lies there stays."""
     real = Residency.take
 
-    def take(self: Residency, tenant: int) -> int | None:
+    def take(self: Residency, tenant: int) -> tuple[int, bool]:
         before = self.bank.rest.clone(), self.bank.shrinks.clone()
         full = len(self.slots) == self.bank.capacity
-        slot = real(self, tenant)
+        found = real(self, tenant)
         if full:
             self.bank.rest.copy_(before[0])
             self.bank.shrinks.copy_(before[1])
-        return slot
+        return found
 
     monkeypatch.setattr(Residency, "take", take)
 
@@ -189,7 +191,6 @@ def test_an_end_of_sequence_ends_a_request(served: Served) -> None:
     while not engine.idle:
         engine.turn()
     assert request.tokens == known.tokens[: known.tokens.index(ending) + 1]
-    assert not engine.residency.users  # type: ignore[union-attr]
 
 
 def test_what_no_row_can_hold_is_refused(served: Served) -> None:
@@ -201,15 +202,38 @@ def test_what_no_row_can_hold_is_refused(served: Served) -> None:
         bare.submit(Request(torch.arange(4), 2, 3))
 
 
-def test_the_adapter_that_was_used_longest_ago_goes_and_none_that_is_used(served: Served) -> None:
+def test_the_adapter_that_was_used_longest_ago_goes(served: Served) -> None:
     bank = Bank(union_layout(served.plans), 2, served.base.dtype, served.base.device)
     residency = Residency(bank, Store(bank, served.plans.__getitem__))
-    assert (residency.take(0), residency.take(1)) == (0, 1)
-    assert residency.take(2) is None
-    residency.give_back(0)
-    residency.give_back(1)
-    assert residency.take(0) == 0
-    assert residency.take(2) == 1  # tenant 1's, though 0 was there longer
+    assert (residency.take(0), residency.take(1)) == ((0, True), (1, True))
+    assert residency.take(0) == (0, False)
+    assert residency.take(2) == (1, True)  # tenant 1's, though 0 was there longer
     assert list(residency.slots) == [0, 2]
-    counted = residency.counted
-    assert (counted.hits, counted.loads, counted.loaded_bytes) == (1, 3, 3 * bank.bytes_per_slot)
+    assert residency.loaded_bytes == 3 * bank.bytes_per_slot
+
+
+def test_an_adapter_that_can_t_be_had_changes_nothing(served: Served) -> None:
+    def plan_of(tenant: int) -> Any:
+        if tenant == 5:
+            raise AdapterError("it is damaged")
+        return served.plans[tenant]
+
+    bank = Bank(union_layout(served.plans), 2, served.base.dtype, served.base.device)
+    residency = Residency(bank, Store(bank, plan_of))
+    residency.take(0)
+    residency.take(1)
+    with pytest.raises(AdapterError, match="it is damaged"):
+        residency.take(5)
+    assert residency.slots == {0: 0, 1: 1}
+    assert residency.take(1) == (1, False)
+
+
+def test_the_store_lets_go_of_whom_nobody_asks_for(served: Served) -> None:
+    made: list[int] = []
+    bank = Bank(union_layout(served.plans), 2, served.base.dtype, served.base.device)
+    store = Store(bank, lambda tenant: made.append(tenant) or served.plans[tenant])  # type: ignore[func-returns-value]
+    store.keep({1, 2})
+    store.keep({2, 3})
+    store.of(2)
+    store.of(1)
+    assert made == [1, 2, 3, 1]

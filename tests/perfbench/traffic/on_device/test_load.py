@@ -11,10 +11,10 @@ import torch
 from perfbench.runtimes import backbone
 from perfbench.runtimes.continuous.engine import Engine, Request
 from perfbench.runtimes.continuous.rows import Rows
-from perfbench.spec.traffic import Targets
+from perfbench.spec.traffic import NOBODY, Targets
 from perfbench.traffic.on_device import load
 from perfbench.traffic.on_device.load import Limit, answered, drive, prompts
-from perfbench.traffic.requests import NOBODY, Due
+from perfbench.traffic.requests import Due
 
 DUE = [Due(0.1 * i, NOBODY, 4, 3) for i in range(30)]
 

@@ -13,7 +13,7 @@ from perfbench.runtimes.continuous.engine import Request
 from perfbench.runtimes.continuous.residency import Residency, Store
 from perfbench.runtimes.continuous.rows import Rows
 from perfbench.spec import cases
-from perfbench.spec.traffic import load
+from perfbench.spec.traffic import NOBODY, load
 from perfbench.traffic.on_device import traffic_worker
 from perfbench.traffic.on_device.traffic_worker import PROVED, Worker, sample
 from perfbench.traffic.outcome import Answered
@@ -66,7 +66,7 @@ def measure(worker: Worker, arm: str, told: Told, misses: int | None = None, ttf
 
 
 def proof(worker: Worker, arm: str, told: Told) -> dict[str, Any]:
-    worker.prove({"arm": arm, "tenants": TENANTS})
+    worker.prove({"arm": arm})
     found: dict[str, Any] = told[-1]["proof"]
     return found
 
@@ -84,17 +84,35 @@ def test_what_is_measured_is_proved(arm: str) -> None:
         assert not any(one.loaded for one in answered)
         assert found["loaded_bytes"] == 0
     else:
-        loads = sum(one.loaded for one in answered)
+        loads, residency = sum(one.loaded for one in answered), worker.arms[arm].residency
+        assert residency is not None
         assert TENANTS < loads < 60  # more tenants than slots: some came back
-        assert found["loaded_bytes"] == loads * worker.arms[arm].bank.bytes_per_slot  # type: ignore[union-attr]
+        assert found["loaded_bytes"] == loads * residency.bank.bytes_per_slot
+    assert {one.tenant for one in answered} == {one.tenant for one in due}  # of the bare backbone too
     shown = proof(worker, arm, told)
-    assert (shown["status"], shown["reason"]) == ("ok", None)
-    assert shown["requests"] == (1 if arm == "none" else PROVED)
-    assert shown["control_parted"] == (None if arm == "none" else sum(r.tenant != -1 for r in _sampled(worker, arm)))
+    assert (shown["status"], shown["reason"], shown["requests"]) == ("ok", None, PROVED)
+    adapted = sum(request.tenant != NOBODY for request in sample(worker.arms[arm].answers, 0))
+    assert shown["adapted"] == adapted
+    assert shown["control_parted"] >= 0.8 * adapted
 
 
-def _sampled(worker: Worker, arm: str) -> list[Request]:
-    return sample(worker.arms[arm].answers, 0)
+def test_adapters_stay_from_one_measurement_to_the_next() -> None:
+    worker, told = opened()
+    first = sum(one["loaded"] for one in measure(worker, "lora", told)["answered"])
+    residency = worker.arms["lora"].residency
+    assert residency is not None
+    last = list(residency.slots)
+    again = measure(worker, "lora", told)
+    assert sum(one["loaded"] for one in again["answered"]) == pytest.approx(first, abs=3)
+    assert not next(one for one in again["answered"] if one["tenant"] in last)["loaded"]
+
+
+def test_answers_without_any_adapter_prove_nothing_of_an_arm_that_has_some() -> None:
+    worker, told = opened()
+    measure(worker, "lora", told)
+    worker.arms["lora"].answers = [one for one in worker.arms["lora"].answers if one.tenant == NOBODY]
+    shown = proof(worker, "lora", told)
+    assert (shown["status"], shown["adapted"]) == ("check_void", 0)
 
 
 def _the_next_tenant_s(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,13 +134,13 @@ def _a_stale_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     """The slot is given to a tenant, and the adapter of the one before stays in it."""
     real = Residency.take
 
-    def take(self: Residency, tenant: int) -> int | None:
+    def take(self: Residency, tenant: int) -> tuple[int, bool]:
         full, before = len(self.slots) == self.bank.capacity, (self.bank.rest.clone(), self.bank.shrinks.clone())
-        slot = real(self, tenant)
+        found = real(self, tenant)
         if full:
             self.bank.rest.copy_(before[0])
             self.bank.shrinks.copy_(before[1])
-        return slot
+        return found
 
     monkeypatch.setattr(Residency, "take", take)
 
@@ -175,8 +193,11 @@ def test_a_measurement_that_can_t_hold_is_given_up_and_the_next_is_right() -> No
 
 
 def test_half_of_what_is_proved_had_its_adapter_loaded() -> None:
-    answers = [Request(torch.arange(2), 1, tenant=i % 12, loaded=i % 3 == 0) for i in range(80)]
+    answers = [Request(torch.arange(2), 1, tenant=i % 24, loaded=i % 3 == 0) for i in range(160)]
     found = sample(answers, 0)
     assert len({request.tenant for request in found}) == len(found) == PROVED
     assert sum(request.loaded for request in found) >= PROVED // 2
-    assert all(request in answers[40:] for request in found)
+    few = sample(answers[:4], 0)
+    assert set(few) == set(answers[:4])
+    one_tenant = [Request(torch.arange(2), 1, tenant=3) for _ in range(40)]
+    assert len(set(sample(one_tenant, 0))) == PROVED
