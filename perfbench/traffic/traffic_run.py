@@ -65,8 +65,20 @@ def execute(scenario: TrafficScenario, out: Path, *, resume: bool) -> TrafficFol
     fresh = manifest_of(scenario)
     if resume:
         folder = TrafficFolder.open(out)
-        same = ("backbone", "methods", "traffic", "server", "targets", "dtype", "kernels", "seed", "repetitions")
+        same = (
+            "device",
+            "backbone",
+            "methods",
+            "traffic",
+            "server",
+            "targets",
+            "dtype",
+            "kernels",
+            "seed",
+            "repetitions",
+        )
         changed = [name for name in same if folder.manifest["scenario"].get(name) != fresh["scenario"][name]]
+        changed += ["arms"] if list(folder.manifest["arms"]) != list(fresh["arms"]) else []
         if changed:
             raise RunDirectoryError(f"{out}: holds a run with other {changed[0]}; measure with another --out")
     else:
