@@ -101,8 +101,9 @@ def expand_columns(
                 values, h, modules[i], adapter, FIRST, columns, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R
             )
         else:
+            # With its sums it holds more at once: of half the ranks nothing spills.
             values = _expand_between_vectors(
-                values, h, modules[i], adapter, FIRST, columns, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R
+                values, h, modules[i], adapter, FIRST, columns, mask, H_SPLIT, SPLITS, BLOCK, (BLOCK_R + 1) // 2
             )
     return values
 

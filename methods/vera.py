@@ -37,7 +37,11 @@ class VeraOptions(MethodOptions):
     )
     key: int = field(
         default=0,
-        metadata={"minimum": 0, "description": "what the shared matrices are drawn from, PEFT's projection_prng_key"},
+        metadata={
+            "minimum": 0,
+            "maximum": 2**63 - 1,
+            "description": "what the shared matrices are drawn from, PEFT's projection_prng_key",
+        },
     )
 
 

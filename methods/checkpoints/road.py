@@ -48,7 +48,7 @@ def load(folder: Path, shape: BackboneShape) -> tuple[dict[str, torch.Tensor], A
     path, described = folder / WEIGHTS, folder / CONFIG
     peft_fields.check(config, described, peft_fields.ROAD)
     named = config.get("variant", DEFAULT_VARIANT)
-    if named not in ANGLES:
+    if not isinstance(named, str) or named not in ANGLES:
         raise AdapterError(f"{described}: variant: expected one of {', '.join(ANGLES)}, got {peft_fields.shown(named)}")
     size = peft_fields.expect_count(config.get("group_size", DEFAULT_GROUP), described, "group_size")
     if size % 2:

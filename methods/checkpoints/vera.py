@@ -57,9 +57,14 @@ def load(
     peft_fields.check(config, described, peft_fields.VERA)
     rank = peft_fields.expect_count(config.get("r", DEFAULT_RANK), described, "r")
     key = config.get("projection_prng_key", DEFAULT_KEY)
-    if isinstance(key, bool) or not isinstance(key, int) or key < 0:
-        raise AdapterError(f"{described}: projection_prng_key: expected an integer >= 0, got {peft_fields.shown(key)}")
-    projections = _projections(tensors, path) if config.get("save_projection", True) else None
+    if isinstance(key, bool) or not isinstance(key, int) or not 0 <= key < 2**63:
+        raise AdapterError(
+            f"{described}: projection_prng_key: expected an integer from 0 to 2^63 - 1, got {peft_fields.shown(key)}"
+        )
+    saved = config.get("save_projection", True)
+    if not isinstance(saved, bool):
+        raise AdapterError(f"{described}: save_projection: expected true or false, got {peft_fields.shown(saved)}")
+    projections = _projections(tensors, path) if saved else None
     found: dict[tuple[int, str, str], torch.Tensor] = {}
     for name, tensor in tensors.items():
         if name in (A, B):

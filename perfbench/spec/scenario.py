@@ -26,7 +26,7 @@ from perfbench.methods.shape import BackboneShape
 from perfbench.spec import backbone_config, shipped
 from perfbench.spec.option_schema import schema_of
 from perfbench.spec.runtime_support import kernels_problem, serves, unsupported
-from perfbench.spec.scenario_schema import first_written, problems
+from perfbench.spec.scenario_schema import RUNTIMES, first_written, problems
 
 DEVICE_KINDS = ("cpu", "cuda")
 DEFAULT_ZIPF_EXPONENT = 1.1
@@ -384,12 +384,17 @@ def _unserved(source: Source, arms: Sequence[Arm], runtimes: Sequence[str]) -> I
     """A note for each runtime that can't serve some arm; ScenarioError for an arm that no runtime can."""
     for arm in arms:
         if not any(serves(runtime, arm.method) for runtime in runtimes):
-            message = f"{arm.method} is served by PEFT, on runtime transformers only; add that runtime"
+            able = ", ".join(runtime for runtime in RUNTIMES if serves(runtime, arm.method))
+            message = (
+                f"{arm.method} is served on runtime {able} only; add one of these"
+                if "," in able
+                else (f"{arm.method} is served on runtime {able} only; add that runtime")
+            )
             refuse(source, f"{message}, or leave {arm.label} out", "methods")
     for runtime in runtimes:
         left_out = [arm.label for arm in arms if not serves(runtime, arm.method)]
         if left_out:
-            yield f"runtime {runtime}: without {', '.join(left_out)}, which PEFT serves on transformers only"
+            yield f"runtime {runtime}: without {', '.join(left_out)}, which it can't serve"
 
 
 def _options(source: Source, path: Path, place: Place, method: str, options: dict[str, Any]) -> Any:

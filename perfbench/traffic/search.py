@@ -14,19 +14,19 @@ MOST = 1_000_000
 
 @dataclass(frozen=True)
 class Found:
-    """`held`: the largest number that held, 0 where not even 1 does; `failed`: the smallest that did not, None where
-    even MOST did."""
+    """`held`: the largest number that held, 0 where not even the least that was tried did; `failed`: the smallest that
+    did not, None where even MOST did."""
 
     held: int
     failed: int | None
 
 
-def search(start: int) -> Generator[int, bool, Found]:
-    """Yields a number to be tried and is sent whether it held; returns what it found. A number that holds is taken to
-    mean that every smaller one does."""
+def search(start: int, least: int = 1) -> Generator[int, bool, Found]:
+    """Yields a number to be tried, none below `least`, and is sent whether it held; returns what it found. A number
+    that holds is taken to mean that every smaller one does."""
     held, failed, step = 0, MOST + 1, STEP
-    number = max(1, min(start, MOST))
-    while failed > held + 1 and failed > held * RESOLUTION:
+    number = max(least, min(start, MOST))
+    while failed > max(held + 1, held * RESOLUTION) and failed > least:
         if (yield number):
             held = number
         else:
@@ -36,5 +36,5 @@ def search(start: int) -> Generator[int, bool, Found]:
         else:
             number = round(number * step if held else number / step)
             step **= 2
-        number = max(held + 1, min(number, failed - 1))
+        number = max(least, held + 1, min(number, failed - 1))
     return Found(held, failed if failed <= MOST else None)

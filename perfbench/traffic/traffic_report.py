@@ -213,6 +213,13 @@ class TrafficReport:
         rest = ", ".join(f"{arm} {most:,}" for arm, most in found.items() if not adapted or arm != best)
         if rest:
             yield f"The others: {rest}. The next number tried, about 5% larger, missed the targets."
+        none = [
+            f"{arm} (less than {(self.manifest['arms'][arm]['most_tenants'] or {}).get('failed'):,})"
+            for arm in found
+            if not found[arm]
+        ]
+        if none:
+            yield f"Not served within the targets at any load that was tried: {', '.join(none)}."
 
     def reasons(self) -> Iterator[str]:
         """Why arms have no figures, or none to be trusted."""

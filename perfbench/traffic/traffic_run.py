@@ -30,8 +30,9 @@ from perfbench.traffic.traffic_folder import SCHEMA_VERSION, Key, Measured, Traf
 WORKER = "perfbench.traffic.on_device.traffic_worker"
 # All requests at once: so many times the rows, after a round to warm up.
 FULL_ROUNDS, WARM_ROUNDS = 4, 1
-# Where the search begins: a server at this share of its throughput still answers.
-FIRST_LOAD = 0.6
+# Where the search begins: a server at this share of its throughput still answers. At the least share hardly anybody
+# waits: what misses the targets there misses them with a single tenant, whose requests would take hours to come.
+FIRST_LOAD, LEAST_LOAD = 0.6, 0.06
 # The rate of a measurement in which all requests are there from the start.
 AT_ONCE = 0.0
 
@@ -154,7 +155,9 @@ class Session:
         entry["throughput_per_s"] = throughput = _throughput(full)
         if traffic.tenants is None:
             assert traffic.rate_per_tenant is not None
-            found = yield from self._search(arm, round(FIRST_LOAD * throughput / traffic.rate_per_tenant))
+            most_at_all = throughput / traffic.rate_per_tenant
+            loads = round(FIRST_LOAD * most_at_all), max(1, round(LEAST_LOAD * most_at_all))
+            found = yield from self._search(arm, *loads)
             entry["most_tenants"] = asdict(found)
         else:
             for tenants, rate in points_of(traffic):
@@ -165,8 +168,8 @@ class Session:
             entry["proof"] = self._job(arm, {"do": "prove", "arm": arm, "tenants": most})["proof"]
         entry["status"] = entry["proof"]["status"]
 
-    def _search(self, arm: str, start: int) -> Generator[Key, Measured, Found]:
-        asked = search(start)
+    def _search(self, arm: str, start: int, least: int) -> Generator[Key, Measured, Found]:
+        asked = search(start, least)
         tenants = next(asked)
         while True:
             rate = tenants * (self.scenario.traffic.rate_per_tenant or 0.0)

@@ -280,6 +280,7 @@ def test_a_rotation_that_is_another_one_is_seen(
 Q_THETA = f"base_model.model.{Q}.road_theta"
 ROAD_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another variant": (lambda folder: edit_config(folder, variant="road_3"), "expected one of road_1, road_2, road_4"),
+    "variants": (lambda folder: edit_config(folder, variant=["road_1"]), "expected one of road_1, road_2, road_4"),
     "a variant of other sizes": (
         lambda folder: edit_config(folder, variant="road_2"), "expected size [64], got [32]",
     ),
@@ -342,6 +343,7 @@ def test_groups_the_other_way_round_are_seen(tmp_path: Path, monkeypatch: pytest
 
 MISS_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "made of the weights": (lambda folder: edit_config(folder, init_weights="bat"), "expected true, false or 'mini'"),
+    "initial values of another kind": (lambda folder: edit_config(folder, init_weights=[]), "or 'mini', got []"),
     "another rank": (lambda folder: edit_config(folder, r=5), "miss_block: expected size [5, 64], got [4, 64]"),
     "more ranks than inputs": (lambda folder: edit_config(folder, r=65), "r: expected what model.layers.0"),
     "small blocks that are none": (
@@ -446,7 +448,9 @@ VERA_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: edit_tensors(folder, lambda t: {n: v for n, v in t.items() if f"{Q}.vera_lambda_b" not in n}),
         f"{Q}.vera_lambda_b: expected by {CONFIG}",
     ),
-    "no key": (lambda folder: edit_config(folder, projection_prng_key="a"), "expected an integer >= 0, got 'a'"),
+    "no key": (lambda folder: edit_config(folder, projection_prng_key="a"), "0 to 2^63 - 1, got 'a'"),
+    "a key too large": (lambda folder: edit_config(folder, projection_prng_key=2**63), "expected an integer from 0 to"),
+    "perhaps saved": (lambda folder: edit_config(folder, save_projection="yes"), "expected true or false, got 'yes'"),
     "biases": (lambda folder: edit_config(folder, bias="vera_only"), "bias: expected 'none', got 'vera_only'"),
     "another name": (
         lambda folder: edit_tensors(folder, lambda t: {n.replace("lambda_d", "lambda_c"): v for n, v in t.items()}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +23,24 @@ def base() -> backbone.Backbone:
     return backbone.load("llama-tiny", "fp32", "cpu", seed=0)
 
 
-def save(base: backbone.Backbone, folder: Path, seed: int) -> Path:
-    values = parameters.make("lora", base.shape, OPTIONS, seed=seed)
-    parameters.implementation("lora").save(values, base.shape, OPTIONS, folder, base.name)
+def save(base: backbone.Backbone, folder: Path, seed: int, method: str = "lora", options: Any = OPTIONS) -> Path:
+    values = parameters.make(method, base.shape, options, seed=seed)
+    parameters.implementation(method).save(values, base.shape, options, folder, base.name)
     return folder
+
+
+@pytest.mark.parametrize("method", ["ia3-original", "road", "miss", "vera"])
+def test_every_type_of_peft_s_own_is_held_against_it(base: backbone.Backbone, tmp_path: Path, method: str) -> None:
+    options, implementation = METHODS[method].options(), parameters.implementation(method)
+    folders = [save(base, tmp_path / str(seed), seed, method, options) for seed in range(2)]
+    plans = [implementation.load(folder, base.shape, options) for folder in folders]
+    assert all(map(by_peft.is_known, folders))
+    ids = torch.arange(3, 11)[None]
+    batch = Batch(ids, torch.ones_like(ids), (0,), 1, 4)
+    fresh = backbone.load("llama-tiny", "fp32", "cpu", seed=0)
+    for slot, folder in enumerate(folders):
+        found = by_peft.fault_of(fresh, base, batch, {0: folder}, lambda _: plans[0])
+        assert (found is None) is (slot == 0), found
 
 
 @pytest.mark.parametrize("fault", [None, "alpha", "another tenant"])

@@ -94,6 +94,7 @@ def test_these_scenarios_are_shipped():
         "multitenant",
         "para_table4",
         "real_135m",
+        "rivals",
         "smoke",
         "tenant_sweep",
         "verify_7b",
@@ -108,7 +109,7 @@ def test_main_job_is_small_on_a_cpu_and_says_so():
     assert (gpu.backbone, gpu.dtype, gpu.workload[0].beams) == (("llama2-7b",), ("bf16",), (1, 3))
     assert (cpu.backbone, cpu.dtype, cpu.workload[0].beams) == (("llama-256x8",), ("fp32",), (1,))
     assert gpu.repetitions == cpu.repetitions == 100
-    left_out = "runtime static: without peft, peft-single, which PEFT serves on transformers only"
+    left_out = "runtime static: without peft, peft-single, which it can't serve"
     assert gpu.notes == ("device auto -> cuda", left_out)
     assert cpu.notes[0] == "device auto -> cpu (no CUDA device)"
     assert cpu.notes[1].startswith("overrides.cpu: backbone llama2-7b -> llama-256x8, dtype bf16 -> fp32, ")

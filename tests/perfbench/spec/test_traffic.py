@@ -92,7 +92,8 @@ def test_the_shipped_one_is_for_both_kinds_of_device(kind: str) -> None:
         (("targets.share=1.5",), "targets.share=1.5: expected"),
         (("targets.ttft=5",), "unknown key 'ttft'; did you mean 'ttft_ms'?"),
         (("kernels=triton",), "its kernels run on a CUDA device"),
-        (("methods=[peft]",), "peft is served by PEFT, on runtime transformers only"),
+        (("methods=[peft]",), "peft is served on runtime transformers only; add that runtime, or leave peft out"),
+        (("methods=[lora-merged]",), "lora-merged is served on runtime transformers, static only; add one of these"),
         (("traffic.requests",), "expected key=value"),
     ],
 )  # fmt: skip

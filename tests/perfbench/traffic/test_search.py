@@ -7,10 +7,10 @@ import pytest
 from perfbench.traffic.search import MOST, RESOLUTION, Found, search
 
 
-def run(true: int, start: int) -> tuple[Found, list[int]]:
+def run(true: int, start: int, least: int = 1) -> tuple[Found, list[int]]:
     """What the search finds where every number up to `true` holds, and what it tried."""
     tried: list[int] = []
-    asked = search(start)
+    asked = search(start, least)
     number = next(asked)
     while True:
         tried.append(number)
@@ -28,6 +28,12 @@ def test_it_ends_within_five_percent_below_the_largest_that_holds(true: int, sta
     assert found.held <= true < found.failed
     assert found.failed <= max(found.held + 1, found.held * RESOLUTION)
     assert len(tried) == len(set(tried)) <= 20
+
+
+def test_nothing_below_the_least_is_tried() -> None:
+    found, tried = run(0, 100, least=12)
+    assert (found, min(tried)) == (Found(0, 12), 12)
+    assert run(12, 100, least=12)[0] == Found(12, 13)
 
 
 def test_it_stops_where_even_the_most_holds() -> None:

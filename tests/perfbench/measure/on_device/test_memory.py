@@ -9,6 +9,7 @@ import torch
 
 from perfbench.measure.on_device import arms, memory
 from perfbench.methods.registry import METHODS
+from perfbench.methods.shape import MODULES
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Batch
 from perfbench.runtimes.peft_arms import PeftMixedArm
@@ -30,7 +31,7 @@ def parts(tiny, scratch, runtime: str, method: str, beams: int) -> tuple[dict[st
     batch = Batch(ids, torch.ones_like(ids), slots, beams, NEW)
     case = Case("c", method, method, METHODS[method].options(), runtime, "eager")
     built = arms.build(case, tiny, batch, TENANTS, 0, scratch)
-    found = memory.peaks(built.arm, batch, memory.resident_bytes(built.arm), tiny.device, None)
+    found = memory.peaks(built.arm, built.batch, memory.resident_bytes(built.arm), tiny.device, None)
     return found | {"adapter_bytes": memory.adapter_bytes(built.arm, tiny.bytes)}, built
 
 
@@ -66,11 +67,32 @@ def test_static_keeps_a_prompt_once_for_all_its_beams(tiny, tmp_path):
     assert three["kv_cache_bytes"] == TENANTS * (PROMPT + 3 * (NEW - 1)) * token_bytes(tiny) + ancestors[3]
 
 
-@pytest.mark.parametrize(("runtime", "method"), [("transformers", "lora"), ("static", "ia3"), ("transformers", "peft")])
+@pytest.mark.parametrize(
+    ("runtime", "method"),
+    [("transformers", "lora"), ("static", "ia3"), ("transformers", "peft"), ("static", "lora-merged")],
+)
 def test_adapters_are_those_of_all_residents(tiny, tmp_path, runtime, method):
     found, built = parts(tiny, tmp_path, runtime, method, 1)
-    spare = 0 if method == "peft" else 1  # the bank keeps one more slot, for requests without an adapter
+    spare = (
+        0 if method in ("peft", "lora-merged") else 1
+    )  # the bank keeps one more slot, for requests without an adapter
     assert found["adapter_bytes"] == (TENANTS + spare) * built.adapters["bytes_per_tenant"] > 0
+
+
+def test_what_all_tenants_share_is_held_once(tiny, tmp_path):
+    """VeRA's two matrices, a copy of each for every size that a module takes of it."""
+    found, built = parts(tiny, tmp_path, "static", "vera", 1)
+    own = (TENANTS + 1) * built.adapters["bytes_per_tenant"]
+    sizes = {side: {tiny.shape.features(module)[side] for module in MODULES} for side in (0, 1)}
+    assert found["adapter_bytes"] == own + sum(map(sum, sizes.values())) * METHODS["vera"].options().rank * 4
+
+
+def test_merged_weights_lie_beside_the_backbone_s_own(tiny, tmp_path):
+    _, bare = parts(tiny, tmp_path, "static", "none", 1)
+    _, merged = parts(tiny, tmp_path, "static", "lora-merged", 1)
+    linears = sum(p.nbytes for name, p in tiny.model.named_parameters() if "proj" in name)
+    more = memory.resident_bytes(merged.arm) - memory.resident_bytes(bare.arm)
+    assert more == linears + TENANTS * merged.adapters["bytes_per_tenant"]
 
 
 @pytest.mark.parametrize("runtime", ["transformers", "static"])
