@@ -66,18 +66,8 @@ def execute(scenario: TrafficScenario, out: Path, *, resume: bool) -> TrafficFol
     fresh = manifest_of(scenario)
     if resume:
         folder = TrafficFolder.open(out)
-        same = (
-            "device",
-            "backbone",
-            "methods",
-            "traffic",
-            "server",
-            "targets",
-            "dtype",
-            "kernels",
-            "seed",
-            "repetitions",
-        )
+        same = ("device", "backbone", "methods", "traffic", "server", "targets", "dtype", "kernels", "seed",
+                "repetitions")  # fmt: skip
         changed = [name for name in same if folder.manifest["scenario"].get(name) != fresh["scenario"][name]]
         changed += ["arms"] if list(folder.manifest["arms"]) != list(fresh["arms"]) else []
         if changed:
