@@ -293,3 +293,50 @@ def test_training_files(family: Family, tmp_path: Path) -> None:
             file = damaged_yaml(pattern, seed, tmp_path / "x.yaml")
             family.expect(lambda load=load, file=file: load(file), f"{seed} {pattern}")  # type: ignore[misc]
     family.assert_none()
+
+
+TRAFFIC: dict[str, Any] = {
+    "question": "How many?", "backbone": "llama-tiny", "dtype": "fp32", "device": "cpu", "methods": ["lora"],
+    "traffic": {"prompt_tokens": {"median": 8, "sigma": 0.5, "most": 16}, "new_tokens": 4, "tenants": [3], "rate": 200,
+                "requests": 20},
+    "server": {"rows": 4, "resident": 3, "chunk_tokens": 5}, "targets": {"ttft_ms": 60000, "itl_ms": 60000},
+    "repetitions": 1,
+}  # fmt: skip
+
+
+def test_scenarios_of_traffic(family: Family, tmp_path: Path) -> None:
+    from perfbench.spec import traffic
+
+    def loads(file: Path) -> object:
+        return traffic.load(file, [], lambda wanted: ("cuda" if wanted == "cuda" else "cpu", "asked for")).to_json()
+
+    for seed in range(400):
+        file = damaged_yaml("scenarios/traffic.yaml", seed, tmp_path / "x.yaml")
+        family.command("validate", file, about=seed)
+        family.expect(lambda file=file: json.dumps(loads(file)) and exit_codes.OK, seed)  # type: ignore[misc]
+    family.assert_none()
+
+
+def test_traffic_folders(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from perfbench.traffic.traffic_run import Session
+
+    scenario, whole = tmp_path / "tiny.yaml", tmp_path / "whole"
+    scenario.write_text(yaml.safe_dump(TRAFFIC))
+    family.command("traffic", scenario, "--out", whole, about="whole")
+
+    def measures(*_: object) -> object:
+        raise PerfbenchError("this would be measured")
+
+    monkeypatch.setattr(Session, "_job", measures)
+    for seed in range(200):
+        random, run = Random(seed), tmp_path / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(whole, run)
+        damage_one_of([run / "traffic.json", run / "traffic.json", run / "measurements.jsonl"], random)
+        lines: list[tuple[str | Path, ...]] = [
+            *(("show", run, "--format", format) for format in ("table", "markdown", "csv", "json")),
+            ("report", run, "--out", tmp_path / "page.html"), ("report", run, "--format", "markdown"),
+        ]  # fmt: skip
+        family.command(*random.choice(lines), about=seed)
+        family.command("traffic", scenario, "--out", run, "--resume", about=seed)
+    family.assert_none()

@@ -139,8 +139,8 @@ FAULTS = (
         ("perfbench/runtimes/generation.py", "self._marks.append(time.perf_counter())",
          "self._marks.append(int(time.perf_counter() * 64) / 64)"),), "the clock: expected steps", code=2),
     Fault("a peak without a run", (
-        ("perfbench/measure/on_device/memory.py", "profile_memory=True) as profiler:\n        arm.generate(batch)",
-         "profile_memory=True) as profiler:\n        pass"),), "the profiler saw none", code=4),
+        ("perfbench/measure/on_device/memory.py", "cache_bytes = _full_cache_bytes(arm, batch)", "cache_bytes = 0"),),
+        "the profiler saw none", code=4),
 )  # fmt: skip
 
 

@@ -118,6 +118,14 @@ class FinetuneFolder:
                     f"{json.dumps(new.get(field))}; give it the same configuration, or another --out"
                 )
 
+        if self.manifest["seeds"].keys() != {str(seed) for seed in config.seeds}:
+            found = ", ".join(self.manifest["seeds"]) or "none"
+            wanted = ", ".join(map(str, config.seeds))
+            raise RunDirectoryError(
+                f"{self.path / MANIFEST}: seeds: expected those of its configuration, {wanted}, got {found}; restore "
+                "the file or run with another --out"
+            )
+
     def write(self) -> None:
         """Puts `manifest` in the place of run.json, as a whole or not at all."""
         self._directory.write_manifest()

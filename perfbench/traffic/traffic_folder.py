@@ -7,18 +7,17 @@ run goes on.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from perfbench.errors import RunDirectoryError
 from perfbench.files import strict_json, whole
+from perfbench.files.plain_text import shown
+from perfbench.traffic.folder_schema import COLUMNS, problem_of_manifest, problem_of_measurement, problem_of_verdicts
 from perfbench.traffic.outcome import Answered
 
 SCHEMA_VERSION = 1
 MANIFEST, MEASUREMENTS = "traffic.json", "measurements.jsonl"
-COLUMNS = tuple(field.name for field in fields(Answered))
 
 
 class Key(NamedTuple):
@@ -62,7 +61,7 @@ class TrafficFolder:
     @classmethod
     def open(cls, path: Path) -> TrafficFolder:
         """The run in a folder. RunDirectoryError where there is none, or it is damaged."""
-        manifest = read_manifest(path)
+        manifest = _manifest(path)
         file, measured = path / MEASUREMENTS, {}
         try:
             lines = file.read_bytes().split(b"\n")
@@ -71,7 +70,9 @@ class TrafficFolder:
         for number, line in enumerate(lines[:-1], start=1):
             try:
                 key, found = _parse(strict_json.parse(line))
-            except (ValueError, KeyError, TypeError) as error:
+                if key in measured:
+                    raise ValueError("the same measurement stands there twice")
+            except ValueError as error:
                 raise RunDirectoryError(f"{file}:{number}: is damaged ({error}); restore it, or measure anew") from None
             measured[key] = found
         if lines[-1]:  # what follows the last line end was torn
@@ -108,7 +109,15 @@ def is_traffic(path: Path) -> bool:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What traffic.json holds. RunDirectoryError where it is not there, damaged, or of another version."""
+    """What traffic.json holds, for readers. RunDirectoryError where it is not there, damaged, of another version, or
+    says more than was proved."""
+    found = _manifest(path)
+    if problem := problem_of_verdicts(found):
+        raise RunDirectoryError(f"{path / MANIFEST}: {problem}; restore the file, or go on with --resume")
+    return found
+
+
+def _manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
         found: Any = strict_json.parse(file.read_bytes())
@@ -117,20 +126,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise RunDirectoryError(f"{file}: can't be read ({why}); expected the folder of a traffic run") from None
     if not isinstance(found, dict) or found.get("schema_version") != SCHEMA_VERSION:
         got = found.get("schema_version") if isinstance(found, dict) else found
-        raise RunDirectoryError(f"{file}: schema_version: expected {SCHEMA_VERSION}, got {got!r}")
-    missing = [name for name in ("scenario", "environment", "arms") if not isinstance(found.get(name), Mapping)]
-    if missing:
-        raise RunDirectoryError(f"{file}: {missing[0]}: expected a mapping, got {found.get(missing[0])!r}")
+        raise RunDirectoryError(f"{file}: schema_version: expected {SCHEMA_VERSION}, got {shown(got)}")
+    if problem := problem_of_manifest(found):
+        raise RunDirectoryError(f"{file}: {problem}; restore the file, or measure anew")
     return found
 
 
 def _parse(line: Any) -> tuple[Key, Measured]:
-    rows = line["rows"]
+    """ValueError where no perfbench wrote it."""
+    if problem := problem_of_measurement(line):
+        raise ValueError(problem)
     answered = None
-    if rows is not None:
-        named = (dict(zip(line["columns"], row, strict=True)) for row in rows)
+    if line["rows"] is not None:
+        named = (dict(zip(COLUMNS, row, strict=True)) for row in line["rows"])
         answered = [Answered(**{**one, "itl_ms": tuple(one["itl_ms"])}) for one in named]
-        if any(one.ttft_ms < 0 or min(one.itl_ms, default=0) < 0 for one in answered):
-            raise ValueError("a time below 0")
     key = Key(line["arm"], line["tenants"], line["rate"], line["repetition"])
     return key, Measured(answered, line["sent"], line["loaded_bytes"])

@@ -75,6 +75,7 @@ def execute(scenario: TrafficScenario, out: Path, *, resume: bool) -> TrafficFol
             {**one["scenario"], "plugins": one.get("plugins"), "notes": None} for one in (folder.manifest, fresh)
         )
         changed = [name for name in new if old.get(name) != new[name]]
+        changed += ["arms"] if list(folder.manifest["arms"]) != list(fresh["arms"]) else []
         if changed:
             raise RunDirectoryError(f"{out}: holds a run with other {changed[0]}; measure with another --out")
         folder.manifest["finished_at"] = None

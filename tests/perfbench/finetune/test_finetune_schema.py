@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,3 +54,18 @@ def test_a_damaged_sample_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "samples.jsonl").write_text(f'{{"seed": 0, "step": 1}}\n{line}\n')
     with pytest.raises(RunDirectoryError, match=r"samples\.jsonl:2: not a sample"):
         FinetuneFolder.open(tmp_path).samples()
+
+
+@pytest.mark.parametrize("seeds", [[], ["1"], ["0", "1"]], ids=repr)
+def test_other_seeds_than_those_of_its_configuration_are_refused(tmp_path: Path, seeds: list[str]) -> None:
+    """A run that went on looked for its seed, and ended in a KeyError."""
+    from perfbench.errors import RunDirectoryError
+
+    manifest = json.loads((RUNS[0] / MANIFEST).read_text())
+    config = SimpleNamespace(to_json=lambda: manifest["config"], seeds=(0,))
+    (found, *_) = manifest["seeds"].values()
+    manifest["seeds"] = {"0": found}
+    FinetuneFolder(tmp_path, manifest).check_same(config, manifest["processes"])  # type: ignore[arg-type]
+    manifest["seeds"] = dict.fromkeys(seeds, found)
+    with pytest.raises(RunDirectoryError, match=r"run\.json: seeds: expected those of its configuration, 0, got "):
+        FinetuneFolder(tmp_path, manifest).check_same(config, manifest["processes"])  # type: ignore[arg-type]

@@ -328,7 +328,7 @@ def test_out_of_memory_is_a_row(scenario: Path, tmp_path: Path) -> None:
 
     process = perfbench(
         "run", scenario, "--out", out, "--set", "methods=[{lora: {rank: 1024}}]",
-        "--set", "workload.resident=2000000", preexec_fn=little_memory,
+        "--set", "workload.resident=2000000", "--large", preexec_fn=little_memory,
     )  # fmt: skip
     assert process.returncode == 4, process.stderr
     arms = by_arm(out)
