@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from perfbench.figures.roof import decode_step
+from perfbench.files.yaml_source import read
 from perfbench.measure.on_device import counts
 from perfbench.methods import parameters
 from perfbench.methods.registry import METHODS
@@ -18,10 +19,15 @@ from perfbench.runtimes.generation import Batch
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.transformers_plan import PlanArm
 from perfbench.spec import scenario
+from perfbench.spec.traffic import is_traffic
 from tests.benchmarks.conftest import DEVICE, DTYPE, KERNELS, REQUESTS, SERVED, make_bank
 
 PROMPT, NEW = 64, 9
-SCENARIOS = sorted((Path(__file__).parents[2] / "scenarios").glob("*.yaml"))
+SCENARIOS = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "scenarios").glob("*.yaml"))
+    if not is_traffic(read(path).values)
+]
 Timed = Callable[..., None]
 
 
