@@ -7,7 +7,7 @@ with the last. Latency counts from the moment a request was due, whenever it cou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
@@ -36,6 +36,11 @@ class Answered:
     total_ms: float
     itl_ms: tuple[float, ...]
     loaded: bool
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Answered:
+        """Of its fields as JSON has them."""
+        return cls(**{**values, "itl_ms": tuple(values["itl_ms"])})
 
     def keeps(self, targets: Targets) -> bool:
         """Whether it met both targets."""

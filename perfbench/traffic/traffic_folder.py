@@ -139,6 +139,6 @@ def _parse(line: Any) -> tuple[Key, Measured]:
     answered = None
     if line["rows"] is not None:
         named = (dict(zip(COLUMNS, row, strict=True)) for row in line["rows"])
-        answered = [Answered(**{**one, "itl_ms": tuple(one["itl_ms"])}) for one in named]
+        answered = [Answered.of(one) for one in named]
     key = Key(line["arm"], line["tenants"], line["rate"], line["repetition"])
     return key, Measured(answered, line["sent"], line["loaded_bytes"])

@@ -36,8 +36,6 @@ FULL_ROUNDS, WARM_ROUNDS = 6, 2
 FIRST_LOAD, LEAST_LOAD = 0.6, 0.06
 # The rate of a measurement in which all requests are there from the start.
 AT_ONCE = 0.0
-
-
 # What the child says of an arm when it prepares it.
 _OF_THE_ARM = ("bytes_per_tenant", "bank_bytes", "rows_bytes", "cache_bytes")
 
@@ -246,7 +244,7 @@ class Session:
         answered = found["answered"]
         if answered is not None:
             self._answering.add(key.arm)
-            answered = [outcome.Answered(**{**one, "itl_ms": tuple(one["itl_ms"])}) for one in answered]
+            answered = [outcome.Answered.of(one) for one in answered]
         return Measured(answered, found["sent"], found["loaded_bytes"])
 
     def _job(self, arm: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -259,9 +257,7 @@ class Session:
         if arm not in self._prepared:
             most = max(self.scenario.traffic.tenants or (0,))
             for event in self._events({"do": "prepare", "arm": arm, "tenants": most}):
-                self._arm(arm).update(
-                    {name: value for name, value in event.items() if name.endswith(("bytes", "tenant"))}
-                )
+                self._arm(arm).update({name: event[name] for name in _OF_THE_ARM})
             self._prepared.add(arm)
             # Whatever is measured first in a process would be measured cold.
             tenants = most or 2 * self.scenario.server.resident

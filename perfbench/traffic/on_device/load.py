@@ -42,8 +42,7 @@ def drive(
     late: set[Request] = set()
     sent, start = 0, engine.clock()
     while sent < len(due) or not engine.idle:
-        now = engine.clock() - start
-        while sent < len(due) and due[sent].due_s <= now:
+        while sent < len(due) and start + due[sent].due_s <= engine.clock():
             engine.submit(requests[sent])
             sent += 1
         if engine.idle:
@@ -51,12 +50,9 @@ def drive(
             continue
         got = engine.turn()
         if limit is not None:
-            now = engine.clock() - start
-            late |= {
-                one
-                for one in (*got, *engine.waiting)
-                if _misses(one, start + due[place[one]].due_s, now + start, limit)
-            }
+            now_s = engine.clock()
+            looked_at = (*got, *engine.waiting)
+            late |= {one for one in looked_at if _misses(one, start + due[place[one]].due_s, now_s, limit)}
             if sum(place[one] in counted for one in late) > limit.misses:
                 engine.abandon()
                 return requests[:sent], start, True

@@ -100,7 +100,7 @@ def _in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Store, "of", lambda self, tenant: replace(real(self, tenant), whole=False))
 
 
-def _not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The slot is found, and what lies there stays."""
     real = Residency.take
 
@@ -154,7 +154,7 @@ def _one_place_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        _in_pieces, _not_loaded, _moved_without_its_adapter, _moved_without_its_cache, _next_tenant, _no_adapter,
+        _in_pieces, not_loaded, _moved_without_its_adapter, _moved_without_its_cache, _next_tenant, _no_adapter,
         _one_place_too_early,
     ],
 )  # fmt: skip

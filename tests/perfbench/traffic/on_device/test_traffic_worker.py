@@ -10,7 +10,7 @@ import torch
 
 from perfbench.measure.run import threads
 from perfbench.runtimes.continuous.engine import Request
-from perfbench.runtimes.continuous.residency import Residency, Store
+from perfbench.runtimes.continuous.residency import Store
 from perfbench.runtimes.continuous.rows import Rows
 from perfbench.spec import cases
 from perfbench.spec.traffic import NOBODY, load
@@ -18,6 +18,7 @@ from perfbench.traffic.on_device import traffic_worker
 from perfbench.traffic.on_device.traffic_worker import PROVED, Worker, sample
 from perfbench.traffic.outcome import Answered
 from perfbench.traffic.requests import draw
+from tests.perfbench.runtimes.continuous.test_engine import not_loaded
 
 TENANTS = 9
 SCENARIO = load(
@@ -76,7 +77,7 @@ def test_what_is_measured_is_proved(arm: str) -> None:
     worker, told = opened()
     found = measure(worker, arm, told)
     due = draw(SCENARIO.traffic, TENANTS, 1000.0, "0")
-    answered = [Answered(**{**one, "itl_ms": tuple(one["itl_ms"])}) for one in found["answered"]]
+    answered = [Answered.of(one) for one in found["answered"]]
     assert [len(one.itl_ms) + 1 for one in answered] == [one.new_tokens for one in due]
     assert all(0 <= one.wait_ms <= one.ttft_ms <= one.total_ms for one in answered)
     assert (found["given_up"], found["sent"]) == (False, 60)
@@ -130,21 +131,6 @@ def _one_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rows, "enter", lambda self, slot: real(self, max(slot, 0)))
 
 
-def _a_stale_slot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The slot is given to a tenant, and the adapter of the one before stays in it."""
-    real = Residency.take
-
-    def take(self: Residency, tenant: int) -> tuple[int, bool]:
-        full, before = len(self.slots) == self.bank.capacity, (self.bank.rest.clone(), self.bank.shrinks.clone())
-        found = real(self, tenant)
-        if full:
-            self.bank.rest.copy_(before[0])
-            self.bank.shrinks.copy_(before[1])
-        return found
-
-    monkeypatch.setattr(Residency, "take", take)
-
-
 def _a_prefix_shared_across_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values of the first tokens of a prompt are those that the first tenant's adapter gave."""
     real = Rows.read
@@ -162,7 +148,7 @@ def _a_prefix_shared_across_tenants(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", [_the_next_tenant_s, _none_applied, _one_for_nobody, _a_stale_slot, _a_prefix_shared_across_tenants]
+    "fault", [_the_next_tenant_s, _none_applied, _one_for_nobody, not_loaded, _a_prefix_shared_across_tenants]
 )
 def test_a_planted_fault_is_found(fault: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
     fault(monkeypatch)
