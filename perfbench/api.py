@@ -220,7 +220,8 @@ def run(
 
 
 def prepare_traffic(scenario: Given, *, set: Settings = (), say: Say = _to_stderr) -> TrafficScenario:
-    """A traffic scenario that was checked and may be measured. Raises as `traffic`."""
+    """A traffic scenario that was checked and may be measured: what `perfbench traffic` does first. Arguments as those
+    of `run`. ScenarioError, BackboneError."""
     from perfbench.files.plain_text import printable
     from perfbench.machine.device import device_kind
     from perfbench.spec import traffic as spec
@@ -232,7 +233,8 @@ def prepare_traffic(scenario: Given, *, set: Settings = (), say: Say = _to_stder
 
 
 def measure_traffic(scenario: TrafficScenario, out: Path, *, resume: bool = False) -> dict[str, Any]:
-    """Measures what is not measured yet into the folder `out`; what traffic.json then holds."""
+    """Measures what is not measured yet into the folder `out`, in a child process; what traffic.json then holds. An arm
+    whose process dies is in it. RunDirectoryError where the folder can't be used, AdapterError on an adapter."""
     from perfbench.files import run_lock
     from perfbench.traffic.traffic_run import execute
 

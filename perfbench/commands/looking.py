@@ -68,6 +68,10 @@ def _report(arguments: argparse.Namespace) -> int:
     traffic = [path for path in arguments.runs if traffic_folder.is_traffic(path)]
     if traffic and len(arguments.runs) > 1:
         raise PerfbenchError(f"report: {traffic[0]} is a run of traffic, whose page is its own; give it alone")
+    if traffic and arguments.samples:
+        raise PerfbenchError(
+            f"--samples: {traffic[0]} is a run of traffic, whose requests are in {traffic_folder.MEASUREMENTS}"
+        )
     if traffic:
         manifest = printable_tree(traffic_folder.read_manifest(traffic[0]))
         put(traffic_report.TrafficReport(manifest), arguments.format, arguments.out, filed="report")

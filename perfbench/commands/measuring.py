@@ -165,6 +165,8 @@ def _show(arguments: argparse.Namespace) -> int:
     from perfbench.traffic import traffic_folder, traffic_report
 
     if traffic_folder.is_traffic(arguments.run):
+        if arguments.columns != "main":
+            raise PerfbenchError(f"--columns: {arguments.run} is a run of traffic, which has one table; leave it out")
         manifest = traffic_folder.read_manifest(arguments.run)
         put(traffic_report.TrafficReport(printable_tree(manifest)), arguments.format)
         return traffic_report.exit_code(manifest)

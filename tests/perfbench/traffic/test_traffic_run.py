@@ -87,8 +87,13 @@ def test_show_and_report_give_it_again(done: Path, capsys: pytest.CaptureFixture
     page = tmp_path / "page.html"
     assert main(["report", str(done), "--out", str(page)]) == 0
     assert "The targets were held everywhere." in page.read_text()
-    assert main(["report", str(done), str(done)]) == 2
-    assert "a run of traffic, whose page is its own; give it alone" in capsys.readouterr().err
+    for refused, why in (
+        (["report", str(done), str(done)], "a run of traffic, whose page is its own; give it alone"),
+        (["report", str(done), "--samples"], "whose requests are in measurements.jsonl"),
+        (["show", str(done), "--columns", "tails"], "which has one table; leave it out"),
+    ):
+        assert main(refused) == 2
+        assert why in capsys.readouterr().err
 
 
 def test_what_was_measured_is_not_measured_again(
