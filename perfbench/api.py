@@ -234,7 +234,7 @@ def prepare_traffic(scenario: Given, *, set: Settings = (), say: Say = _to_stder
 
 def measure_traffic(scenario: TrafficScenario, out: Path, *, resume: bool = False) -> dict[str, Any]:
     """Measures what is not measured yet into the folder `out`, in a child process; what traffic.json then holds. An arm
-    whose process dies is in it. RunDirectoryError where the folder can't be used, AdapterError on an adapter."""
+    whose process dies is in it. RunDirectoryError where the folder can't be used, PerfbenchError for bad input."""
     from perfbench.files import run_lock
     from perfbench.traffic.traffic_run import execute
 
