@@ -99,6 +99,15 @@
     const log = xs.length > 2 && Math.min(...xs) > 0 && Math.max(...xs) / Math.min(...xs) >= 8;
     const room = Math.max(...[...ends.keys()].map(textWidth)) + 14;
     const height = Math.max(240, ends.size * 20 + 70);
+    // A tick at each value that has room beside the one before it.
+    const tick = (x) => x.toLocaleString("en"), scale = log ? Math.log : (x) => x;
+    const least = scale(Math.min(...xs)), reach = scale(Math.max(...xs)) - least || 1;
+    const at = (x) => (scale(x) - least) / reach * (width - 52 - room);
+    const ticks = [];
+    for (const x of [...xs].sort((a, b) => a - b)) {
+      const last = ticks[ticks.length - 1];
+      if (last === undefined || at(x) - at(last) > (textWidth(tick(x)) + textWidth(tick(last))) / 2 + 6) ticks.push(x);
+    }
     // Labels at the lines' ends, pushed apart where lines end close to each other.
     const values = chart.rows.flatMap((row) => row.slice(2, 5)).filter((value) => value !== null);
     const low = Math.min(...values), high = Math.max(...values), pad = (high - low || high || 1) * 0.05;
@@ -110,7 +119,7 @@
     for (let place = labels.length - 2; place >= 0; place--) labels[place].at = Math.min(labels[place].at, labels[place + 1].at - 16);
     return Plot.plot({
       ...base(chart, width), height, marginTop: 34, marginLeft: 52, marginRight: room, marginBottom: 44, height: height + 18,
-      x: axis(chart.data.x, { type: log ? "log" : "linear", ...(log ? { base: 2 } : {}), ticks: xs, tickFormat: (x) => x.toLocaleString("en"), nice: false, grid: false, labelAnchor: "center" }),
+      x: axis(chart.data.x, { type: log ? "log" : "linear", ...(log ? { base: 2 } : {}), ticks, tickFormat: tick, nice: false, grid: false, labelAnchor: "center" }),
       y: { label: chart.axis, labelArrow: "none", grid: true, domain, ticks: 5 },
       color: { type: "identity" },
       marks: [

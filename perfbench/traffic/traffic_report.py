@@ -20,6 +20,8 @@ LEGEND = (
     "were made again by definition, in a wider dtype, each with its own adapter. A p95 needs 100 values and a p99 "
     "1,000; a dash stands where there are fewer."
 )
+# So far apart, with other seeds, searches on one server have ended.
+TIE = 1.2
 _SEARCHED = (
     "Which number is the largest hangs on a few late requests: with other seeds a search may end a fifth higher or "
     "lower, so that methods closer than that are equal."
@@ -227,6 +229,9 @@ class TrafficReport:
                 f"{targets['itl_ms']:g} ms between tokens: {self._bracket(best)}, each at "
                 f"{traffic['rate_per_tenant']:g} requests/s on average{bare}."
             )
+            ties = [arm for arm in held if arm != best and held[arm] * TIE >= held[best]]
+            if ties:
+                yield f"One search can't tell {best} from {' and '.join(ties)}, within a fifth of it."
         rest = [arm for arm, most in found.items() if most and arm != best]
         if rest:
             others = "; ".join(f"{arm} {self._bracket(arm)}" for arm in rest)

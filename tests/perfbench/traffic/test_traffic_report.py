@@ -48,7 +48,8 @@ def changed(arm: str, **fields: Any) -> dict[str, Any]:
 
 
 def test_the_answer_names_the_best_method_and_its_share_of_the_bare_backbone() -> None:
-    first, second = TrafficReport(MANIFEST).answer()
+    first, tie, second = TrafficReport(MANIFEST).answer()
+    assert tie == "One search can't tell para from lora, within a fifth of it."
     assert first == (
         "para serves most tenants within 100 ms to the first token and 10 ms between tokens: 180 (189 missed), each at "
         "0.1 requests/s on average, 90% of the bare backbone's."
@@ -66,6 +67,11 @@ def test_where_nothing_is_held_that_is_said() -> None:
         "tenants.",
     ]
     assert [column.cell(row) for row in report.rows() for column in report.columns()[1:2]] == ["200", "< 12", "< 12"]
+
+
+def test_methods_that_are_further_apart_are_no_tie() -> None:
+    manifest = changed("lora", most_tenants={"held": 149, "failed": 157})
+    assert not any("can't tell" in sentence for sentence in TrafficReport(manifest).answer())
 
 
 def test_the_setting_is_in_words() -> None:
