@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
+from perfbench.kernels.launch import EARLY_START
 from perfbench.kernels.placement import standing_in
 
 # Compute capability -> shared memory that a block may have, in bytes.
@@ -104,7 +105,13 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
 def compiled(launch: Launch, capability: int) -> dict[str, int]:
     """registers of a thread, spill_bytes that it keeps in memory instead, shared_bytes of a program, once `launch` is
     compiled for this compute capability. What does not compile raises what Triton or its assembler raise."""
-    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    constants = launch.constants
+    if capability < EARLY_START[0] * 10:  # there the launcher would not have asked for it
+        arguments = launch.kernel.arg_names
+        constants = {
+            place: False if arguments[place[0]] == "EARLY" else value for place, value in launch.constants.items()
+        }
+    source = ASTSource(launch.kernel, launch.signature, constants, launch.attributes)
     program = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     return _usage(program.asm["cubin"]) | {"shared_bytes": int(program.metadata.shared)}
 

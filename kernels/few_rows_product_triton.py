@@ -12,24 +12,22 @@ import triton
 import triton.language as tl
 from torch.nn.functional import linear
 
-from perfbench.kernels.launch import INTERPRETED, check, check_rows
-from perfbench.kernels.settings import setting
-
-# As many as one instruction takes beside a tile of W; with more rows the library's tiles are the better ones.
-MOST_ROWS = 16
+from perfbench.kernels.early_start_triton import let_next_start
+from perfbench.kernels.launch import INTERPRETED, MOST_ROWS, check, check_rows, of_few_rows, starts_early, tile
 
 
 @triton.jit
 def _product(
     x, weight, bias, y, ROWS, D_OUT, D_IN, X_ROW,
     HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    UPCAST: tl.constexpr,
+    EARLY: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_N columns of y for all rows. It walks D_in in blocks of BLOCK_K, of which several are on
     their way at a time: W's tile [BLOCK_N, BLOCK_K] is the left factor, being the one that is long, x's tile
     [BLOCK_K, BLOCK_M] the right one. The sums are fp32, in one order."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
+    let_next_start(EARLY)
     sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for start in range(0, D_IN, BLOCK_K):
         features = start + tl.arange(0, BLOCK_K)
@@ -48,11 +46,11 @@ def _product(
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """As `few_rows_product.eager`. With a setting of BLOCK_N 0, the default for a GPU on which it was not timed, with
-    more than MOST_ROWS rows, and in 32 bits, it is the library's product. ValueError on inputs that do not fit."""
+    """As `few_rows_product.eager`; the library's product where `of_few_rows` says so. ValueError on inputs that do not
+    fit."""
     rows, d_in = x.shape
-    chosen = setting("few_rows_product", x.device)
-    if chosen["BLOCK_N"] == 0 or rows > MOST_ROWS or x.dtype.itemsize != 2:
+    chosen = of_few_rows(x)
+    if chosen is None:
         return linear(x, weight, bias)
     d_out = weight.shape[0]
     check_rows("x", x, (rows, d_in), x)
@@ -62,8 +60,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     y = torch.empty(rows, d_out, dtype=x.dtype, device=x.device)
     _product[(triton.cdiv(d_out, chosen["BLOCK_N"]),)](
         x, weight, x if bias is None else bias, y, rows, d_out, d_in, x.stride(0),
-        HAS_BIAS=bias is not None, WHOLE=d_in % chosen["BLOCK_K"] == 0, BLOCK_M=MOST_ROWS,
+        HAS_BIAS=bias is not None, WHOLE=d_in % chosen["BLOCK_K"] == 0, BLOCK_M=tile(rows, MOST_ROWS),
         BLOCK_N=chosen["BLOCK_N"], BLOCK_K=chosen["BLOCK_K"], UPCAST=INTERPRETED,
-        num_warps=chosen["num_warps"], num_stages=chosen["num_stages"],
+        num_warps=chosen["num_warps"], num_stages=chosen["num_stages"], EARLY=starts_early(x),
     )  # fmt: skip
     return y

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.runtime import driver
 
 from perfbench.kernels.low_rank import Expansion
 from perfbench.kernels.placement import on_gpu
 from perfbench.kernels.rotation import Rotation
 from perfbench.kernels.row_scale import Scale
+from perfbench.kernels.settings import Setting, setting
 
 # Below 16 tl.dot has no instruction to compile to.
 SMALLEST_TILE = 16
+# Of an adapter's weights that a thread has in registers, and the ranks of one tile of them: with more it spills.
+TILE_BYTES, MOST_RANKS = 256, 16
+# Of shared memory for tiles of adapters on their way; what any GPU has, with room beside it.
+PIPELINE_BYTES = 64 * 1024
+# Rows that Triton's product takes: as many as one instruction does beside a tile of W; more are the library's.
+MOST_ROWS = 16
+# The compute capability from which on a kernel can start before the one ahead of it has ended.
+EARLY_START = (9, 0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The interpreter takes bf16 for raw bits, and anything runs there only to be checked.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -54,6 +65,34 @@ class Turning(NamedTuple):
 def tile(size: int, largest: int) -> int:
     """The power of two that covers `size`, at least SMALLEST_TILE and at most `largest`."""
     return max(SMALLEST_TILE, min(triton.next_power_of_2(size), largest))
+
+
+def of_few_rows(x: torch.Tensor) -> Setting | None:
+    """How Triton's product is launched for so many rows of x's type; None where the library's takes its place: by
+    default on a GPU on which it was not timed (BLOCK_N 0), with more than MOST_ROWS rows, and in 32 bits."""
+    chosen = setting("few_rows_product", x.device)
+    return chosen if chosen["BLOCK_N"] and len(x) <= MOST_ROWS and x.dtype.itemsize == 2 else None
+
+
+def starts_early(like: torch.Tensor) -> bool:
+    """Whether the GPU of `like` can start a kernel before the one ahead of it has ended."""
+    return not INTERPRETED and _starts_early(like.device.index if like.is_cuda else None)
+
+
+def early_start(product: torch.Tensor) -> dict[str, bool]:
+    """Options of the launch of an epilogue, which calls `early_start_triton.wait`: it starts early where `product`
+    [rows, D] was made by Triton's product, which lets it."""
+    if of_few_rows(product) is None or not starts_early(product):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
+
+
+@cache
+def _starts_early(index: int | None) -> bool:
+    """Of the CUDA device of this number; None: of the driver's, which is no GPU while launches are only recorded."""
+    if index is not None:
+        return torch.cuda.get_device_capability(index) >= EARLY_START
+    return int(driver.active.get_current_target().arch) >= 10 * EARLY_START[0]
 
 
 def check(name: str, tensor: torch.Tensor, sizes: tuple[int, ...], like: torch.Tensor) -> None:
@@ -173,6 +212,13 @@ def expand_arguments(h: torch.Tensor | None, expansion: Expansion | None, y: tor
     )
 
 
-def rank_tile(expand: Expand, block: int, num_warps: int) -> int:
-    """How many ranks of `block` columns a program loads at once: all of a module's, up to 32 values a thread."""
-    return min(triton.next_power_of_2(expand.most_ranks), max(1, 32 * 32 * num_warps // block))
+def rank_tiles(expand: Expand, block: int, num_warps: int, tiles: int = 1) -> dict[str, int]:
+    """BLOCK_R, how many ranks of `block` columns a program has in one tile: all of a module's, as far as the `tiles`
+    that it holds at once stay within MOST_RANKS each and TILE_BYTES of a thread. For the ranks beyond: FAR_R of them
+    are one tile, of which STAGES - 1 are on their way while one is added; STAGES 0: no module has so many."""
+    bytes_of_rank = block * expand.tensors[0].element_size()
+    fit = max(1, 32 * num_warps * TILE_BYTES // (tiles * bytes_of_rank))
+    ranks = min(triton.next_power_of_2(expand.most_ranks), MOST_RANKS, fit)
+    far = max(1, min(ranks, PIPELINE_BYTES // (2 * bytes_of_rank)))
+    stages = 1 + max(1, min(3, PIPELINE_BYTES // (far * bytes_of_rank)))
+    return {"BLOCK_R": ranks, "FAR_R": far, "STAGES": stages if expand.most_ranks > ranks else 0}

@@ -84,45 +84,93 @@ def own_adapter(own, row, M, OWN: tl.constexpr):
 
 
 @triton.jit
-def expand_columns(
-    values, h, modules, adapter, FIRST, columns, mask, H_SPLIT,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+def owns(module, adapter, FIRST):
+    """Whether the column FIRST of a fused product is one to which `module` of the row's adapter adds something."""
+    _, _, _, _, FIRST_COLUMN, D, _ = module
+    return (adapter >= 0) & (FIRST >= FIRST_COLUMN) & (FIRST < FIRST_COLUMN + D)
+
+
+@triton.jit
+def near_tile(product, modules, adapter, FIRST, columns, mask, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr):
+    """[BLOCK_R, BLOCK] of b, of the first BLOCK_R ranks, at `columns` from FIRST on, which one module of `modules` (as
+    `expand_columns` has them) owns, or none. It hangs on nothing that a kernel of the step makes. No branch: so all
+    loads of a program are under way at once."""
+    ranks = tl.arange(0, BLOCK_R)
+    near = tl.zeros((BLOCK_R, BLOCK), dtype=product.dtype.element_ty)
+    for i in tl.static_range(len(modules)):
+        if len(modules[i]) == 7:
+            b, _, _, R, FIRST_COLUMN, D, B_STRIDE = modules[i]
+            own = owns(modules[i], adapter, FIRST)
+            weights = b + adapter * B_STRIDE + ranks[:, None] * D + (columns - FIRST_COLUMN)[None, :]
+            tile = tl.load(weights, mask=(own & (ranks < R))[:, None] & mask[None, :], other=0.0)
+            near = tl.where(own, tile, near)
+    return near
+
+
+@triton.jit
+def expand_near(
+    values, near, h, modules, adapter, FIRST, columns, mask, H_SPLIT,
+    SPLITS: tl.constexpr, FAR_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`values` [BLOCK] of one row of a fused product, at `columns` from FIRST on, plus what the low-rank pairs add.
+    """As `expand_columns`, where the `near_tile` of these columns is there."""
+    BLOCK_R: tl.constexpr = near.shape[0]
+    ranks = tl.arange(0, BLOCK_R)
+    inner = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    for i in tl.static_range(len(modules)):
+        if len(modules[i]) == 7:
+            _, FIRST_RANK, H_OWN, R, _, _, _ = modules[i]
+            there = owns(modules[i], adapter, FIRST) & (ranks < R)
+            for split in tl.static_range(SPLITS):
+                place = h + adapter * H_OWN + FIRST_RANK + split * H_SPLIT + ranks
+                inner += tl.load(place, mask=there, other=0.0).to(tl.float32)
+    values += tl.sum(inner[:, None] * near.to(tl.float32), axis=0)
+    return expand_columns(
+        values, h, modules, adapter, FIRST, columns, mask, H_SPLIT, BLOCK_R, SPLITS, near.shape[1], FAR_R, STAGES
+    )
+
+
+@triton.jit
+def expand_columns(
+    values, h, modules, adapter, FIRST, columns, mask, H_SPLIT, START: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, FAR_R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`values` [BLOCK] of one row of a fused product, at `columns` from FIRST on, plus what the low-rank pairs add; of
+    an adapter's own pairs the ranks from START on.
 
     h: where the row's ranks begin; modules: (b, first rank with the first adapter, elements of h from there to the next
     adapter's, ranks, first column, columns, elements between adapters) of each. A module that owns none of the columns
-    costs one comparison; of the others BLOCK_R ranks are loaded as one tile [BLOCK_R, BLOCK], so that a program waits
-    once and not once for each rank.
+    costs one comparison; of the others FAR_R ranks are loaded as one tile [FAR_R, BLOCK], and STAGES - 1 tiles are
+    under way while one is added; 0: no module has ranks beyond START.
     """
     for i in tl.static_range(len(modules)):
         if len(modules[i]) == 7:
-            values = _expand_module(
-                values, h, modules[i], adapter, FIRST, columns, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R
-            )
+            if STAGES > 0:
+                values = _expand_module(
+                    values, h, modules[i], adapter, FIRST, columns, mask, H_SPLIT, START, SPLITS, BLOCK, FAR_R, STAGES
+                )
         else:
-            # With its sums it holds more at once: of half the ranks nothing spills.
+            # With its sums it holds more at once: of a quarter of the ranks nothing spills.
             values = _expand_between_vectors(
-                values, h, modules[i], adapter, FIRST, columns, mask, H_SPLIT, SPLITS, BLOCK, (BLOCK_R + 1) // 2
+                values, h, modules[i], adapter, FIRST, columns, mask, H_SPLIT, SPLITS, BLOCK, (FAR_R + 3) // 4
             )
     return values
 
 
 @triton.jit
 def _expand_module(
-    values, h, module, adapter, FIRST, columns, mask, H_SPLIT,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    values, h, module, adapter, FIRST, columns, mask, H_SPLIT, START: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, FAR_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     b, FIRST_RANK, H_OWN, R, FIRST_COLUMN, D, B_STRIDE = module
     ranks_of_row = h + adapter * H_OWN + FIRST_RANK
     if (adapter >= 0) & (FIRST < FIRST_COLUMN + D) & (FIRST + BLOCK > FIRST_COLUMN):
         own = mask & (columns >= FIRST_COLUMN) & (columns < FIRST_COLUMN + D)
-        for first in range(0, R, BLOCK_R):
-            ranks = first + tl.arange(0, BLOCK_R)
+        for first in tl.range(START, R, FAR_R, num_stages=STAGES):
+            ranks = first + tl.arange(0, FAR_R)
             there = ranks < R
             weights = b + adapter * B_STRIDE + ranks[:, None] * D + (columns - FIRST_COLUMN)[None, :]
             tile = tl.load(weights, mask=there[:, None] & own[None, :], other=0.0).to(tl.float32)
-            inner = tl.zeros((BLOCK_R,), dtype=tl.float32)
+            inner = tl.zeros((FAR_R,), dtype=tl.float32)
             for split in tl.static_range(SPLITS):
                 inner += tl.load(ranks_of_row + split * H_SPLIT + ranks, mask=there, other=0.0).to(tl.float32)
             values += tl.sum(inner[:, None] * tile, axis=0)

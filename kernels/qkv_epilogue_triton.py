@@ -6,9 +6,18 @@ import torch
 import triton
 import triton.language as tl
 
-from perfbench.kernels.launch import check, check_rows, expand_arguments, rank_tile, scale_arguments, turn_arguments
+from perfbench.kernels.early_start_triton import wait
+from perfbench.kernels.launch import (
+    check,
+    check_rows,
+    early_start,
+    expand_arguments,
+    rank_tiles,
+    scale_arguments,
+    turn_arguments,
+)
 from perfbench.kernels.low_rank import Expansion
-from perfbench.kernels.low_rank_triton import expand_columns, own_adapter
+from perfbench.kernels.low_rank_triton import expand_near, near_tile, own_adapter
 from perfbench.kernels.rotation import Rotation
 from perfbench.kernels.rotation_triton import turn_row
 from perfbench.kernels.row_scale import Scale
@@ -25,6 +34,7 @@ def _epilogue(
     SPLITS: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, SCALE_OWN: tl.constexpr,
     TURNED: tl.constexpr, SINE_OWN: tl.constexpr, SINE_HALF: tl.constexpr,
     AT: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    FAR_R: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program owns one head of one row: of Q, of K or of V, as the heads lie in the product. It loads the two halves
     of the head that RoPE turns into each other, adds the low-rank part, applies the scale and the rotation, turns Q and
@@ -37,14 +47,18 @@ def _epilogue(
     begin = head * 2 * HALF
     low = begin + offsets
     high = low + HALF
+    if len(modules) > 0:
+        adapter = own_adapter(own, row, M, OWN)
+        near_low = near_tile(qkv, modules, adapter, begin, low, mask, BLOCK, BLOCK_R)
+        near_high = near_tile(qkv, modules, adapter, begin + HALF, high, mask, BLOCK, BLOCK_R)
+    wait(EARLY)
     first = tl.load(qkv + row * ROW + low, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(qkv + row * ROW + high, mask=mask, other=0.0).to(tl.float32)
     if len(modules) > 0:
-        adapter = own_adapter(own, row, M, OWN)
         ranks = h + row * H_ROW
-        first = expand_columns(first, ranks, modules, adapter, begin, low, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R)
-        second = expand_columns(
-            second, ranks, modules, adapter, begin + HALF, high, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R
+        first = expand_near(first, near_low, ranks, modules, adapter, begin, low, mask, H_SPLIT, SPLITS, FAR_R, STAGES)
+        second = expand_near(
+            second, near_high, ranks, modules, adapter, begin + HALF, high, mask, H_SPLIT, SPLITS, FAR_R, STAGES
         )
     if SCALED:
         adapter = own_adapter(scale_own, row, SCALE_M, SCALE_OWN)
@@ -53,11 +67,11 @@ def _epilogue(
     if TURNED:
         first = turn_row(
             first, qkv, h, own, modules, sine, sine_own, row, begin, low, mask, H_SPLIT, H_ROW, M,
-            SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, BLOCK_R,
+            SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, FAR_R,
         )  # fmt: skip
         second = turn_row(
             second, qkv, h, own, modules, sine, sine_own, row, begin + HALF, high, mask, H_SPLIT, H_ROW, M,
-            SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, BLOCK_R,
+            SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, FAR_R,
         )  # fmt: skip
     if head < HEADS + KV_HEADS:
         angle = row * ROTATION_STRIDE + offsets
@@ -112,6 +126,6 @@ def epilogue(
         dim if len(cos) > 1 else 0,
         places.shape[1], 0 if at is None else entry.stride(0), *places.stride()[:4], heads, kv_heads,
         **expanded.constants, **scaled.constants, **turned.constants, AT=at is not None,
-        HALF=dim // 2, BLOCK=block, BLOCK_R=rank_tile(expanded, block, chosen["num_warps"]), **chosen,
+        HALF=dim // 2, BLOCK=block, **rank_tiles(expanded, block, chosen["num_warps"], 2), **chosen, **early_start(qkv),
     )  # fmt: skip
     return q.view(rows, -1, dim)[:, :heads]

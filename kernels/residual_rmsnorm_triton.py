@@ -7,17 +7,19 @@ import torch
 import triton
 import triton.language as tl
 
+from perfbench.kernels.early_start_triton import wait
 from perfbench.kernels.launch import (
     check,
     check_rows,
+    early_start,
     expand_arguments,
-    rank_tile,
+    rank_tiles,
     scale_arguments,
     tile,
     turn_arguments,
 )
 from perfbench.kernels.low_rank import Expansion
-from perfbench.kernels.low_rank_triton import expand_columns, own_adapter
+from perfbench.kernels.low_rank_triton import expand_near, near_tile, own_adapter
 from perfbench.kernels.rotation import Rotation
 from perfbench.kernels.rotation_triton import turn_row
 from perfbench.kernels.row_scale import Scale
@@ -35,6 +37,7 @@ def _epilogue(
     SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, HIDDEN, EPS,
     SPLITS: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, SCALE_OWN: tl.constexpr,
     TURNED: tl.constexpr, SINE_OWN: tl.constexpr, SINE_HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    FAR_R: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program owns one row, since its norm needs all of it. It adds the product and its low-rank part, scaled and
     rotated, to the residual stream, writes that back, and writes its RMS norm. What hangs on nothing is loaded first.
@@ -43,19 +46,22 @@ def _epilogue(
     columns = tl.arange(0, BLOCK)
     mask = columns < HIDDEN
     scale = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+    if len(modules) > 0:
+        adapter = own_adapter(own, row, M, OWN)
+        near = near_tile(y, modules, adapter, 0, columns, mask, BLOCK, BLOCK_R)
+    wait(EARLY)
     stream = tl.load(residual + row * HIDDEN + columns, mask=mask, other=0.0).to(tl.float32)
     added = tl.load(y + row * ROW + columns, mask=mask, other=0.0).to(tl.float32)
     if len(modules) > 0:
-        adapter = own_adapter(own, row, M, OWN)
         ranks = h + row * H_ROW
-        added = expand_columns(added, ranks, modules, adapter, 0, columns, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R)
+        added = expand_near(added, near, ranks, modules, adapter, 0, columns, mask, H_SPLIT, SPLITS, FAR_R, STAGES)
     if SCALED:
         adapter = own_adapter(scale_own, row, SCALE_M, SCALE_OWN)
         added = scale_values(added, scale_minus_one, adapter, columns, mask, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS)
     if TURNED:
         added = turn_row(
             added, y, h, own, modules, sine, sine_own, row, 0, columns, mask, H_SPLIT, H_ROW, M,
-            SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, BLOCK_R,
+            SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, FAR_R,
         )  # fmt: skip
     stream += added
     tl.store(residual + row * HIDDEN + columns, stream.to(residual.dtype.element_ty), mask=mask)
@@ -89,6 +95,6 @@ def epilogue(
         residual, y, *expanded.tensors, expanded.modules, *scaled.tensors, *turned.tensors, weight, out,
         *expanded.numbers, *scaled.numbers, *turned.numbers, y.stride(0), hidden, eps,
         **expanded.constants, **scaled.constants, **turned.constants,
-        BLOCK=block, BLOCK_R=rank_tile(expanded, block, warps), num_warps=warps,
+        BLOCK=block, **rank_tiles(expanded, block, warps), num_warps=warps, **early_start(y),
     )  # fmt: skip
     return out

@@ -48,7 +48,7 @@ def turn_row(
     values, product, h, own, modules, sine, sine_own, row, begin, columns, mask,
     H_SPLIT, H_ROW, M, STRIDE, FIRST, COLUMNS, SINE_M, ROW,
     SPLITS: tl.constexpr, OWN: tl.constexpr, SINE_OWN: tl.constexpr, HALF: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr, FAR_R: tl.constexpr,
 ):  # fmt: skip
     """`values` [BLOCK] of one row of the fused product, at `columns` from `begin` on, already scaled, turned: the
     partners are read from the product, and what the low-rank pairs add to them is added again."""
@@ -59,8 +59,8 @@ def turn_row(
         adapter = own_adapter(own, row, M, OWN)
         ranks = h + row * H_ROW
         others = expand_columns(
-            others, ranks, modules, adapter, begin - HALF, pairs, inside, H_SPLIT, SPLITS, BLOCK + 2 * HALF, BLOCK_R
-        )
+            others, ranks, modules, adapter, begin - HALF, pairs, inside, H_SPLIT, 0, SPLITS, BLOCK + 2 * HALF, FAR_R, 1
+        )  # fmt: skip
     adapter = own_adapter(sine_own, row, SINE_M, SINE_OWN)
     return turn_values(values, others, sine, adapter, columns, mask, STRIDE, FIRST, COLUMNS)
 

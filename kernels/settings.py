@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Setting] = {
     "low_rank.shrink": {"SPLIT_K": 1024, "BLOCK_K": 64, "num_warps": 4},
     "low_rank.expand": {"BLOCK_N": 64, "num_warps": 4},
     "qkv_epilogue": {"num_warps": 1},
-    "swiglu_epilogue": {"BLOCK": 512, "num_warps": 4},
+    "swiglu_epilogue": {"BLOCK": 1024, "num_warps": 4},
     "residual_rmsnorm": {"num_warps": 16},
     # PROGRAMS: as many fill the GPU; with fewer requests and heads the length is split.
     "decode_attention": {"PROGRAMS": 256, "BLOCK_L": 32, "num_warps": 4},

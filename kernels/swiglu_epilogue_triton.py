@@ -6,9 +6,18 @@ import torch
 import triton
 import triton.language as tl
 
-from perfbench.kernels.launch import check_rows, expand_arguments, rank_tile, scale_arguments, tile, turn_arguments
+from perfbench.kernels.early_start_triton import wait
+from perfbench.kernels.launch import (
+    check_rows,
+    early_start,
+    expand_arguments,
+    rank_tiles,
+    scale_arguments,
+    tile,
+    turn_arguments,
+)
 from perfbench.kernels.low_rank import Expansion
-from perfbench.kernels.low_rank_triton import expand_columns, own_adapter
+from perfbench.kernels.low_rank_triton import expand_near, near_tile, own_adapter
 from perfbench.kernels.rotation import Rotation
 from perfbench.kernels.rotation_triton import turn_row
 from perfbench.kernels.row_scale import Scale
@@ -23,7 +32,8 @@ def _epilogue(
     SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, INNER,
     SPLITS: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, SCALE_OWN: tl.constexpr,
     TURNED: tl.constexpr, SINE_OWN: tl.constexpr, SINE_HALF: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, FAR_R: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK inner features of one row. It loads their gate and their up, which lie INNER columns apart
     in the product, adds the low-rank part of each, scales and rotates, and writes activation(gate) * up."""
@@ -32,13 +42,21 @@ def _epilogue(
     columns = begin + tl.arange(0, BLOCK)
     mask = columns < INNER
     others = columns + INNER
+    if len(modules) > 0:
+        adapter = own_adapter(own, row, M, OWN)
+        near_gate = near_tile(gate_up, modules, adapter, begin, columns, mask, BLOCK, BLOCK_R)
+        near_up = near_tile(gate_up, modules, adapter, begin + INNER, others, mask, BLOCK, BLOCK_R)
+    wait(EARLY)
     gate = tl.load(gate_up + row * ROW + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * ROW + others, mask=mask, other=0.0).to(tl.float32)
     if len(modules) > 0:
-        adapter = own_adapter(own, row, M, OWN)
         ranks = h + row * H_ROW
-        gate = expand_columns(gate, ranks, modules, adapter, begin, columns, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R)
-        up = expand_columns(up, ranks, modules, adapter, begin + INNER, others, mask, H_SPLIT, SPLITS, BLOCK, BLOCK_R)
+        gate = expand_near(
+            gate, near_gate, ranks, modules, adapter, begin, columns, mask, H_SPLIT, SPLITS, FAR_R, STAGES
+        )
+        up = expand_near(
+            up, near_up, ranks, modules, adapter, begin + INNER, others, mask, H_SPLIT, SPLITS, FAR_R, STAGES
+        )
     if SCALED:
         adapter = own_adapter(scale_own, row, SCALE_M, SCALE_OWN)
         gate = scale_values(gate, scale_minus_one, adapter, columns, mask, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS)
@@ -46,11 +64,11 @@ def _epilogue(
     if TURNED:
         gate = turn_row(
             gate, gate_up, h, own, modules, sine, sine_own, row, begin, columns, mask, H_SPLIT, H_ROW, M,
-            SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, BLOCK_R,
+            SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, FAR_R,
         )  # fmt: skip
         up = turn_row(
             up, gate_up, h, own, modules, sine, sine_own, row, begin + INNER, others, mask, H_SPLIT, H_ROW, M,
-            SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, BLOCK_R,
+            SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, SPLITS, OWN, SINE_OWN, SINE_HALF, BLOCK, FAR_R,
         )  # fmt: skip
     if ACTIVATION == "silu":
         gate = gate * tl.sigmoid(gate)
@@ -82,6 +100,7 @@ def epilogue(
         gate_up, *expanded.tensors, expanded.modules, *scaled.tensors, *turned.tensors, out,
         *expanded.numbers, *scaled.numbers, *turned.numbers, gate_up.stride(0), inner,
         **expanded.constants, **scaled.constants, **turned.constants, ACTIVATION=activation, BLOCK=block,
-        BLOCK_R=rank_tile(expanded, block, chosen["num_warps"]), num_warps=chosen["num_warps"],
+        **rank_tiles(expanded, block, chosen["num_warps"], 2), num_warps=chosen["num_warps"],
+        **early_start(gate_up),
     )  # fmt: skip
     return out
