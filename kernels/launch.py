@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +19,9 @@ from perfbench.kernels.settings import Setting, setting
 
 # Below 16 tl.dot has no instruction to compile to.
 SMALLEST_TILE = 16
-# Of an adapter's weights that a thread has in registers, and the ranks of one tile of them: with more it spills.
-TILE_BYTES, MOST_RANKS = 256, 16
+# Of an adapter's weights that a thread has in registers, in one tile and in all, and the ranks of a tile: with more it
+# spills.
+TILE_BYTES, NEAR_BYTES, MOST_RANKS = 128, 512, 16
 # Of shared memory for tiles of adapters on their way; what any GPU has, with room beside it.
 PIPELINE_BYTES = 64 * 1024
 # Rows that Triton's product takes: as many as one instruction does beside a tile of W; more are the library's.
@@ -35,12 +38,13 @@ class Expand(NamedTuple):
     between splits and rows, and rows of a request; modules: for each (b, first rank, elements of h between adapters,
     ranks, first column, columns, elements between adapters), or of a shared b (b, first rank, ranks, first column,
     columns, vectors of ranks, elements between them, vectors of columns, elements between them); most_ranks: of one
-    module; constants by name."""
+    module; apart: whether no column is of two modules; constants by name."""
 
     tensors: tuple[torch.Tensor, torch.Tensor]
     numbers: tuple[int, int, int]
     modules: tuple[tuple[Any, ...], ...]
     most_ranks: int
+    apart: bool
     constants: dict[str, Any]
 
 
@@ -182,7 +186,7 @@ def expand_arguments(h: torch.Tensor | None, expansion: Expansion | None, y: tor
     which come last), in any type. Without an expansion y stands in, unread. ValueError.
     """
     if h is None or expansion is None:
-        return Expand((y, y), (0, 0, 1), (), 1, {"SPLITS": 1, "OWN": False})
+        return Expand((y, y), (0, 0, 1), (), 1, True, {"SPLITS": 1, "OWN": False})
     parts, _, own, shared, vectors = expansion
     ranks, adapters = expansion.ranks, expansion.adapters
     every = adapters * (ranks - shared) + shared
@@ -208,17 +212,33 @@ def expand_arguments(h: torch.Tensor | None, expansion: Expansion | None, y: tor
         (h.stride(0), h.stride(1), len(y) // requests_of(adapters, own, len(y))),
         tuple(modules),
         max([b.shape[1] for _, _, b in parts] + [len(part.b) for part in vectors]),
+        _apart(parts),
         {"SPLITS": len(h), "OWN": own is not None},
     )
 
 
-def rank_tiles(expand: Expand, block: int, num_warps: int, tiles: int = 1) -> dict[str, int]:
-    """BLOCK_R, how many ranks of `block` columns a program has in one tile: all of a module's, as far as the `tiles`
-    that it holds at once stay within MOST_RANKS each and TILE_BYTES of a thread. For the ranks beyond: FAR_R of them
-    are one tile, of which STAGES - 1 are on their way while one is added; STAGES 0: no module has so many."""
+def _apart(parts: Sequence[tuple[int, int, torch.Tensor]]) -> bool:
+    """Whether no column is of two of them: it is where tenants of unlike methods share a bank."""
+    stretches = sorted((first, first + b.shape[2]) for _, first, b in parts)
+    return all(end <= begin for (_, end), (begin, _) in pairwise(stretches))
+
+
+def rank_tiles(expand: Expand, block: int, num_warps: int, places: int = 1) -> dict[str, int]:
+    """How a program takes the ranks of `places` times `block` columns. The first of them are in its registers before
+    the product is there, as a tile of BLOCK_R and one of NEXT_R ranks: TILE_BYTES of a thread at most in a tile,
+    NEAR_BYTES in both, half of that where still more ranks follow, and 0 where a column is of two modules. Of the
+    ranks that follow FAR_R are one tile, of which STAGES - 1 are on their way while one is added; STAGES 0: none do."""
+    most, of_thread = expand.most_ranks, 32 * num_warps
     bytes_of_rank = block * expand.tensors[0].element_size()
-    fit = max(1, 32 * num_warps * TILE_BYTES // (tiles * bytes_of_rank))
-    ranks = min(triton.next_power_of_2(expand.most_ranks), MOST_RANKS, fit)
+    ranks = min(triton.next_power_of_2(most), MOST_RANKS, max(1, TILE_BYTES * of_thread // bytes_of_rank))
+    near, following = ranks, 0
+    if not expand.apart:
+        near = 0
+    elif most > ranks:
+        following = min(ranks, triton.next_power_of_2(most - ranks))
+        limit = NEAR_BYTES if most <= ranks + following else NEAR_BYTES // 2
+        if (ranks + following) * bytes_of_rank * places > limit * of_thread:
+            following = 0
     far = max(1, min(ranks, PIPELINE_BYTES // (2 * bytes_of_rank)))
     stages = 1 + max(1, min(3, PIPELINE_BYTES // (far * bytes_of_rank)))
-    return {"BLOCK_R": ranks, "FAR_R": far, "STAGES": stages if expand.most_ranks > ranks else 0}
+    return {"BLOCK_R": near, "NEXT_R": following, "FAR_R": far, "STAGES": stages if most > near + following else 0}

@@ -91,11 +91,27 @@ def owns(module, adapter, FIRST):
 
 
 @triton.jit
-def near_tile(product, modules, adapter, FIRST, columns, mask, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr):
-    """[BLOCK_R, BLOCK] of b, of the first BLOCK_R ranks, at `columns` from FIRST on, which one module of `modules` (as
-    `expand_columns` has them) owns, or none. It hangs on nothing that a kernel of the step makes. No branch: so all
-    loads of a program are under way at once."""
-    ranks = tl.arange(0, BLOCK_R)
+def near_tiles(
+    product, modules, adapter, FIRST, columns, mask,
+    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, NEXT_R: tl.constexpr,
+):  # fmt: skip
+    """Tiles [BLOCK_R, BLOCK] of b, of the first ranks, at `columns` from FIRST on, which one module of `modules` (as
+    `expand_columns` has them) owns, or none, and [NEXT_R, BLOCK], of the ranks behind them; where 0 ranks are asked for
+    there is none. They hang on nothing that a kernel of the step makes."""
+    near = ()
+    if BLOCK_R > 0:
+        near = (_near_tile(product, modules, adapter, FIRST, columns, mask, 0, BLOCK, BLOCK_R),)
+    if NEXT_R > 0:
+        near = near[0], _near_tile(product, modules, adapter, FIRST, columns, mask, BLOCK_R, BLOCK, NEXT_R)
+    return near
+
+
+@triton.jit
+def _near_tile(
+    product, modules, adapter, FIRST, columns, mask, START: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """No branch: so all loads of a program are under way at once."""
+    ranks = START + tl.arange(0, BLOCK_R)
     near = tl.zeros((BLOCK_R, BLOCK), dtype=product.dtype.element_ty)
     for i in tl.static_range(len(modules)):
         if len(modules[i]) == 7:
@@ -110,22 +126,24 @@ def near_tile(product, modules, adapter, FIRST, columns, mask, BLOCK: tl.constex
 @triton.jit
 def expand_near(
     values, near, h, modules, adapter, FIRST, columns, mask, H_SPLIT,
-    SPLITS: tl.constexpr, FAR_R: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, NEXT_R: tl.constexpr,
+    FAR_R: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """As `expand_columns`, where the `near_tile` of these columns is there."""
-    BLOCK_R: tl.constexpr = near.shape[0]
-    ranks = tl.arange(0, BLOCK_R)
-    inner = tl.zeros((BLOCK_R,), dtype=tl.float32)
-    for i in tl.static_range(len(modules)):
-        if len(modules[i]) == 7:
-            _, FIRST_RANK, H_OWN, R, _, _, _ = modules[i]
-            there = owns(modules[i], adapter, FIRST) & (ranks < R)
-            for split in tl.static_range(SPLITS):
-                place = h + adapter * H_OWN + FIRST_RANK + split * H_SPLIT + ranks
-                inner += tl.load(place, mask=there, other=0.0).to(tl.float32)
-    values += tl.sum(inner[:, None] * near.to(tl.float32), axis=0)
+    """As `expand_columns`, where the `near_tiles` of these columns are there. Tile by tile: the values of all of them
+    in fp32 would be more than a thread has registers for."""
+    for t in tl.static_range(len(near)):
+        ranks = t * BLOCK_R + tl.arange(0, near[t].shape[0])
+        inner = tl.zeros((near[t].shape[0],), dtype=tl.float32)
+        for i in tl.static_range(len(modules)):
+            if len(modules[i]) == 7:
+                _, FIRST_RANK, H_OWN, R, _, _, _ = modules[i]
+                there = owns(modules[i], adapter, FIRST) & (ranks < R)
+                for split in tl.static_range(SPLITS):
+                    place = h + adapter * H_OWN + FIRST_RANK + split * H_SPLIT + ranks
+                    inner += tl.load(place, mask=there, other=0.0).to(tl.float32)
+        values += tl.sum(inner[:, None] * near[t].to(tl.float32), axis=0)
     return expand_columns(
-        values, h, modules, adapter, FIRST, columns, mask, H_SPLIT, BLOCK_R, SPLITS, near.shape[1], FAR_R, STAGES
+        values, h, modules, adapter, FIRST, columns, mask, H_SPLIT, BLOCK_R + NEXT_R, SPLITS, BLOCK, FAR_R, STAGES
     )
 
 

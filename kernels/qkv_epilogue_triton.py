@@ -17,7 +17,7 @@ from perfbench.kernels.launch import (
     turn_arguments,
 )
 from perfbench.kernels.low_rank import Expansion
-from perfbench.kernels.low_rank_triton import expand_near, near_tile, own_adapter
+from perfbench.kernels.low_rank_triton import expand_near, near_tiles, own_adapter
 from perfbench.kernels.rotation import Rotation
 from perfbench.kernels.rotation_triton import turn_row
 from perfbench.kernels.row_scale import Scale
@@ -34,7 +34,7 @@ def _epilogue(
     SPLITS: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, SCALE_OWN: tl.constexpr,
     TURNED: tl.constexpr, SINE_OWN: tl.constexpr, SINE_HALF: tl.constexpr,
     AT: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
-    FAR_R: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    NEXT_R: tl.constexpr, FAR_R: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program owns one head of one row: of Q, of K or of V, as the heads lie in the product. It loads the two halves
     of the head that RoPE turns into each other, adds the low-rank part, applies the scale and the rotation, turns Q and
@@ -49,17 +49,21 @@ def _epilogue(
     high = low + HALF
     if len(modules) > 0:
         adapter = own_adapter(own, row, M, OWN)
-        near_low = near_tile(qkv, modules, adapter, begin, low, mask, BLOCK, BLOCK_R)
-        near_high = near_tile(qkv, modules, adapter, begin + HALF, high, mask, BLOCK, BLOCK_R)
+        near_low = near_tiles(qkv, modules, adapter, begin, low, mask, BLOCK, BLOCK_R, NEXT_R)
+        near_high = near_tiles(qkv, modules, adapter, begin + HALF, high, mask, BLOCK, BLOCK_R, NEXT_R)
     wait(EARLY)
     first = tl.load(qkv + row * ROW + low, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(qkv + row * ROW + high, mask=mask, other=0.0).to(tl.float32)
     if len(modules) > 0:
         ranks = h + row * H_ROW
-        first = expand_near(first, near_low, ranks, modules, adapter, begin, low, mask, H_SPLIT, SPLITS, FAR_R, STAGES)
+        first = expand_near(
+            first, near_low, ranks, modules, adapter, begin, low, mask, H_SPLIT,
+            SPLITS, BLOCK, BLOCK_R, NEXT_R, FAR_R, STAGES,
+        )  # fmt: skip
         second = expand_near(
-            second, near_high, ranks, modules, adapter, begin + HALF, high, mask, H_SPLIT, SPLITS, FAR_R, STAGES
-        )
+            second, near_high, ranks, modules, adapter, begin + HALF, high, mask, H_SPLIT,
+            SPLITS, BLOCK, BLOCK_R, NEXT_R, FAR_R, STAGES,
+        )  # fmt: skip
     if SCALED:
         adapter = own_adapter(scale_own, row, SCALE_M, SCALE_OWN)
         first = scale_values(first, scale_minus_one, adapter, low, mask, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS)

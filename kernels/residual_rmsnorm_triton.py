@@ -19,7 +19,7 @@ from perfbench.kernels.launch import (
     turn_arguments,
 )
 from perfbench.kernels.low_rank import Expansion
-from perfbench.kernels.low_rank_triton import expand_near, near_tile, own_adapter
+from perfbench.kernels.low_rank_triton import expand_near, near_tiles, own_adapter
 from perfbench.kernels.rotation import Rotation
 from perfbench.kernels.rotation_triton import turn_row
 from perfbench.kernels.row_scale import Scale
@@ -37,7 +37,7 @@ def _epilogue(
     SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, HIDDEN, EPS,
     SPLITS: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, SCALE_OWN: tl.constexpr,
     TURNED: tl.constexpr, SINE_OWN: tl.constexpr, SINE_HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
-    FAR_R: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    NEXT_R: tl.constexpr, FAR_R: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program owns one row, since its norm needs all of it. It adds the product and its low-rank part, scaled and
     rotated, to the residual stream, writes that back, and writes its RMS norm. What hangs on nothing is loaded first.
@@ -48,13 +48,16 @@ def _epilogue(
     scale = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     if len(modules) > 0:
         adapter = own_adapter(own, row, M, OWN)
-        near = near_tile(y, modules, adapter, 0, columns, mask, BLOCK, BLOCK_R)
+        near = near_tiles(y, modules, adapter, 0, columns, mask, BLOCK, BLOCK_R, NEXT_R)
     wait(EARLY)
     stream = tl.load(residual + row * HIDDEN + columns, mask=mask, other=0.0).to(tl.float32)
     added = tl.load(y + row * ROW + columns, mask=mask, other=0.0).to(tl.float32)
     if len(modules) > 0:
         ranks = h + row * H_ROW
-        added = expand_near(added, near, ranks, modules, adapter, 0, columns, mask, H_SPLIT, SPLITS, FAR_R, STAGES)
+        added = expand_near(
+            added, near, ranks, modules, adapter, 0, columns, mask, H_SPLIT,
+            SPLITS, BLOCK, BLOCK_R, NEXT_R, FAR_R, STAGES,
+        )  # fmt: skip
     if SCALED:
         adapter = own_adapter(scale_own, row, SCALE_M, SCALE_OWN)
         added = scale_values(added, scale_minus_one, adapter, columns, mask, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS)

@@ -17,7 +17,7 @@ from perfbench.kernels.launch import (
     turn_arguments,
 )
 from perfbench.kernels.low_rank import Expansion
-from perfbench.kernels.low_rank_triton import expand_near, near_tile, own_adapter
+from perfbench.kernels.low_rank_triton import expand_near, near_tiles, own_adapter
 from perfbench.kernels.rotation import Rotation
 from perfbench.kernels.rotation_triton import turn_row
 from perfbench.kernels.row_scale import Scale
@@ -32,7 +32,7 @@ def _epilogue(
     SINE_STRIDE, SINE_FROM, SINE_COLUMNS, SINE_M, ROW, INNER,
     SPLITS: tl.constexpr, OWN: tl.constexpr, SCALED: tl.constexpr, SCALE_OWN: tl.constexpr,
     TURNED: tl.constexpr, SINE_OWN: tl.constexpr, SINE_HALF: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, FAR_R: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, NEXT_R: tl.constexpr, FAR_R: tl.constexpr,
     STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK inner features of one row. It loads their gate and their up, which lie INNER columns apart
@@ -44,19 +44,21 @@ def _epilogue(
     others = columns + INNER
     if len(modules) > 0:
         adapter = own_adapter(own, row, M, OWN)
-        near_gate = near_tile(gate_up, modules, adapter, begin, columns, mask, BLOCK, BLOCK_R)
-        near_up = near_tile(gate_up, modules, adapter, begin + INNER, others, mask, BLOCK, BLOCK_R)
+        near_gate = near_tiles(gate_up, modules, adapter, begin, columns, mask, BLOCK, BLOCK_R, NEXT_R)
+        near_up = near_tiles(gate_up, modules, adapter, begin + INNER, others, mask, BLOCK, BLOCK_R, NEXT_R)
     wait(EARLY)
     gate = tl.load(gate_up + row * ROW + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * ROW + others, mask=mask, other=0.0).to(tl.float32)
     if len(modules) > 0:
         ranks = h + row * H_ROW
         gate = expand_near(
-            gate, near_gate, ranks, modules, adapter, begin, columns, mask, H_SPLIT, SPLITS, FAR_R, STAGES
-        )
+            gate, near_gate, ranks, modules, adapter, begin, columns, mask, H_SPLIT,
+            SPLITS, BLOCK, BLOCK_R, NEXT_R, FAR_R, STAGES,
+        )  # fmt: skip
         up = expand_near(
-            up, near_up, ranks, modules, adapter, begin + INNER, others, mask, H_SPLIT, SPLITS, FAR_R, STAGES
-        )
+            up, near_up, ranks, modules, adapter, begin + INNER, others, mask, H_SPLIT,
+            SPLITS, BLOCK, BLOCK_R, NEXT_R, FAR_R, STAGES,
+        )  # fmt: skip
     if SCALED:
         adapter = own_adapter(scale_own, row, SCALE_M, SCALE_OWN)
         gate = scale_values(gate, scale_minus_one, adapter, columns, mask, SCALE_STRIDE, SCALE_FROM, SCALE_COLUMNS)
