@@ -21,7 +21,7 @@ from perfbench.kernels.settings import Setting, setting
 SMALLEST_TILE = 16
 # Of an adapter's weights that a thread has in registers, in one tile and in all, and the ranks of a tile: with more it
 # spills.
-TILE_BYTES, NEAR_BYTES, MOST_RANKS = 128, 512, 16
+TILE_BYTES, NEAR_BYTES, MOST_RANKS = 128, 384, 16
 # Of shared memory for tiles of adapters on their way; what any GPU has, with room beside it.
 PIPELINE_BYTES = 64 * 1024
 # Rows that Triton's product takes: as many as one instruction does beside a tile of W; more are the library's.
@@ -225,9 +225,9 @@ def _apart(parts: Sequence[tuple[int, int, torch.Tensor]]) -> bool:
 
 def rank_tiles(expand: Expand, block: int, num_warps: int, places: int = 1) -> dict[str, int]:
     """How a program takes the ranks of `places` times `block` columns. The first of them are in its registers before
-    the product is there, as a tile of BLOCK_R and one of NEXT_R ranks: TILE_BYTES of a thread at most in a tile,
-    NEAR_BYTES in both, half of that where still more ranks follow, and 0 where a column is of two modules. Of the
-    ranks that follow FAR_R are one tile, of which STAGES - 1 are on their way while one is added; STAGES 0: none do."""
+    the product is there, as a tile of BLOCK_R and one of NEXT_R ranks: TILE_BYTES of a thread at most in a tile and
+    NEAR_BYTES in all; 0 where a column is of two modules. Of the ranks that follow FAR_R are one tile, of which
+    STAGES - 1 are on their way while one is added; STAGES 0: there are none."""
     most, of_thread = expand.most_ranks, 32 * num_warps
     bytes_of_rank = block * expand.tensors[0].element_size()
     ranks = min(triton.next_power_of_2(most), MOST_RANKS, max(1, TILE_BYTES * of_thread // bytes_of_rank))
@@ -236,8 +236,7 @@ def rank_tiles(expand: Expand, block: int, num_warps: int, places: int = 1) -> d
         near = 0
     elif most > ranks:
         following = min(ranks, triton.next_power_of_2(most - ranks))
-        limit = NEAR_BYTES if most <= ranks + following else NEAR_BYTES // 2
-        if (ranks + following) * bytes_of_rank * places > limit * of_thread:
+        if (ranks + following) * bytes_of_rank * places > NEAR_BYTES * of_thread:
             following = 0
     far = max(1, min(ranks, PIPELINE_BYTES // (2 * bytes_of_rank)))
     stages = 1 + max(1, min(3, PIPELINE_BYTES // (far * bytes_of_rank)))

@@ -457,9 +457,9 @@ def test_the_speeds_end_with_the_time_and_go_on(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(grid, "LEAST_S", 0.0)
     cut = list(grid.findings(("verify_7b",), "cpu", tmp_path, 0.3))
     assert {finding.status for finding in cut} == {SKIPPED}
-    assert len(cut) == 1 + 5
+    assert len(cut) == 1 + 6
     whole = list(grid.findings(("verify_7b",), "cpu", tmp_path, None))
-    assert [finding.status for finding in whole] == [SKIPPED] + [PASS] * 5
+    assert [finding.status for finding in whole] == [SKIPPED] + [PASS] * 6
     assert "a small shape stands in" in whole[0].finding
 
 
@@ -479,7 +479,7 @@ def test_the_scenarios_are_what_the_proof_asks_for() -> None:
         return [case.id for comparison in cases.expand(resolved) for case in comparison.cases]
 
     quick = ids("verify_7b")
-    assert len(quick) == 3 * 5
+    assert len(quick) == 3 * 6
     assert all("llama2-7b-bf16-cuda/static/p274-n32-b1-q" in one and one.endswith("-triton") for one in quick)
     assert set(quick) <= set(ids("verify_full"))
     assert set(ids("verify_corners")) <= set(ids("verify_full"))
