@@ -102,16 +102,21 @@ def distinct(launches: Iterable[Launch]) -> list[Launch]:
     return list(dict.fromkeys(launches))
 
 
-def compiled(launch: Launch, capability: int) -> dict[str, int]:
-    """registers of a thread, spill_bytes that it keeps in memory instead, shared_bytes of a program, once `launch` is
-    compiled for this compute capability. What does not compile raises what Triton or its assembler raise."""
+def source_for(launch: Launch, capability: int) -> ASTSource:
+    """What is compiled for a GPU of this compute capability."""
     constants = launch.constants
     if capability < EARLY_START[0] * 10:  # there the launcher would not have asked for it
         arguments = launch.kernel.arg_names
         constants = {
             place: False if arguments[place[0]] == "EARLY" else value for place, value in launch.constants.items()
         }
-    source = ASTSource(launch.kernel, launch.signature, constants, launch.attributes)
+    return ASTSource(launch.kernel, launch.signature, constants, launch.attributes)
+
+
+def compiled(launch: Launch, capability: int) -> dict[str, int]:
+    """registers of a thread, spill_bytes that it keeps in memory instead, shared_bytes of a program, once `launch` is
+    compiled for this compute capability. What does not compile raises what Triton or its assembler raise."""
+    source = source_for(launch, capability)
     program = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     return _usage(program.asm["cubin"]) | {"shared_bytes": int(program.metadata.shared)}
 

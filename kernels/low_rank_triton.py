@@ -98,11 +98,10 @@ def near_tiles(
     """Tiles [BLOCK_R, BLOCK] of b, of the first ranks, at `columns` from FIRST on, which one module of `modules` (as
     `expand_columns` has them) owns, or none, and [NEXT_R, BLOCK], of the ranks behind them; where 0 ranks are asked for
     there is none. They hang on nothing that a kernel of the step makes."""
-    near = ()
-    if BLOCK_R > 0:
-        near = (_near_tile(product, modules, adapter, FIRST, columns, mask, 0, BLOCK, BLOCK_R),)
-    if NEXT_R > 0:
-        near = near[0], _near_tile(product, modules, adapter, FIRST, columns, mask, BLOCK_R, BLOCK, NEXT_R)
+    near = (_near_tile(product, modules, adapter, FIRST, columns, mask, 0, BLOCK, BLOCK_R),) if BLOCK_R > 0 else ()
+    if NEXT_R > 0:  # then there is a first one
+        following = _near_tile(product, modules, adapter, FIRST, columns, mask, BLOCK_R, BLOCK, NEXT_R)
+        near = near[0], following  # type: ignore
     return near
 
 

@@ -77,12 +77,16 @@ def short_table(path: str) -> str:
     it the workload and the machine."""
     heads = ("method", "tokens/s", "speed, baseline = 100%", "memory of a tenant", "free tenant slots")
     lines = [[*heads, "share of the bandwidth limit"], ["---", *["---:"] * 5]]
+    ranks = _ranks(path)
     for row in _rows(path):
         ends = [row[f"kept_decode_tokens_per_s{end}"] for end in ("", "_low", "_high")]
         bare = row["method"] == "none"
+        name = "baseline: no adapter" if bare else NAMES[row["method"]]
+        if row["arm"] in ranks:
+            name += f", rank {ranks[row['arm']]}"
         lines.append(
             [
-                "baseline: no adapter" if bare else NAMES[row["method"]],
+                name,
                 f"{row['decode_tokens_per_s']:,.0f}",
                 "100%" if bare else f"{ends[0]:.1%} [{100 * ends[1]:.1f}, {100 * ends[2]:.1f}]",
                 "–" if bare else format_bytes(row["bytes_per_tenant"]),
@@ -98,6 +102,13 @@ def short_table(path: str) -> str:
         "new ones"
     )
     return above + ":\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _ranks(path: str) -> dict[str, int]:
+    """Arm -> its rank, of the methods that several arms of a run have."""
+    cases = list(_json(path)["cases"].values())
+    methods = [case["method"] for case in cases]
+    return {case["arm"]: case["options"]["rank"] for case in cases if methods.count(case["method"]) > 1}
 
 
 def sweep_table(path: str) -> str:
