@@ -190,6 +190,11 @@ def _union(layers: Sequence[LayerPlan], grouped_rank: int) -> LayerPlan:
     ).map(_size_of, _size_of)
 
 
+def sizes_of(plan: AdapterPlan) -> AdapterPlan:
+    """`plan` on the meta device: its sizes alone."""
+    return tuple(layer.map(_size_of, _size_of) for layer in plan)
+
+
 def _size_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("meta")
 

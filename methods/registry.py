@@ -2,8 +2,8 @@
 
 A served method is one file of this folder and one line here; `perfbench.methods.parameters` says what the file holds.
 `peft`, `peft-road` and `peft-single` are the same adapters, served by Hugging Face PEFT instead of by perfbench;
-`lora-merged` is LoRA multiplied into the weights; `none` is the bare backbone. Methods of plugins come beside these
-when a command has read them (`perfbench.spec.method_plugins`).
+`lora-merged` is LoRA multiplied into the weights; in `mixed` tenants have adapters of several methods; `none` is the
+bare backbone. Methods of plugins come beside these when a command has read them (`perfbench.spec.method_plugins`).
 """
 
 from __future__ import annotations
@@ -90,6 +90,9 @@ METHODS: dict[str, Method] = {
         "VeRA: two vectors for each of seven linear modules, around a low-rank pair that all tenants share",
         trained_by="perfbench.peft.vera:config",
         peft_types=("VERA",),
+    ),
+    "mixed": Method(
+        "perfbench.methods.mixed", "tenants of several methods in one batch, served from one bank", served_by="mixed"
     ),
     "peft": Method(
         "perfbench.methods.lora", "the same LoRA, served by PEFT in a mixed batch (adapter_names)", served_by="peft"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -54,7 +53,8 @@ def bounds(question: Question, requests: int) -> dict[str, tuple[Work, Work]]:
     for name, method in METHODS.items():
         if method.served_by != "plan":
             continue
-        plan: Any = None if name == "none" else parameters.meta_plan(name, shape, method.options())
+        served = [request % tenants for request in range(requests)]
+        adapters = [] if name == "none" else [(parameters.meta_plan(name, shape, method.options()), served)]
         first, last = (
             decode_step(
                 config,
@@ -62,8 +62,7 @@ def bounds(question: Question, requests: int) -> dict[str, tuple[Work, Work]]:
                 prompt_tokens=[question.prompt_tokens] * requests,
                 generated_tokens=generated,
                 beams=question.beams,
-                plan=plan,
-                served=[request % tenants for request in range(requests)],
+                adapters=adapters,
             )
             for generated in (0, max(question.new_tokens - 2, 0))
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -97,19 +97,18 @@ def decode_step(
     prompt_tokens: Iterable[int],
     generated_tokens: int,
     beams: int,
-    plan: Iterable[Any] | None,
-    served: Iterable[int],
+    adapters: Iterable[tuple[Iterable[Any], Sequence[int]]] = (),
 ) -> Work:
     """The least work of a step that finds the prompts and `generated_tokens` more of each row in the cache.
 
     Weights are read once, a prompt's cache once for all its beams, a tenant's adapter once for all its requests, but
     scales made from a prompt once for each. The new cache entries and the embedding's rows are beside the point, and so
     are keys and values of tokens that a layer's window has left behind.
-    `prompt_tokens`: of each request; `plan`: one tenant's adapter, sizes only (None: none); `served`: the tenant of
-    each request that has one.
+    `prompt_tokens`: of each request; `adapters`: of every kind of adapter its plan, sizes only, and the tenant of each
+    request that has one of that kind.
     """
     shape, size = BackboneShape.of_config(config), DTYPES[dtype].bytes
-    lengths, tenants = list(prompt_tokens), list(served)
+    lengths = list(prompt_tokens)
     rows = len(lengths) * beams
     embedding = shape.vocab * shape.hidden
     tied = config.get("tie_word_embeddings", config["model_type"] == "gemma")
@@ -117,14 +116,26 @@ def decode_step(
     linears = shape.layers * sum(d_in * d_out for d_in, d_out in map(shape.features, MODULES)) + embedding
     cached, seen = _tokens(config, lengths, generated_tokens, beams)
     attention = 2 * shape.heads * shape.head_dim * seen
-    plan = list(plan or ())
-    adapter_bytes = _shared_numbers(plan) * size if tenants else 0
-    adapter_products = 0
+    kinds = [(list(plan), tenants) for plan, tenants in adapters if tenants]
+    of_kinds = [_of_adapters(shape, plan, tenants, beams) for plan, tenants in kinds]
+    # What all tenants share is read once.
+    shared = max((_shared_numbers(plan) for plan, _ in kinds), default=0)
+    return Work(
+        weight_bytes=weights * size,
+        cache_bytes=2 * shape.kv_heads * shape.head_dim * cached * size,
+        adapter_bytes=(shared + sum(numbers for numbers, _ in of_kinds)) * size,
+        flops=2 * (linears * rows + attention + sum(products for _, products in of_kinds)),
+    )
+
+
+def _of_adapters(shape: BackboneShape, plan: Sequence[Any], tenants: Sequence[int], beams: int) -> tuple[int, int]:
+    """(numbers of their own that are read, products) of a step of requests of these tenants with adapters alike."""
+    numbers = products = 0
     for layer in plan:
         # A number that is stored is read once, and multiplied with one of each row.
         stored = sum(t.numel() for t in replace(layer, generator=None).tensors())
         made = layer.generator.bias_minus_one.numel() if layer.generator is not None else 0
-        adapter_bytes += (len(set(tenants)) * stored + len(tenants) * made) * size
+        numbers += len(set(tenants)) * stored + len(tenants) * made
         # An addition is half of the two operations that a product is counted as.
         summed = sum(
             shape.features(modules[0])[0] // 2
@@ -136,13 +147,8 @@ def decode_step(
             next((layer.shared[module].a.numel() for module in modules if module in layer.shared), 0)
             for modules in SHARED_INPUT.values()
         )
-        adapter_products += len(tenants) * beams * (stored + made + summed + shared)
-    return Work(
-        weight_bytes=weights * size,
-        cache_bytes=2 * shape.kv_heads * shape.head_dim * cached * size,
-        adapter_bytes=adapter_bytes,
-        flops=2 * (linears * rows + attention + adapter_products),
-    )
+        products += len(tenants) * beams * (stored + made + summed + shared)
+    return numbers, products
 
 
 def _tokens(config: Mapping[str, Any], lengths: list[int], generated_tokens: int, beams: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from perfbench.methods.dtypes import DTYPES
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
 from perfbench.spec import backbone_config, cost
-from perfbench.spec.cases import Case, Comparison
+from perfbench.spec.cases import Case, Comparison, kinds_of
 from perfbench.spec.scenario import Scenario
 
 
@@ -52,8 +52,6 @@ def of_comparison(comparison: Comparison, config: dict[str, Any]) -> Needed:
         prompt_tokens=[load.prompt_tokens or 1] * load.requests,
         generated_tokens=load.new_tokens + load.follow_up_tokens - 1,  # the last one is never read
         beams=load.beams,
-        plan=None,
-        served=[],
     )
     return Needed(
         weights=backbone_config.parameter_count(config) * size,
@@ -71,7 +69,8 @@ def _numbers_of_a_tenant(shape: BackboneShape) -> Callable[[Case], int]:
             return 0
         if METHODS[case.method].module is None or getattr(case.options, "adapters", None) is not None:
             return 0
-        return parameters.served_count(case.method, shape, case.options)
+        # A slot of the bank has room for the largest, at least.
+        return max(parameters.served_count(own.method, shape, own.options) for own in kinds_of(case))
 
     return numbers
 

@@ -16,12 +16,13 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from perfbench.errors import ScenarioError, nearest
 from perfbench.files.paths import expanded
+from perfbench.methods import mixed
 from perfbench.methods.registry import METHODS
 from perfbench.spec import backbone_config
 from perfbench.spec.runtime_support import serves
@@ -55,6 +56,20 @@ class Case:
     options: Any
     runtime: str
     kernels: str
+
+
+def of_tenant(case: Case, tenant: int) -> Case:
+    """`case` with the method and the options of this tenant's adapter: its own, unless its tenants' differ."""
+    if METHODS[case.method].served_by != "mixed":
+        return case
+    method, options = mixed.own(case.options, tenant)
+    return replace(case, method=method, options=options)
+
+
+def kinds_of(case: Case) -> tuple[Case, ...]:
+    """`case` for each kind of adapter that its tenants have."""
+    kinds = len(case.options.of) if METHODS[case.method].served_by == "mixed" else 1
+    return tuple(of_tenant(case, tenant) for tenant in range(kinds))
 
 
 @dataclass(frozen=True)

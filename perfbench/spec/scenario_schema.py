@@ -293,8 +293,8 @@ def _explain(error: ValidationError) -> Iterator[Problem]:
             if isinstance(value, str):  # else the type is wrong, which is an error of its own
                 yield Problem(place, f"unknown {schema.get('title', 'value')} {shown(value)}; {nearest(value, limit)}")
         case "minItems" | "minLength":
-            least = "at least one value" if isinstance(value, list) else "at least one character"
-            yield Problem(place, f"expected {least}, {got}")
+            what = "value" if isinstance(value, list) else "character"
+            yield Problem(place, f"expected at least {f'one {what}' if limit == 1 else f'{limit} {what}s'}, {got}")
         case "uniqueItems":
             yield Problem(place, f"expected each value once, {got}")
         case "minProperties" | "maxProperties":

@@ -42,7 +42,7 @@ def least_bytes(base: backbone.Backbone, method: str) -> int:
     served = list(range(REQUESTS)) if plan else []
     work = decode_step(
         base.model.config.to_dict(), DTYPE, prompt_tokens=[PROMPT] * REQUESTS, generated_tokens=NEW - 2, beams=1,
-        plan=plan, served=served,
+        adapters=[(plan, served)] if plan else [],
     )  # fmt: skip
     return work.bytes
 

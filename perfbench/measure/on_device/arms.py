@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from perfbench.measure.on_device.adapter_folders import adapter_folders
 from perfbench.methods import parameters
-from perfbench.methods.bank import Bank, union_layout
+from perfbench.methods.bank import Bank, sizes_of, union_layout
 from perfbench.methods.checkpoints.adapter_folder import PEFT_PREFIX, WEIGHTS
 from perfbench.methods.plan import AdapterPlan, plan_bytes
 from perfbench.methods.registry import METHODS
@@ -33,7 +33,7 @@ from perfbench.runtimes.peft_arms import admit as admit_peft
 from perfbench.runtimes.shared_weights import unchanged
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.transformers_plan import PlanArm
-from perfbench.spec.cases import Case
+from perfbench.spec.cases import Case, kinds_of, of_tenant
 
 ADMISSIONS = 5
 
@@ -49,14 +49,14 @@ PLAN_ARMS: dict[str, type[PlanArm] | type[StaticArm] | type[ContinuousArm]] = {
 class BuiltArm:
     """An arm, its batch, and what its adapters are.
 
-    plan: one tenant's, sizes only (None for the bare backbone); plan_of: slot -> the adapter that lies there, made
-    again from its seed or read again from its folder (None likewise); adapters: as `_figures` has them, {} where
-    nobody asked.
+    sizes: of the adapter in each slot its plan, sizes only (None for the bare backbone, and where no step reads an
+    adapter); plan_of: slot -> the adapter that lies there, made again from its seed or read again from its folder (None
+    for the bare backbone); adapters: as `_figures` has them, {} where nobody asked.
     """
 
     arm: Arm
     batch: Batch
-    plan: AdapterPlan | None
+    sizes: tuple[AdapterPlan, ...] | None
     plan_of: Callable[[int], AdapterPlan] | None
     adapters: dict[str, Any]
 
@@ -73,7 +73,7 @@ def build(
     if case.method == "none":
         bare = _plan_arm(case, backbone, None, batch)
         return BuiltArm(bare, batch, None, None, dict.fromkeys(_figures([0], [0], 0, 0.0)))
-    if served_by == "plan":
+    if served_by in ("plan", "mixed"):
         return _build_plan(case, backbone, batch, resident, seed, scratch, figures)
     if served_by == "merged":
         return _build_merged(case, backbone, batch, resident, seed, figures)
@@ -127,9 +127,15 @@ def _load(case: Case, shape: BackboneShape, folder: Path) -> AdapterPlan:
 def plan_of_tenant(case: Case, backbone: Backbone, resident: int, seed: int, tenant: int) -> AdapterPlan:
     """The adapter of the resident `tenant`: read from a folder where the case's options have them, else random, made
     on the backbone's device."""
-    if case.options.adapters is not None:
-        return read_adapter(case, backbone.shape, resident, tenant)
-    return _plan(case, backbone, _random(case, backbone, seed, tenant))
+    own = of_tenant(case, tenant)
+    if getattr(case.options, "adapters", None) is not None:
+        return read_adapter(own, backbone.shape, resident, tenant)
+    return _plan(own, backbone, _random(own, backbone, seed, tenant))
+
+
+def random_layouts(case: Case, shape: BackboneShape) -> list[AdapterPlan]:
+    """The sizes of a random adapter of each kind that the tenants of `case` have."""
+    return [parameters.meta_plan(own.method, shape, own.options) for own in kinds_of(case)]
 
 
 def _plan(case: Case, backbone: Backbone, values: parameters.Parameters) -> AdapterPlan:
@@ -151,36 +157,41 @@ def _random(case: Case, backbone: Backbone, seed: int, tenant: int) -> parameter
 def _build_plan(
     case: Case, backbone: Backbone, batch: Batch, resident: int, seed: int, scratch: Path, wanted: bool
 ) -> BuiltArm:
-    method = parameters.implementation(case.method)
+    one = of_tenant(case, 0)
+    method = parameters.implementation(one.method)
     plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
-    if case.options.adapters is not None:
+    if getattr(case.options, "adapters", None) is not None:
         folders = adapter_folders(case.options.adapters, case.method, resident)
         read = [plan_of(tenant) for tenant in range(resident)]
         plans: Iterable[AdapterPlan] = read
         layout, cold = union_layout(read), folders[0]
-        trained, held = [_trained(folder) for folder in folders], [plan_bytes(plan, backbone.dtype) for plan in read]
+        sizes = [sizes_of(plan) for plan in read]
+        trained = [_trained(folder) for folder in folders]
     else:
-        layout, cold = parameters.meta_plan(case.method, backbone.shape, case.options), scratch / "cold"
-        first = _random(case, backbone, seed, 0)
+        kinds, of_kinds = kinds_of(case), random_layouts(case, backbone.shape)
+        layout, cold = union_layout(of_kinds), scratch / "cold"
+        first = _random(one, backbone, seed, 0)
         if wanted:
-            method.save(first, backbone.shape, case.options, cold, backbone.name)
+            method.save(first, backbone.shape, one.options, cold, backbone.name)
         # Made one by one as they are admitted: not all of them at once, in fp32, beside the bank.
-        plans = chain([_plan(case, backbone, first)], map(plan_of, range(1, resident)))
-        trained = [parameters.parameter_count(case.method, backbone.shape, case.options)]
-        held = [plan_bytes(layout, backbone.dtype)]
+        plans = chain([_plan(one, backbone, first)], map(plan_of, range(1, resident)))
+        sizes = [of_kinds[tenant % len(kinds)] for tenant in range(resident)]
+        counts = [parameters.parameter_count(own.method, backbone.shape, own.options) for own in kinds]
+        trained = [counts[tenant % len(kinds)] for tenant in range(resident)]
     bank = Bank(layout, resident, backbone.dtype, backbone.device)
     for plan in plans:
         bank.admit(plan)
     if not wanted:
-        return BuiltArm(_plan_arm(case, backbone, bank, batch), batch, layout, plan_of, {})
+        return BuiltArm(_plan_arm(case, backbone, bank, batch), batch, tuple(sizes), plan_of, {})
 
     def admit() -> None:
-        bank.admit(method.load(cold, backbone.shape, case.options))
+        bank.admit(method.load(cold, backbone.shape, one.options))
 
     # The first resident leaves and comes back: the last slot freed is the first to be taken.
     admit_ms = _timed(admit, before=lambda: bank.evict(0), device=backbone.device)
+    held = [plan_bytes(plan, backbone.dtype) for plan in sizes]
     figures = _figures(trained, held, bank.bytes_per_slot, admit_ms)
-    return BuiltArm(_plan_arm(case, backbone, bank, batch), batch, layout, plan_of, figures)
+    return BuiltArm(_plan_arm(case, backbone, bank, batch), batch, tuple(sizes), plan_of, figures)
 
 
 def _plan_arm(case: Case, backbone: Backbone, bank: Bank | None, batch: Batch) -> Arm:
@@ -219,15 +230,14 @@ def _build_peft(
     method = parameters.implementation(case.method)
     if case.options.adapters is not None:
         folders = adapter_folders(case.options.adapters, case.method, resident)
-        plans = [_load(case, backbone.shape, folder) for folder in folders]
-        layout, held = union_layout(plans), [plan_bytes(plan, backbone.dtype) for plan in plans]
+        sizes = [sizes_of(_load(case, backbone.shape, folder)) for folder in folders]
     else:
         folders = [scratch / f"tenant{tenant}" for tenant in range(resident)]
         for tenant, folder in enumerate(folders):
             values = _random(case, backbone, seed, tenant)
             method.save(values, backbone.shape, case.options, folder, backbone.name)
-        layout = parameters.meta_plan(case.method, backbone.shape, case.options)
-        held = [plan_bytes(layout, backbone.dtype)]
+        sizes = [parameters.meta_plan(case.method, backbone.shape, case.options)] * resident
+    held = [plan_bytes(plan, backbone.dtype) for plan in sizes]
     single = METHODS[case.method].served_by == "peft-single"
     arm: PeftMixedArm | PeftSingleArm
     with unchanged(backbone, f"{folders[0]} to {folders[-1]}" if len(folders) > 1 else str(folders[0])):
@@ -236,7 +246,7 @@ def _build_peft(
     if single:
         batch = _of_one_tenant(batch)
     plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
-    return BuiltArm(arm, batch, layout, plan_of, figures)
+    return BuiltArm(arm, batch, tuple(sizes), plan_of, figures)
 
 
 def _figures_of_peft(model: Any, folders: Sequence[Path], held: Sequence[int], backbone: Backbone) -> dict[str, Any]:

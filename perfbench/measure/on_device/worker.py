@@ -190,7 +190,12 @@ class Session:
         """What the first and the last decode step must at least read and compute."""
         from perfbench.figures.roof import decode_step
 
-        batch = built.batch
+        batch, served = built.batch, [slot for slot in built.batch.slots if slot != -1]
+        alike: dict[int, tuple[Any, list[int]]] = {}  # by the sizes of their adapters
+        for slot in served if built.sizes else []:
+            sizes = built.sizes[slot]
+            alike.setdefault(id(sizes), (sizes, []))[1].append(slot)
+        adapters = list(alike.values())
         first, last, bare = (
             decode_step(
                 self.backbone.model.config.to_dict(),
@@ -198,10 +203,9 @@ class Session:
                 prompt_tokens=batch.attention_mask.sum(dim=1).tolist(),
                 generated_tokens=generated,
                 beams=batch.beams,
-                plan=plan,
-                served=[slot for slot in batch.slots if slot != -1],
+                adapters=own,
             )
-            for generated, plan in ((0, built.plan), (batch.new_tokens - 2, built.plan), (batch.new_tokens - 2, None))
+            for generated, own in ((0, adapters), (batch.new_tokens - 2, adapters), (batch.new_tokens - 2, []))
         )
         return {
             "bytes_per_first_decode_step": first.bytes,

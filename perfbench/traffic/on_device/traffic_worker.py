@@ -20,7 +20,6 @@ import transformers
 from perfbench.errors import PerfbenchError
 from perfbench.measure.on_device import arms, repetition
 from perfbench.measure.on_device.worker import Emit, serve
-from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.proof import as_answered
 from perfbench.proof.oracle import Served
@@ -92,11 +91,11 @@ class Worker:
         bank, residency, plan_of = None, None, None
         if case.method != "none":
             plan_of = partial(arms.plan_of_tenant, case, self.backbone, job["tenants"], self.job["seed"])
-            if case.options.adapters is not None:
-                layout = union_layout([plan_of(tenant) for tenant in range(job["tenants"])])
+            if getattr(case.options, "adapters", None) is not None:
+                layouts = [plan_of(tenant) for tenant in range(job["tenants"])]
             else:
-                layout = parameters.meta_plan(case.method, self.backbone.shape, case.options)
-            bank = Bank(layout, self.job["resident"], self.backbone.dtype, self.backbone.device)
+                layouts = arms.random_layouts(case, self.backbone.shape)
+            bank = Bank(union_layout(layouts), self.job["resident"], self.backbone.dtype, self.backbone.device)
             residency = Residency(bank, Store(bank, plan_of))
         rows = Rows(self.backbone, bank, case.kernels, self.job["rows"], self.job["capacity"])
         self.arms[case.arm] = Arm(case, rows, residency, plan_of)

@@ -48,13 +48,27 @@ def test_what_is_kept_at_64_requests_is_what_the_bytes_allow() -> None:
     assert kept["ia3"] == pytest.approx(0.993, abs=0.006)
 
 
+def test_kinds_of_adapters_add_up_and_what_all_share_is_read_once() -> None:
+    shape = shape_of("llama-tiny")
+    plans = {name: parameters.meta_plan(name, shape, METHODS[name].options()) for name in ("lora", "para", "vera")}
+
+    def work(*adapters: tuple[Any, list[int]]) -> Work:
+        config = NAMED_CONFIGS["llama-tiny"]
+        return decode_step(config, "bf16", prompt_tokens=[7] * 4, generated_tokens=2, beams=1, adapters=adapters)
+
+    bare, lora, para = work(), work((plans["lora"], [0, 1])), work((plans["para"], [2, 2]))
+    both = work((plans["lora"], [0, 1]), (plans["para"], [2, 2]))
+    assert both.adapter_bytes == lora.adapter_bytes + para.adapter_bytes
+    assert both.flops - bare.flops == (lora.flops - bare.flops) + (para.flops - bare.flops)
+    # Two tenants of VeRA, told as two kinds of one tenant: their matrices are the same.
+    assert work((plans["vera"], [0]), (plans["vera"], [1])) == work((plans["vera"], [0, 1]))
+
+
 @pytest.mark.parametrize("name", ["llama-tiny", "llama-256x8"])
 def test_weights_are_those_of_the_model_that_is_loaded(name: str) -> None:
     model = backbone.load(name, "fp32", "cpu", seed=0).model
     read = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
-    work = decode_step(
-        NAMED_CONFIGS[name], "fp32", prompt_tokens=[5], generated_tokens=3, beams=1, plan=None, served=[]
-    )
+    work = decode_step(NAMED_CONFIGS[name], "fp32", prompt_tokens=[5], generated_tokens=3, beams=1)
     assert work.weight_bytes == read * 4
     shape = shape_of(name)
     assert work.cache_bytes == 2 * shape.layers * shape.kv_heads * shape.head_dim * 8 * 4
@@ -66,7 +80,7 @@ def test_a_prompt_is_read_once_for_its_beams_and_an_adapter_once_for_its_tenant(
 
     def work(method: str, served: list[int], beams: int = 1) -> Work:
         return decode_step(
-            config, "bf16", prompt_tokens=[7] * 4, generated_tokens=2, beams=beams, plan=plans[method], served=served
+            config, "bf16", prompt_tokens=[7] * 4, generated_tokens=2, beams=beams, adapters=[(plans[method], served)]
         )
 
     token = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2
@@ -98,7 +112,7 @@ def test_what_a_window_has_left_behind_is_not_read(fields: dict[str, Any], slidi
     config, shape = NAMED_CONFIGS["llama-tiny"] | fields, shape_of("llama-tiny")
 
     def work(config: dict[str, Any]) -> Work:
-        return decode_step(config, "fp32", prompt_tokens=[7, 3], generated_tokens=2, beams=beams, plan=None, served=[])
+        return decode_step(config, "fp32", prompt_tokens=[7, 3], generated_tokens=2, beams=beams)
 
     whole, slides = 7 + 3 + 2 * 2 * beams, 2 + 2 + 2 * 2 * beams
     token = 2 * shape.kv_heads * shape.head_dim * 4
@@ -111,10 +125,7 @@ def test_what_a_window_has_left_behind_is_not_read(fields: dict[str, Any], slidi
 
 def test_where_a_window_fills_no_step_is_below_the_line_between_the_first_and_the_last() -> None:
     config = NAMED_CONFIGS["llama-tiny"] | {"model_type": "mistral", "sliding_window": 9}
-    steps = [
-        decode_step(config, "fp32", prompt_tokens=[7, 3, 12], generated_tokens=g, beams=2, plan=None, served=[])
-        for g in range(14)
-    ]
+    steps = [decode_step(config, "fp32", prompt_tokens=[7, 3, 12], generated_tokens=g, beams=2) for g in range(14)]
     for part in ("bytes", "flops"):
         counts = [getattr(step, part) for step in steps]
         assert counts == sorted(counts)
@@ -144,7 +155,7 @@ def test_the_windows_are_those_of_the_model_that_is_loaded() -> None:
 
 def test_flops_are_two_for_each_weight_and_row() -> None:
     config, shape = NAMED_CONFIGS["llama-tiny"], shape_of("llama-tiny")
-    work = decode_step(config, "fp32", prompt_tokens=[7, 3], generated_tokens=2, beams=1, plan=None, served=[])
+    work = decode_step(config, "fp32", prompt_tokens=[7, 3], generated_tokens=2, beams=1)
     model = backbone.load("llama-tiny", "fp32", "cpu", seed=0).model
     linears = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
     head = shape.vocab * shape.hidden
@@ -233,7 +244,7 @@ def test_the_bound_of_a_run_is_that_of_all_its_steps() -> None:
     ideal_s = [
         decode_step(
             NAMED_CONFIGS["llama2-7b"], "bf16",
-            prompt_tokens=[16] * 64, generated_tokens=step, beams=1, plan=None, served=[],
+            prompt_tokens=[16] * 64, generated_tokens=step, beams=1,
         ).least_s(device, "bf16")
         for step in range(steps)
     ]  # fmt: skip

@@ -91,6 +91,7 @@ def test_these_scenarios_are_shipped():
         "eager_vs_triton",
         "fanlora_table3",
         "gate",
+        "mixed_methods",
         "multitenant",
         "para_table4",
         "real_135m",
@@ -252,6 +253,18 @@ def test_not_a_file():
         ("[lora]", "[lorra]", "x.yaml:3: methods.0: unknown method 'lorra'; did you mean 'lora'?"),
         ("[lora]", "[{lorra: {}}]", "x.yaml:3: methods.0.lorra: unknown method 'lorra'; did you mean 'lora'?"),
         ("[lora]", "[]", "x.yaml:3: methods: expected at least one value, got []"),
+        ("[lora]", "[mixed: {of: [lora]}]", 'x.yaml:3: methods.0.mixed.of: expected at least 2 values, got ["lora"]'),
+        (
+            "[lora]",
+            "[mixed: {of: [lora, parra]}]",
+            "x.yaml:3: methods.0.mixed: of: expected methods that a bank serves, got 'parra'; did you mean 'para'?",
+        ),
+        (
+            "[lora]",
+            "[mixed: {of: [lora, peft]}]",
+            "x.yaml:3: methods.0.mixed: of: expected methods that a bank serves, got 'peft'; known: "
+            "fanlora, ia3, ia3-original, lora, miss, para, road, vera",
+        ),
         ("[lora]", "lora", "x.yaml:3: methods: expected a list, got 'lora'"),
         ("[lora]", "\n  - lora\n  - ia3: {dim: 0}", "x.yaml:5: methods.1.ia3.dim: expected an integer from 1 to 1024, got 0"),
         ("[lora]", "[{lora: {rnk: 4}}]", "x.yaml:3: methods.0.lora.rnk: unknown key 'rnk'; did you mean 'rank'?"),

@@ -14,8 +14,10 @@ import torch
 from perfbench.measure.on_device import arms
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank
+from perfbench.methods.mixed import MixedOptions
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import MODULES
+from perfbench.proof import check
 from perfbench.proof.best_choices import forced_logits
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Batch
@@ -62,8 +64,8 @@ def test_every_slot_holds_its_tenant_after_the_timed_admissions(
     assert built.plan_of is not None
     bank = built.arm.bank
     assert bank is not None
-    assert built.plan is not None
-    alone = Bank(built.plan, RESIDENT, base.dtype, base.device)
+    assert built.sizes is not None
+    alone = Bank(built.sizes[0], RESIDENT, base.dtype, base.device)
     for tenant in range(RESIDENT):
         assert alone.admit(built.plan_of(tenant)) == tenant
     assert torch.equal(bank.shrinks, alone.shrinks)
@@ -120,6 +122,35 @@ def test_the_figures_of_a_tenant_are_its_own_where_tenants_differ(
         assert figures["resident_bytes_per_tenant"] == built.arm.bank.bytes_per_slot > 4 * max(counts)
     else:
         assert figures["resident_bytes_per_tenant"] > figures["bytes_per_tenant"]
+
+
+def test_tenants_of_a_mixed_arm_have_the_methods_in_turn(base: backbone.Backbone, tmp_path: Path) -> None:
+    """Each the very adapter that it would have in an arm of its own method; what it takes is its own, and not the
+    room that the bank has for the largest."""
+    case = Case("c", "mixed", "mixed", MixedOptions(of=("para", "lora")), "static", "eager")
+    ids = torch.arange(3, 15).view(3, 4)
+    batch = Batch(ids, torch.ones_like(ids), (0, 1, 2), 1, 3)
+    built = arms.build(case, base, batch, RESIDENT, SEED, tmp_path)
+    assert built.plan_of is not None
+    assert built.sizes is not None
+    plan_of = {method: build(base, method, tmp_path / method).plan_of for method in ("para", "lora")}
+    for tenant, method in enumerate(("para", "lora", "para")):
+        alone = plan_of[method]
+        assert alone is not None
+        own, expected = (
+            [t for layer in plan for t in layer.tensors()] for plan in (built.plan_of(tenant), alone(tenant))
+        )
+        assert all(map(torch.equal, own, expected))
+        assert [t.shape for layer in built.sizes[tenant] for t in layer.tensors()] == [t.shape for t in expected]
+    counts = [parameters.parameter_count(m, base.shape, METHODS[m].options()) for m in ("para", "lora", "para")]
+    assert built.adapters["parameters_per_tenant"] == pytest.approx(sum(counts) / 3)
+    assert built.adapters["of_tenants"]["parameters"] == {
+        "least": min(counts), "median": counts[0], "most": max(counts)
+    }  # fmt: skip
+    found = check.check(built.arm, batch, RESIDENT, base, SEED, built.plan_of)
+    assert (found.status, found.reason) == ("ok", None)
+    swapped = check.check(built.arm, batch, RESIDENT, base, SEED, lambda slot: built.plan_of((slot + 1) % RESIDENT))
+    assert swapped.status == "check_failed", "another tenant's adapter of another method"
 
 
 def test_where_tenants_are_alike_there_is_one_figure(base: backbone.Backbone, tmp_path: Path) -> None:
