@@ -36,11 +36,10 @@ class MixedOptions:
             if name not in served:
                 raise ValueError(f"of: expected methods that a bank serves, got {name!r}; {nearest(name, served)}")
 
+    def of_tenant(self, tenant: int) -> tuple[str, Any]:
+        """The method of a tenant's adapter, and its options."""
+        name = self.of[tenant % len(self.of)]
+        return name, METHODS[name].options()
+
 
 Options = MixedOptions
-
-
-def own(options: MixedOptions, tenant: int) -> tuple[str, Any]:
-    """The method of a tenant's adapter, and its options."""
-    name = options.of[tenant % len(options.of)]
-    return name, METHODS[name].options()

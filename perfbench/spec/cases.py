@@ -22,7 +22,6 @@ from typing import Any
 
 from perfbench.errors import ScenarioError, nearest
 from perfbench.files.paths import expanded
-from perfbench.methods import mixed
 from perfbench.methods.registry import METHODS
 from perfbench.spec import backbone_config
 from perfbench.spec.runtime_support import serves
@@ -62,7 +61,7 @@ def of_tenant(case: Case, tenant: int) -> Case:
     """`case` with the method and the options of this tenant's adapter: its own, unless its tenants' differ."""
     if METHODS[case.method].served_by != "mixed":
         return case
-    method, options = mixed.own(case.options, tenant)
+    method, options = case.options.of_tenant(tenant)
     return replace(case, method=method, options=options)
 
 
