@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from perfbench.errors import PerfbenchError
+from perfbench.machine import environment
 from perfbench.measure.on_device.worker import Emit, open_session, serve
 
 PROTOCOL = 1
@@ -50,6 +51,7 @@ def _serve(emit: Emit) -> None:
         requests=comparisons[0].workload.requests,
         device=comparisons[0].device,
         code=loaded_code(),
+        versions=environment.versions(),
         root=str(_root()),
     )
     taken = itertools.count()

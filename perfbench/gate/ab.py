@@ -20,6 +20,7 @@ from perfbench.errors import ComparisonError, nearest
 from perfbench.gate.figures import compiled, sampled
 from perfbench.gate.gate_report import Finding, Measured, Report, judge
 from perfbench.gate.judgement import judge_exact, judge_figure, judge_presence, timed_finding
+from perfbench.gate.packages import side_of
 from perfbench.gate.pairs import (
     ARMS,
     ArmCrashed,
@@ -88,8 +89,11 @@ def compare_revisions(plan: Plan) -> Report:
         repository, {"baseline": plan.baseline, "candidate": plan.candidate}, cache_folder()
     ) as pair_of_revisions:
         session = _Session(plan, pair_of_revisions)
-        if plan.candidate == "HEAD" and is_dirty(repository):
-            session.notes.append("the checkout has changes that are not committed; the candidate is HEAD, without them")
+        for arm, text in (("baseline", plan.baseline), ("candidate", plan.candidate)):
+            if side_of(text).ref == "HEAD" and is_dirty(repository):
+                session.notes.append(
+                    f"the checkout has changes that are not committed; the {arm} is HEAD, without them"
+                )
         return session.report()
 
 
@@ -170,8 +174,7 @@ class _Session:
             ):
                 self.ready[arm] = process.ready()
             found[arm] = {case: {"id": case, **entry} for case, entry in self.ready[arm].prepared.items()}
-        if self.ready["baseline"].code == self.ready["candidate"].code:
-            self.notes.append("both revisions load the same code: what differs is noise")
+        self.notes += self._what_differs()
         before, after = found["baseline"], found["candidate"]
         findings = []
         for case in dict.fromkeys([*before, *after]):
@@ -179,6 +182,19 @@ class _Session:
             if findings[-1].status == "pass":
                 findings += judge_exact(self.plan.policy, case, before[case], after[case])
         return findings + self._compiled()
+
+    def _what_differs(self) -> list[str]:
+        """Of the two sides, in words: their packages, as their own processes see them, or nothing at all."""
+        one, other = self.ready["baseline"], self.ready["candidate"]
+        packages = [
+            f"{name} {one.versions.get(name)} -> {version}"
+            for name, version in other.versions.items()
+            if one.versions and one.versions.get(name) != version
+        ]
+        if packages:
+            return [f"packages that differ: {', '.join(packages)}"]
+        same = one.code == other.code and self.arms["baseline"].packages == self.arms["candidate"].packages
+        return ["both revisions load the same code: what differs is noise"] if same else []
 
     def _compiled(self) -> list[Finding]:
         """Registers, spills and shared memory that the revisions' kernels were compiled to, where both say."""
@@ -284,6 +300,7 @@ class _Session:
         if not self.pairs:
             return None
         found = environment.collect(self.ready["candidate"].device, None)
+        found["versions"] = self.ready["candidate"].versions or found["versions"]
         found["checkout"] = {"commit": self.arms["candidate"].commit, "dirty": False}
         total_ms: dict[str, list[float]] = {}
         for pair in self.pairs:

@@ -51,13 +51,15 @@ class ArmCrashed(Exception):
 @dataclass(frozen=True)
 class Ready:
     """The ids of the `cases`, {id: what preparing it found} (empty where that was not asked), the `requests` of the
-    batch, the kind of `device`, and {path: hash} of the `code` that is loaded."""
+    batch, the kind of `device`, {path: hash} of the `code` that is loaded, and the `versions` of the packages that it
+    runs on (empty where the revision does not say)."""
 
     cases: list[str]
     prepared: dict[str, dict[str, Any]]
     requests: int
     device: str
     code: dict[str, str]
+    versions: dict[str, str | None]
 
 
 class ArmProcess:
@@ -109,7 +111,8 @@ class ArmProcess:
                 prepared[event["case"]]["exact"] = event["exact"]
             elif event["event"] == "ready":
                 prove_own_code(self.revision, event["root"], event["code"])
-                return Ready(event["cases"], prepared, event["requests"], event["device"], event["code"])
+                versions = event.get("versions", {})
+                return Ready(event["cases"], prepared, event["requests"], event["device"], event["code"], versions)
 
     def block(self, case: str, repetitions: int) -> list[dict[str, Any]]:
         """The samples of so many repetitions of `case`, now. Raises ArmCrashed."""

@@ -1,5 +1,5 @@
-"""Two revisions of a checkout side by side: a worktree and an environment for each, and the proof that a process runs
-the code of its own. Free of torch.
+"""Two revisions of a checkout side by side, of other commits or with other packages: a worktree and an environment for
+each, and the proof that a process runs the code of its own. Free of torch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from perfbench.errors import ComparisonError
 from perfbench.files.scratch import PREFIX, Scratch, is_stale
+from perfbench.gate.packages import Side, side_of, without
 
 # Where the module that measures stands in a checkout: today, and until version 0.1 (to be dropped with version 0.3).
 WORKERS = {"perfbench/measure/on_device/worker.py", "perfbench/worker.py"}
@@ -26,8 +27,8 @@ _PIP_TIMEOUT_S = 3600
 
 @dataclass(frozen=True)
 class Revision:
-    """A commit in a worktree of its own: what the user called it, its full hash, the worktree, the Python that has its
-    dependencies, and a hash of what these are."""
+    """A commit in a worktree of its own: what the user called it, or the packages that it has instead of its own; its
+    full hash, the worktree, the Python that has its dependencies, and a hash of what these are."""
 
     ref: str
     commit: str
@@ -59,11 +60,13 @@ def is_dirty(repository: Path) -> bool:
 
 @contextmanager
 def revisions(repository: Path, refs: Mapping[str, str], cache: Path) -> Iterator[dict[str, Revision]]:
-    """{arm: Revision} for {arm: ref}, the worktrees removed again at the end; environments stay in `cache`.
+    """{arm: Revision} for {arm: a ref, or packages as `side_of` takes them}, the worktrees removed again at the end;
+    environments stay in `cache`.
 
     Raises ComparisonError, before anything is made, on a ref that there is not, and on one that can't be built.
     """
-    commits = {arm: _commit(repository, ref) for arm, ref in refs.items()}
+    sides = {arm: side_of(text) for arm, text in refs.items()}
+    commits = {arm: _commit(repository, side.ref) for arm, side in sides.items()}
     _forget_stale(repository)
     with Scratch() as scratch:
         folders = {arm: scratch.path / arm for arm in refs}
@@ -71,8 +74,8 @@ def revisions(repository: Path, refs: Mapping[str, str], cache: Path) -> Iterato
             for arm, folder in folders.items():
                 _git(repository, "worktree", "add", "--quiet", "--detach", str(folder), commits[arm])
             yield {
-                arm: Revision(ref, commits[arm], folders[arm], *_python(repository, folders[arm], ref, cache))
-                for arm, ref in refs.items()
+                arm: Revision(side.text, commits[arm], folders[arm], *_python(repository, folders[arm], side, cache))
+                for arm, side in sides.items()
             }
         finally:
             for folder in folders.values():
@@ -105,17 +108,20 @@ def _commit(repository: Path, ref: str) -> str:
         ) from None
 
 
-def _python(repository: Path, folder: Path, ref: str, cache: Path) -> tuple[Path, str]:
+def _python(repository: Path, folder: Path, side: Side, cache: Path) -> tuple[Path, str]:
     """This Python where `folder` asks for the packages of the checkout, else that of an environment made for it; and a
     hash of Python's version and these packages."""
-    wanted = _dependencies(folder, ref)
+    dependencies, constraints = _dependencies(folder, side.text)
+    if side.requirements:
+        dependencies, constraints = [*dependencies, *side.requirements], without(constraints, side.requirements)
+    wanted = dependencies, constraints
     digest = hashlib.sha256(json.dumps([wanted, sys.version]).encode()).hexdigest()[:16]
     if wanted == _dependencies(repository, "the checkout"):
         return Path(sys.executable), digest
     environment = cache / digest
     python = environment / "bin" / "python"
     if not (environment / "complete").exists():
-        _build(environment, wanted, ref)
+        _build(environment, wanted, side.text)
         (environment / "complete").touch()
     return python, digest
 
@@ -134,13 +140,15 @@ def _dependencies(folder: Path, ref: str) -> tuple[list[str], str]:
 def _build(environment: Path, wanted: tuple[list[str], str], ref: str) -> None:
     dependencies, constraints = wanted
     environment.parent.mkdir(parents=True, exist_ok=True)
-    file = environment.with_suffix(".constraints.txt")
+    file, asked = environment.with_suffix(".constraints.txt"), environment.with_suffix(".requirements.txt")
     file.write_text(constraints, encoding="utf-8")
+    asked.write_text("\n".join(dependencies) + "\n", encoding="utf-8")
     python = environment / "bin" / "python"
     commands = [[sys.executable, "-m", "venv", "--clear", str(environment)]]
     if dependencies:
         install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(file)]
-        commands.append([*install, *dependencies])
+        commands.append([*install, "--requirement", str(asked)])
+    _say(f"{ref}: making an environment with its packages, once, in {environment}")
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S)
         if done.returncode:
@@ -167,6 +175,10 @@ def prove_own_code(revision: Revision, root: str, code: Mapping[str, str]) -> No
     if wrong or not code.keys() & WORKERS:
         what = f"{wrong[0]} is not that of the commit" if wrong else f"{max(WORKERS, key=len)} is not loaded"
         raise ComparisonError(f"{revision.label}: this process does not run its commit's code: {what}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -81,7 +81,7 @@ def collect(device_kind: str, threads: int | None) -> dict[str, Any]:
         "load_average": list(os.getloadavg()),
         "os": operating_system(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "versions": {name: version_of(DISTRIBUTIONS.get(name, name)) for name in PACKAGES},
+        "versions": versions(),
         "checkout": checkout(),
         "variables": variables(),
     }
@@ -170,6 +170,11 @@ def operating_system() -> str:
         distribution = platform.system()
     libc = "-".join(platform.libc_ver())
     return f"{distribution}, {platform.system()} {platform.release()} {platform.machine()}, {libc}"
+
+
+def versions() -> dict[str, str | None]:
+    """Of PACKAGES, None where one is not installed."""
+    return {name: version_of(DISTRIBUTIONS.get(name, name)) for name in PACKAGES}
 
 
 def version_of(package: str) -> str | None:

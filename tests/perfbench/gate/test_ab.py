@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,7 +56,12 @@ for name, module in list(sys.modules.items()):
         content = Path(module.__file__).read_bytes()
         blob = hashlib.sha1(b"blob %d\\0" % len(content) + content).hexdigest()
         code[os.path.relpath(module.__file__, root)] = blob
-emit("ready", cases=CASES, requests=2, device="cpu", code=code, root=ELSEWHERE or str(root))
+try:
+    import gauge  # the package of test_packages_side_by_side, by which it is slower
+    MS, versions = MS * gauge.FACTOR, {"gauge": gauge.VERSION}
+except ImportError:
+    versions = {}
+emit("ready", cases=CASES, requests=2, device="cpu", code=code, root=ELSEWHERE or str(root), versions=versions)
 for number, line in enumerate(sys.stdin):
     turn = json.loads(line)
     emit("phase", case=turn["case"], text="timing")
@@ -389,6 +395,66 @@ def test_other_dependencies_get_an_environment_that_is_kept(
             assert found["candidate"].python == python
     finally:
         git(repository, "checkout", "--quiet", "again")
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two versions of a package, of which the second makes the stand-in a tenth slower."""
+    folder = tmp_path_factory.mktemp("wheels")
+    for version, factor in (("1.0", 1.0), ("2.0", 1.1)):
+        with zipfile.ZipFile(folder / f"gauge-{version}-py3-none-any.whl", "w") as wheel:
+            about = f"gauge-{version}.dist-info"
+            wheel.writestr("gauge.py", f"FACTOR, VERSION = {factor}, {version!r}\n")
+            wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: gauge\nVersion: {version}\n")
+            wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{about}/RECORD", "")
+    return folder
+
+
+@pytest.mark.parametrize(("old", "new", "code"), [("1.0", "2.0", 1), ("2.0", "1.0", 0)])
+def test_packages_side_by_side(
+    tmp_path: Path, wheels: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, code: int
+) -> None:
+    """Of one commit: each side runs in an environment of its own, and the report says what differs."""
+    for name, version in (("old", old), ("new", new)):
+        lines = f"# offline\n--no-index\n--find-links {wheels}\ngauge=={version}  # the one that is meant\n"
+        (tmp_path / f"{name}.txt").write_text(lines)
+    assert ab(str(tmp_path / "new.txt"), tmp_path / "out", baseline=str(tmp_path / "old.txt")) == code
+    said = capsys.readouterr()
+    assert f"packages that differ: gauge {old} -> {new}" in said.out
+    assert "slower by +10.0%" in said.out.splitlines()[0] or code == 0
+    assert "making an environment with its packages, once" in said.err
+
+
+def test_one_requirement_is_a_side(tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside it HEAD as it is; a package that the constraints hold back is let go."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    with revisions(Path.cwd(), {"baseline": "HEAD", "candidate": "gauge>=1.5"}, tmp_path / "environments") as arms:
+        done = subprocess.run(
+            [arms["candidate"].python, "-c", "import gauge; print(gauge.VERSION)"], capture_output=True
+        )
+        assert done.stdout == b"2.0\n"
+        assert arms["candidate"].commit == arms["baseline"].commit
+        assert arms["candidate"].label.startswith("gauge>=1.5 (")
+        assert arms["baseline"].python == Path(sys.executable)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("torch==2.twelve, x", "torch==2.twelve, x: expected a requirement such as torch==2.12.*, got"),
+        ("no/such/requirements.txt", "no/such/requirements.txt: no such file"),
+        ("nosuchthing-of-ours==1.0", "can't be built"),
+        ("HEAD~1000", "HEAD~1000: no such commit"),
+    ],
+)
+def test_a_side_that_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert ab(text, tmp_path / "out") == 2
+    assert words in capsys.readouterr().out.splitlines()[0]
 
 
 def test_the_proof_finds_a_changed_file(repository: Path) -> None:

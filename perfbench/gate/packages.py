@@ -1,0 +1,76 @@
+"""A side of `perfbench ab` that is no commit: the checkout's HEAD with other packages, told as one requirement such as
+`torch==2.12.*` or as a requirements file. Free of torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+
+from perfbench.errors import ComparisonError
+
+# A name, and a version that it must have: git forbids none of these signs in a branch, but nobody has them there.
+_REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+(\[[^]]*\])?\s*(==|~=|!=|<=|>=|<|>)\s*[0-9]")
+
+
+@dataclass(frozen=True)
+class Side:
+    """What `--baseline` or `--candidate` says: `text`, as it was given, the commit that it means, and the lines of a
+    requirements file that come on top of the commit's own, none for a commit alone."""
+
+    text: str
+    ref: str
+    requirements: tuple[str, ...] = ()
+
+
+def side_of(text: str) -> Side:
+    """The side that `text` names. ComparisonError on a requirements file that can't be read."""
+    if text.endswith(".txt") and not Path(text).is_file():
+        raise ComparisonError(f"{text}: no such file; give a requirements file, a requirement or a commit")
+    if text.endswith(".txt"):
+        return Side(text, "HEAD", _lines(Path(text)))
+    if _REQUIREMENT.match(text):
+        _named(text, text)
+        return Side(text, "HEAD", (text,))
+    return Side(text, text)
+
+
+def without(constraints: str, requirements: tuple[str, ...]) -> str:
+    """The lines of a constraints file that do not speak of what `requirements` ask for."""
+    asked = {name for line in requirements if (name := _named(line, line)) is not None}
+    return "".join(line for line in constraints.splitlines(keepends=True) if _constrained(line) not in asked)
+
+
+def _lines(file: Path) -> tuple[str, ...]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ComparisonError(f"{file}: can't be read ({error}); give a requirements file") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if stripped := re.sub(r"(^|\s)#.*", "", line).strip():
+            _named(stripped, f"{file}:{number}")
+            found.append(stripped)
+    if not found:
+        raise ComparisonError(f"{file}: expected requirements, found none")
+    return tuple(found)
+
+
+def _named(line: str, place: str) -> str | None:
+    """The package that a line asks for, None for an option of pip's such as --extra-index-url. ComparisonError."""
+    if line.startswith("-"):
+        return None
+    try:
+        return canonicalize_name(Requirement(line).name)
+    except InvalidRequirement as error:
+        why = str(error).splitlines()[0]
+        raise ComparisonError(f"{place}: expected a requirement such as torch==2.12.*, got {line!r} ({why})") from None
+
+
+def _constrained(line: str) -> str | None:
+    match = re.match(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)", line)
+    return None if match is None else canonicalize_name(match[1])
