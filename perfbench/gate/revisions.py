@@ -146,14 +146,24 @@ def _build(environment: Path, wanted: tuple[list[str], str], ref: str) -> None:
     python = environment / "bin" / "python"
     commands = [[sys.executable, "-m", "venv", "--clear", str(environment)]]
     if dependencies:
-        install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(file)]
+        # Not quietly: what conflicts with what it says on standard output alone.
+        install = [str(python), "-m", "pip", "install", "--constraint", str(file)]
         commands.append([*install, "--requirement", str(asked)])
     _say(f"{ref}: making an environment with its packages, once, in {environment}")
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S)
         if done.returncode:
-            last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-            raise ComparisonError(f"{ref}: can't be built: {last}; mend its dependencies, or the network")
+            raise ComparisonError(f"{ref}: can't be built: {_why(done.stdout, done.stderr)}")
+
+
+def _why(stdout: str, stderr: str) -> str:
+    """What pip says of its failure, in a line, with the way out."""
+    _, _, conflict = stdout.partition("The conflict is caused by:\n")
+    if conflict:
+        parts = "; ".join(line.strip() for line in conflict.partition("\n\n")[0].splitlines())
+        return f"{parts}; in a requirements file, name also what holds the package back"
+    last = (stderr.strip() or stdout.strip() or "no message").splitlines()[-1]
+    return f"{last}; mend its dependencies, or the network"
 
 
 def files_of(revision: Revision) -> dict[str, str]:

@@ -401,14 +401,19 @@ def test_other_dependencies_get_an_environment_that_is_kept(
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two versions of a package, of which the second makes the stand-in a tenth slower."""
     folder = tmp_path_factory.mktemp("wheels")
-    for version, factor in (("1.0", 1.0), ("2.0", 1.1)):
-        with zipfile.ZipFile(folder / f"gauge-{version}-py3-none-any.whl", "w") as wheel:
-            about = f"gauge-{version}.dist-info"
-            wheel.writestr("gauge.py", f"FACTOR, VERSION = {factor}, {version!r}\n")
-            wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: gauge\nVersion: {version}\n")
-            wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            wheel.writestr(f"{about}/RECORD", "")
+    write_wheel(folder, "gauge", "1.0", "FACTOR, VERSION = 1.0, '1.0'\n")
+    write_wheel(folder, "gauge", "2.0", "FACTOR, VERSION = 1.1, '2.0'\n")
+    write_wheel(folder, "needle", "1.0", "", "Requires-Dist: gauge==1.0\n")
     return folder
+
+
+def write_wheel(folder: Path, name: str, version: str, code: str, more: str = "") -> None:
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        about = f"{name}-{version}.dist-info"
+        wheel.writestr(f"{name}.py", code)
+        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{more}")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
 
 
 @pytest.mark.parametrize(("old", "new", "code"), [("1.0", "2.0", 1), ("2.0", "1.0", 0)])
@@ -438,6 +443,17 @@ def test_one_requirement_is_a_side(tmp_path: Path, wheels: Path, monkeypatch: py
         assert arms["candidate"].commit == arms["baseline"].commit
         assert arms["candidate"].label.startswith("gauge>=1.5 (")
         assert arms["baseline"].python == Path(sys.executable)
+
+
+def test_packages_that_exclude_each_other_are_named(
+    tmp_path: Path, wheels: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "both.txt"
+    file.write_text(f"--no-index\n--find-links {wheels}\nneedle==1.0\ngauge==2.0\n")
+    assert ab(str(file), tmp_path / "out") == 2
+    said = capsys.readouterr().out.splitlines()[0]
+    assert "needle 1.0 depends on gauge==1.0" in said
+    assert "name also what holds the package back" in said
 
 
 @pytest.mark.parametrize(
