@@ -207,6 +207,13 @@ FACTS: dict[str, Callable[[], str]] = {
     "least-change": lambda: f"{store.LEAST_CHANGE:.0%}",
     "accuracy-margin": lambda: f"{100 * _found(ACCURACY, 'config', 'margin'):.0f}",
 }
+
+
+def file(path: str) -> str:
+    """A Python file of the repository, as a block of code."""
+    return f"```python\n{(ROOT / path).read_text(encoding='utf-8').strip()}\n```"
+
+
 KINDS: dict[str, Callable[[str], str]] = {
     "table": whole_table,
     "short": short_table,
@@ -218,6 +225,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "parameters": parameter_table,
     "paper": paper_table,
     "fact": fact,
+    "file": file,
 }
 
 

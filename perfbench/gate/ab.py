@@ -20,7 +20,6 @@ from perfbench.errors import ComparisonError, nearest
 from perfbench.gate.figures import compiled, sampled
 from perfbench.gate.gate_report import Finding, Measured, Report, judge
 from perfbench.gate.judgement import judge_exact, judge_figure, judge_presence, timed_finding
-from perfbench.gate.packages import side_of
 from perfbench.gate.pairs import (
     ARMS,
     ArmCrashed,
@@ -36,6 +35,7 @@ from perfbench.gate.rank_bounds import signed_rank_bound
 from perfbench.gate.revisions import Revision, is_dirty, repository_of, revisions
 from perfbench.gate.same_code import same_code
 from perfbench.gate.session import check_size, run_session
+from perfbench.gate.sides import side_of
 from perfbench.machine import environment
 
 PAIRS, REPORT, WORKER_LOG = "pairs.jsonl", "report.json", "worker.log"
@@ -73,7 +73,6 @@ def compare_revisions(plan: Plan) -> Report:
 
     Raises ComparisonError on a ref that there is not, that does not build, or that can't take part.
     """
-    repository = repository_of(Path.cwd())
     if not plan.scenario.is_file():
         raise ComparisonError(f"{plan.scenario}: no such file; give a scenario")
     if not plan.record:
@@ -85,12 +84,11 @@ def compare_revisions(plan: Plan) -> Report:
                 "a block is too short for a tail; `perfbench gate` judges tails between stored runs"
             )
     _make_out(plan.out)
-    with revisions(
-        repository, {"baseline": plan.baseline, "candidate": plan.candidate}, cache_folder()
-    ) as pair_of_revisions:
+    sides = {"baseline": plan.baseline, "candidate": plan.candidate}
+    with revisions(Path.cwd(), sides, cache_folder()) as pair_of_revisions:
         session = _Session(plan, pair_of_revisions)
-        for arm, text in (("baseline", plan.baseline), ("candidate", plan.candidate)):
-            if side_of(text).ref == "HEAD" and is_dirty(repository):
+        for arm, text in sides.items():
+            if side_of(text).ref == "HEAD" and is_dirty(repository_of(Path.cwd())):
                 session.notes.append(
                     f"the checkout has changes that are not committed; the {arm} is HEAD, without them"
                 )
@@ -116,7 +114,7 @@ class _Session:
         self.pairs: list[Pair] = []
         self.ready: dict[str, Ready] = {}
         for revision in arms.values():
-            if not (revision.folder / "perfbench" / "ab_worker.py").is_file():
+            if not revision.command and not (revision.folder / "perfbench" / "ab_worker.py").is_file():
                 raise ComparisonError(
                     f"{revision.label}: older than `perfbench ab`, it has no perfbench/ab_worker.py; choose a later ref"
                 )
@@ -193,11 +191,15 @@ class _Session:
         ]
         if packages:
             return [f"packages that differ: {', '.join(packages)}"]
-        same = one.code == other.code and self.arms["baseline"].packages == self.arms["candidate"].packages
+        arms = self.arms["baseline"], self.arms["candidate"]
+        known = not (arms[0].command or arms[1].command)
+        same = known and one.code == other.code and arms[0].packages == arms[1].packages
         return ["both revisions load the same code: what differs is noise"] if same else []
 
     def _compiled(self) -> list[Finding]:
         """Registers, spills and shared memory that the revisions' kernels were compiled to, where both say."""
+        if any(revision.command for revision in self.arms.values()):
+            return []
         before, after = (_resources(self.arms[arm].folder) for arm in ("baseline", "candidate"))
         if before is None or after is None:
             return []

@@ -24,11 +24,10 @@ from typing import Any, BinaryIO
 
 from perfbench.errors import ComparisonError
 from perfbench.files.scratch import Scratch
+from perfbench.gate import protocol
 from perfbench.gate.figures import medians, sample_figures, slowdown
 from perfbench.gate.revisions import Revision, prove_own_code
 
-# What perfbench/ab_worker.py of both revisions has to speak.
-PROTOCOL = 1
 ARMS = ("baseline", "candidate", "control")
 REVISION_OF = {"baseline": "baseline", "candidate": "candidate", "control": "baseline"}
 
@@ -69,12 +68,13 @@ class ArmProcess:
         self.arm, self.revision = arm, revision
         self.case: str | None = None
         self._hung = False
-        # -P and the worktree in front: neither the current folder nor an installed perfbench can come first.
         self._scratch = Scratch()
-        environment = self._scratch.environment() | {"PYTHONPATH": str(revision.folder)}
+        environment = self._scratch.environment()
+        if not revision.command:
+            environment |= {"PYTHONPATH": str(revision.folder)}
         try:
             self._process = subprocess.Popen(
-                [str(revision.python), "-P", "-m", "perfbench.ab_worker"],
+                revision.starts,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -83,7 +83,7 @@ class ArmProcess:
         except BaseException:
             self._scratch.remove()
             raise
-        self._send({"protocol": PROTOCOL, **job})
+        self._send({"protocol": protocol.PROTOCOL, **job})
 
     def __enter__(self) -> ArmProcess:
         return self
@@ -102,25 +102,25 @@ class ArmProcess:
 
         Raises ComparisonError where the revision can't take part, ArmCrashed where the process ended.
         """
-        prepared: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, Any]] = {}
         while True:
             event = self._event()
             if event["event"] == "case":
-                prepared[event["case"]] = {key: event[key] for key in event if key not in ("event", "case")}
+                found[event["case"]] = protocol.prepared(event)
             elif event["event"] == "counted":
-                prepared[event["case"]]["exact"] = event["exact"]
+                found[event["case"]]["exact"] = event["exact"]
             elif event["event"] == "ready":
-                prove_own_code(self.revision, event["root"], event["code"])
-                versions = event.get("versions", {})
-                return Ready(event["cases"], prepared, event["requests"], event["device"], event["code"], versions)
+                code: dict[str, str] = event.get("code", {})
+                prove_own_code(self.revision, event.get("root", ""), code)
+                device, versions = event.get("device", "cpu"), event.get("versions", {})
+                return Ready(event["cases"], found, event["requests"], device, code, versions)
 
     def block(self, case: str, repetitions: int) -> list[dict[str, Any]]:
         """The samples of so many repetitions of `case`, now. Raises ArmCrashed."""
         self._send({"case": case, "repetitions": repetitions})
         while (event := self._event())["event"] != "block":
             pass
-        samples: list[dict[str, Any]] = event["samples"]
-        return samples
+        return protocol.samples_of(event)
 
     def _give_up(self) -> None:
         self._hung = True
@@ -145,11 +145,16 @@ class ArmProcess:
             code = self._process.wait()
             ended = f"said nothing for {SILENT_S:g} s" if self._hung else f"the process ended with exit code {code}"
             raise ArmCrashed(self.arm, self.case, f"{ended}; see worker.log")
-        event: dict[str, Any] = json.loads(line)
+        try:
+            event = protocol.event_of(line)
+        except ValueError as error:
+            raise ComparisonError(
+                f"{self.revision.label}: does not speak the protocol of `perfbench ab`: {error}"
+            ) from None
         if event["event"] == "error":
             if event["kind"] == "bad_input":
                 raise ComparisonError(f"{self.revision.label}: {event['message']}")
-            raise ArmCrashed(self.arm, event["case"], event["message"])
+            raise ArmCrashed(self.arm, event.get("case"), event["message"])
         if event["event"] == "phase":
             self.case = event["case"]
         return event

@@ -1,5 +1,5 @@
-"""Two revisions of a checkout side by side, of other commits or with other packages: a worktree and an environment for
-each, and the proof that a process runs the code of its own. Free of torch.
+"""Two revisions side by side: of a checkout, of other commits or with other packages, a worktree and an environment for
+each, and the proof that a process runs the code of its own; or a command of the user's. Free of torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from perfbench.errors import ComparisonError
 from perfbench.files.scratch import PREFIX, Scratch, is_stale
-from perfbench.gate.packages import Side, side_of, without
+from perfbench.gate.sides import Side, side_of, without
 
 # Where the module that measures stands in a checkout: today, and until version 0.1 (to be dropped with version 0.3).
 WORKERS = {"perfbench/measure/on_device/worker.py", "perfbench/worker.py"}
@@ -28,18 +28,26 @@ _PIP_TIMEOUT_S = 3600
 @dataclass(frozen=True)
 class Revision:
     """A commit in a worktree of its own: what the user called it, or the packages that it has instead of its own; its
-    full hash, the worktree, the Python that has its dependencies, and a hash of what these are."""
+    full hash, the worktree, the Python that has its dependencies, and a hash of what these are. Of a command of the
+    user's there is nothing but its words, and the folder in which it runs."""
 
     ref: str
     commit: str
     folder: Path
     python: Path
     packages: str
+    command: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        """Such as `main (0123456789ab)`."""
-        return f"{self.ref} ({self.commit[:12]})"
+        """Such as `main (0123456789ab)`, or the command."""
+        return self.ref if self.command else f"{self.ref} ({self.commit[:12]})"
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """The words that start a process which measures."""
+        # -P and the worktree in front: neither the current folder nor an installed perfbench can come first.
+        return self.command or (str(self.python), "-P", "-m", "perfbench.ab_worker")
 
 
 def repository_of(folder: Path) -> Path:
@@ -59,24 +67,32 @@ def is_dirty(repository: Path) -> bool:
 
 
 @contextmanager
-def revisions(repository: Path, refs: Mapping[str, str], cache: Path) -> Iterator[dict[str, Revision]]:
-    """{arm: Revision} for {arm: a ref, or packages as `side_of` takes them}, the worktrees removed again at the end;
-    environments stay in `cache`.
+def revisions(here: Path, refs: Mapping[str, str], cache: Path) -> Iterator[dict[str, Revision]]:
+    """{arm: Revision} for {arm: what `side_of` takes}, the worktrees removed again at the end; environments stay in
+    `cache`. `here`: a folder of the checkout that has the commits, and where commands run.
 
     Raises ComparisonError, before anything is made, on a ref that there is not, and on one that can't be built.
     """
     sides = {arm: side_of(text) for arm, text in refs.items()}
-    commits = {arm: _commit(repository, side.ref) for arm, side in sides.items()}
+    found = {
+        arm: Revision(side.text, "", here, Path(), "", side.command) for arm, side in sides.items() if side.ref is None
+    }
+    of_commits = {arm: side for arm, side in sides.items() if side.ref is not None}
+    if not of_commits:
+        yield found
+        return
+    repository = repository_of(here)
+    commits = {arm: _commit(repository, str(side.ref)) for arm, side in of_commits.items()}
     _forget_stale(repository)
     with Scratch() as scratch:
-        folders = {arm: scratch.path / arm for arm in refs}
+        folders = {arm: scratch.path / arm for arm in commits}
         try:
             for arm, folder in folders.items():
                 _git(repository, "worktree", "add", "--quiet", "--detach", str(folder), commits[arm])
-            yield {
-                arm: Revision(side.text, commits[arm], folders[arm], *_python(repository, folders[arm], side, cache))
-                for arm, side in sides.items()
-            }
+            for arm, side in of_commits.items():
+                python = _python(repository, folders[arm], side, cache)
+                found[arm] = Revision(side.text, commits[arm], folders[arm], *python)
+            yield {arm: found[arm] for arm in refs}
         finally:
             for folder in folders.values():
                 _forget(repository, folder)
@@ -174,10 +190,13 @@ def files_of(revision: Revision) -> dict[str, str]:
 
 
 def prove_own_code(revision: Revision, root: str, code: Mapping[str, str]) -> None:
-    """Raises ComparisonError unless every module that a process has loaded is the file of this very commit.
+    """Raises ComparisonError unless every module that a process has loaded is the file of this very commit. Of a
+    command nothing is known.
 
     `root`: the folder above the process's perfbench; `code`: {path under it: git's hash of what is there}.
     """
+    if revision.command:
+        return
     if Path(root) != revision.folder:
         raise ComparisonError(f"{revision.label}: expected code of {revision.folder}, got code of {root}")
     blobs = files_of(revision)

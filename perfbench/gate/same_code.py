@@ -28,7 +28,7 @@ _MODULE = re.compile(r"perfbench(\.\w+)+\.?")
 def same_code(arms: Mapping[str, Revision], scenario: Path, settings: Sequence[str]) -> str | None:
     """What was compared, in words, where both arms run the same; None where they don't, or where it can't be told."""
     one, other = arms["baseline"], arms["candidate"]
-    if one.python != other.python or one.packages != other.packages:
+    if one.command or other.command or one.python != other.python or one.packages != other.packages:
         return None
     files = imported_files(one)
     if files is None or files != imported_files(other):

@@ -456,9 +456,57 @@ def test_packages_that_exclude_each_other_are_named(
     assert "name also what holds the package back" in said
 
 
+# A user's own benchmark, the one of the documentation: what it may leave out it leaves out.
+OWN = (ROOT / "docs" / "examples" / "own_benchmark.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("ms", "code"), [(100.0, 0), (110.0, 1)])
+def test_a_command_is_a_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ms: float, code: int
+) -> None:
+    """In a folder that is no checkout, with no code of perfbench's on either side."""
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "scenario.yaml").write_text("whatever the command reads\n")
+    monkeypatch.chdir(tmp_path)
+    sides = [f"command: {sys.executable} own.py {value}" for value in (ms, 100.0)]
+    assert ab(sides[0], tmp_path / "out", "--write", f"json={tmp_path / 'report.json'}", baseline=sides[1]) == code
+    said = capsys.readouterr().out
+    assert ("slower by +10.0%" in said.splitlines()[0]) is bool(code)
+    assert "load the same code" not in said, "of commands nothing is known"
+    assert "own.py 100.0" in (tmp_path / "report.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('say(event="ready"', "print('hello'); say(event=\"ready\"", "expected a line of JSON, got 'hello'"),
+        ('cases=["chat"], ', "", "ready: 'cases' is a required property"),
+        ('"ttft_ms": ms, ', "", "block.samples.0: 'ttft_ms' is a required property"),
+        ('"total_ms": 2 * ms', '"total_ms": "soon"', "block.samples.0.total_ms: 'soon' is not of type 'number'"),
+        ('{"passed": True}', "None", "case.check: None is not of type 'object'"),
+        ("import sys\n", "import sys\n\nsys.exit(7)\n", "can't be measured: the process ended with exit code 7"),
+    ],
+)
+def test_a_command_that_speaks_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], old: str, new: str, words: str
+) -> None:
+    assert OWN.count(old) == 1
+    (tmp_path / "own.py").write_text(OWN.replace(old, new))
+    (tmp_path / "scenario.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    side = f"command: {sys.executable} own.py 100"
+    assert ab(side, tmp_path / "out", baseline=side) == 2
+    said = capsys.readouterr()
+    assert words in said.out.splitlines()[0]
+    assert "Traceback" not in said.err
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("command: no-such-program-of-ours", "no such command"),
+        ("command:", "no such command"),
+        ("command: sh -c 'x", "a shell can't read it (No closing quotation)"),
         ("torch==2.twelve, x", "torch==2.twelve, x: expected a requirement such as torch==2.12.*, got"),
         ("no/such/requirements.txt", "no/such/requirements.txt: no such file"),
         ("nosuchthing-of-ours==1.0", "can't be built"),

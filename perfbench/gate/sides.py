@@ -1,10 +1,12 @@
-"""A side of `perfbench ab` that is no commit: the checkout's HEAD with other packages, told as one requirement such as
-`torch==2.12.*` or as a requirements file. Free of torch.
+"""What a side of `perfbench ab` is: a commit; the checkout's HEAD with other packages, told as one requirement such as
+`torch==2.12.*` or as a requirements file; or a command of the user's that measures whatever it likes. Free of torch.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,22 +15,28 @@ from packaging.utils import canonicalize_name
 
 from perfbench.errors import ComparisonError
 
+# What the text of a command begins with; no commit can be called so.
+COMMAND = "command:"
 # A name, and a version that it must have: git forbids none of these signs in a branch, but nobody has them there.
 _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+(\[[^]]*\])?\s*(==|~=|!=|<=|>=|<|>)\s*[0-9]")
 
 
 @dataclass(frozen=True)
 class Side:
-    """What `--baseline` or `--candidate` says: `text`, as it was given, the commit that it means, and the lines of a
-    requirements file that come on top of the commit's own, none for a commit alone."""
+    """What `--baseline` or `--candidate` says: `text`, as it was given; the commit that it means, and the lines of a
+    requirements file that come on top of the commit's own, none for a commit alone; or the words of a command, without
+    a commit."""
 
     text: str
-    ref: str
+    ref: str | None
     requirements: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
 
 
 def side_of(text: str) -> Side:
-    """The side that `text` names. ComparisonError on a requirements file that can't be read."""
+    """The side that `text` names. ComparisonError on a requirements file that can't be read, and on no command."""
+    if text.startswith(COMMAND):
+        return Side(text, None, command=_words(text))
     if text.endswith(".txt") and not Path(text).is_file():
         raise ComparisonError(f"{text}: no such file; give a requirements file, a requirement or a commit")
     if text.endswith(".txt"):
@@ -37,6 +45,16 @@ def side_of(text: str) -> Side:
         _named(text, text)
         return Side(text, "HEAD", (text,))
     return Side(text, text)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    try:
+        words = tuple(shlex.split(text.removeprefix(COMMAND)))
+    except ValueError as error:
+        raise ComparisonError(f"{text}: expected a command, and a shell can't read it ({error})") from None
+    if not words or shutil.which(words[0]) is None:
+        raise ComparisonError(f"{text}: no such command; expected a program and its arguments")
+    return words
 
 
 def without(constraints: str, requirements: tuple[str, ...]) -> str:

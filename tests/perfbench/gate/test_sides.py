@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from perfbench.errors import ComparisonError
-from perfbench.gate.packages import Side, side_of, without
+from perfbench.gate.sides import Side, side_of, without
 
 
 @pytest.mark.parametrize(
