@@ -139,7 +139,7 @@ def scenario_page() -> str:
     own = traffic_schema()["properties"]
     own = {name: field for name, field in own.items() if name not in ("methods", "overrides")}
     parts.append(table(heads, field_rows(own)))
-    for name in ("traffic", "server", "targets"):
+    for name in ("traffic", "server", "target", "targets"):
         parts += [f"\n## `{name}`\n", table(heads, field_rows(own[name]["properties"], own[name].get("required", ())))]
     return "\n".join(parts)
 

@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from perfbench.errors import ScenarioError
+from perfbench.files.plain_text import shown
 from perfbench.files.yaml_source import Source, lay_over, of_values, read
 from perfbench.spec import cases, scenario, shipped
 from perfbench.spec.cases import Comparison
@@ -25,9 +27,12 @@ from perfbench.spec.traffic_schema import SEARCH, schema
 # The tenant of a request without an adapter.
 NOBODY = -1
 
-OWN = ("traffic", "server", "targets", "repetitions")
+OWN = ("traffic", "server", "target", "targets", "repetitions")
 DEFAULT_ZIPF_EXPONENT = 1.0
 DEFAULT_RESIDENT = 16
+# What `perfbench serve` calls the model of a tenant; and how long an answer over HTTP may take.
+DEFAULT_TENANT_MODEL = "tenant-{tenant}"
+DEFAULT_TIMEOUT_S = 120.0
 # More in one measurement take minutes at any rate that a test of targets needs, and hours at others.
 MOST_REQUESTS = 100_000
 
@@ -73,6 +78,19 @@ class Server:
 
 
 @dataclass(frozen=True)
+class Target:
+    """A server that answers in place of ours. openai: its address up to and with /v1; base, tenant: the names of its
+    models, where {tenant} stands for a number; adapters: whether it serves the scenario's own (ADAPTERS); timeout_s:
+    how long an answer may take in all."""
+
+    openai: str
+    base: str
+    tenant: str
+    adapters: str
+    timeout_s: float
+
+
+@dataclass(frozen=True)
 class Targets:
     """Milliseconds to the first token and, on average, between two; `share`: of the requests that keep both."""
 
@@ -89,6 +107,7 @@ class TrafficScenario:
     comparison: Comparison
     traffic: Traffic
     server: Server
+    target: Target | None
     targets: Targets
     repetitions: int
 
@@ -102,6 +121,7 @@ class TrafficScenario:
             "methods": [asdict(arm) for arm in self.common.methods],
             "traffic": asdict(self.traffic),
             "server": asdict(self.server),
+            "target": None if self.target is None else asdict(self.target),
             "targets": asdict(self.targets),
             "repetitions": self.repetitions,
         }
@@ -179,8 +199,36 @@ def _build(source: Source, path: Path, kind: str, notes: tuple[str, ...]) -> Tra
         message = f"{', '.join(read)}: adapters from folders are as many as there are; say numbers in place of search"
         refuse(source, message, "traffic", "tenants")
     (comparison,) = cases.expand(common)
+    target = _target(source, comparison)
     repetitions = source.values.get("repetitions", 2)
-    return TrafficScenario(common, comparison, traffic, server, targets, repetitions)
+    return TrafficScenario(common, comparison, traffic, server, target, targets, repetitions)
+
+
+def _target(source: Source, comparison: Comparison) -> Target | None:
+    values = source.values.get("target")
+    if values is None:
+        return None
+    # What stands before an @ would be a password, in a file.
+    address = urlsplit(values["openai"])
+    if address.scheme not in ("http", "https") or not address.hostname or "@" in address.netloc or address.query:
+        message = f"expected an address such as http://127.0.0.1:8000/v1, got {shown(values['openai'])}"
+        refuse(source, message.replace(address.netloc.rpartition("@")[0] or "\0", "..."), "target", "openai")
+    models = values.get("models", {})
+    tenant = models.get("tenant", DEFAULT_TENANT_MODEL)
+    if "{tenant}" not in tenant:
+        message = f"expected a name in which {{tenant}} stands for the number of the tenant, got {shown(tenant)}"
+        refuse(source, message, "target", "models", "tenant")
+    arms = [case.arm for case in comparison.cases if case.method != "none"]
+    if len(arms) > 1:
+        message = f"expected one, as a server has one adapter under each name, got {', '.join(arms)}"
+        refuse(source, message, "methods")
+    return Target(
+        openai=values["openai"].rstrip("/"),
+        base=models.get("base", comparison.backbone),
+        tenant=tenant,
+        adapters=values.get("adapters", "scenario"),
+        timeout_s=float(values.get("timeout_s", DEFAULT_TIMEOUT_S)),
+    )
 
 
 def _traffic(source: Source) -> Traffic:

@@ -18,6 +18,10 @@ ARRIVALS = {
     "constant": "one after the other, all with the same pause",
 }
 MIXES = {name: TENANT_MIXES[name] for name in ("uniform", "zipf")}
+ADAPTERS = {
+    "scenario": "the server has the scenario's adapters, by which its answers are proved",
+    "unknown": "it has others, and its answers are not proved",
+}
 # `tenants: search` looks for the largest number that holds the targets.
 SEARCH = "search"
 
@@ -113,6 +117,39 @@ _SERVER = _section(
         },
     },
 )
+_TARGET = _section(
+    "a server that answers in place of perfbench's own engine",
+    {
+        "openai": {
+            "type": "string",
+            "minLength": 1,
+            "description": "its address up to and with /v1; it is asked for completions, as OpenAI defines them",
+        },
+        "models": _section(
+            "the names of its models",
+            {
+                "base": {
+                    "type": "string",
+                    "minLength": 1,
+                    "description": "without an adapter; default: the backbone's",
+                },
+                "tenant": {
+                    "type": "string",
+                    "minLength": 1,
+                    "description": "of a tenant, whose number stands for {tenant}; default: tenant-{tenant}",
+                },
+            },
+        ),
+        "adapters": {
+            **_one_of("adapters", ADAPTERS),
+            "description": "; ".join(f"{name}: {what}" for name, what in ADAPTERS.items()),
+            "default": "scenario",
+        },
+        "timeout_s": _number(
+            exclusiveMinimum=0, description="how long an answer may take in all before it has failed; default 120"
+        ),
+    },
+)
 _TARGETS = _section(
     "what a request may take; a measurement holds them where `share` of its requests do",
     {
@@ -123,7 +160,11 @@ _TARGETS = _section(
         "share": _number(exclusiveMinimum=0, maximum=1, description="of all requests", default=0.99),
     },
 )
-_REQUIRED = {"traffic": ["prompt_tokens", "new_tokens", "tenants"], "targets": ["ttft_ms", "itl_ms"]}
+_REQUIRED = {
+    "traffic": ["prompt_tokens", "new_tokens", "tenants"],
+    "target": ["openai"],
+    "targets": ["ttft_ms", "itl_ms"],
+}
 
 # Of a scenario's own fields those that a traffic scenario has too, with one value in place of an axis.
 _COMMON = ("name", "question", "methods", "seed")
@@ -143,6 +184,7 @@ def schema() -> Schema:
         },
         "traffic": _TRAFFIC,
         "server": _SERVER,
+        "target": _TARGET,
         "targets": _TARGETS,
         "repetitions": {
             **_integer(1),

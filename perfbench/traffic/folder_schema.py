@@ -41,10 +41,12 @@ _SCENARIO = _object(
             }
         ),
         "server": _object({"rows": _COUNT, "resident": _COUNT}),
+        "target": _object({"openai": _TEXT}, null=True),
         "targets": _object(dict.fromkeys(("ttft_ms", "itl_ms", "share"), _SIZE)),
         "repetitions": _COUNT,
     }
 )
+_SCENARIO["required"].remove("target")
 _TAILS = _object(dict.fromkeys(("median", "p95", "p99"), _MAYBE_SIZE), required=())
 _FIGURES = _object(
     {
@@ -57,11 +59,18 @@ _FIGURES = _object(
     required=("counted", "kept_share"),
     null=True,
 )
-_POINT = _object({"tenants": _COUNT, "rate_per_s": _SIZE, "held": {"type": "boolean"}, "figures": _FIGURES})
+_FAILED = _object({"requests": _COUNT, "first": _TEXT}, null=True)
+_POINT = _object(
+    {
+        **{"tenants": _COUNT, "rate_per_s": _SIZE, "held": {"type": "boolean"}, "figures": _FIGURES},
+        **{"failed": _FAILED, "client_lag_ms": _MAYBE_SIZE},
+    },
+    required=("tenants", "rate_per_s", "held", "figures"),
+)
 _ARM = _object(
     {
         "method": _TEXT,
-        "status": {"type": "string", "enum": ["pending", "ok", "check_failed", "check_void", "crashed"]},
+        "status": {"type": "string", "enum": ["pending", "ok", "check_failed", "check_void", "not_proved", "crashed"]},
         "reason": _MAYBE_TEXT,
         "points": {"type": "array", "items": _POINT},
         "most_tenants": _object({"held": _COUNT}, null=True),
@@ -103,6 +112,9 @@ def problem_of_verdicts(manifest: Mapping[str, Any]) -> str | None:
             return f"arms.{name}.status: expected a proof that is ok, got {shown(proof)}"
         if arm["status"] == "ok" and (not arm.get("points") or (searched and not arm.get("most_tenants"))):
             return f"arms.{name}.status: expected points that were measured, got none"
+        for number, point in enumerate(arm.get("points", ())):
+            if point["held"] and point.get("failed"):
+                return f"arms.{name}.points.{number}.held: expected false where requests failed, got true"
     return None
 
 
@@ -119,13 +131,20 @@ def problem_of_measurement(line: Any) -> str | None:
         return "rate: expected a number >= 0"
     if "loaded_bytes" not in line or not (line["loaded_bytes"] is None or _is_size(line["loaded_bytes"])):
         return "loaded_bytes: expected a number >= 0 or null"
-    rows = line.get("rows", ())
+    rows, lag_ms, failed = line.get("rows", ()), line.get("lag_ms"), line.get("failed", [])
+    if lag_ms is not None and not (
+        isinstance(lag_ms, list) and len(lag_ms) == line["sent"] and all(map(_is_size, lag_ms))
+    ):
+        return f"lag_ms: expected {line['sent']:,} numbers >= 0"
+    if not isinstance(failed, list) or not all(map(_is_failure, failed)):
+        return "failed: expected a list of place, tenant, and why"
     if rows is None:
         return None
     if line.get("columns") != list(COLUMNS):
         return f"columns: expected {', '.join(COLUMNS)}"
-    if not isinstance(rows, list) or not rows or len(rows) != line["sent"]:
-        return f"rows: expected a list of the {line['sent']:,} requests that were sent, one at least, or null"
+    if not isinstance(rows, list) or not rows or len(rows) + len(failed) != line["sent"]:
+        expected = line["sent"] - len(failed)
+        return f"rows: expected a list of the {expected:,} requests that were sent and answered, one at least, or null"
     for number, row in enumerate(rows):
         if (
             not isinstance(row, list)
@@ -141,12 +160,16 @@ def _is_answered(one: Mapping[str, Any]) -> bool:
     return (
         type(one["tenant"]) is int
         and one["tenant"] >= -1
-        and type(one["loaded"]) is bool
+        and (one["loaded"] is None or type(one["loaded"]) is bool)
         and isinstance(gaps, list)
         and all(map(_is_size, (*gaps, *(one[name] for name in ("due_s", "wait_ms", "ttft_ms", "total_ms")))))
         and LEAST <= one["ttft_ms"] <= one["total_ms"]
         and one["wait_ms"] <= one["ttft_ms"]
     )
+
+
+def _is_failure(one: Any) -> bool:
+    return isinstance(one, list) and [type(value) for value in one] == [int, int, str]
 
 
 def _is_size(value: Any) -> bool:

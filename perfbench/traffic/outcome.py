@@ -7,6 +7,7 @@ with the last. Latency counts from the moment a request was due, whenever it cou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -20,6 +21,8 @@ CUT = 0.1
 # By how much of the target for the first token the wait for a row may grow during a measurement: where it grows more,
 # the server is given more than it can serve, and would miss the targets had there only been more requests.
 MOST_GROWTH = 0.5
+# Of the target for the first token, so late may the client send a request (p99) for its measurements to count.
+MOST_LAG = 0.1
 # Tenants with fewer requests say nothing about how a tenant is served.
 LEAST_OF_TENANT = 5
 
@@ -27,7 +30,8 @@ LEAST_OF_TENANT = 5
 @dataclass(frozen=True)
 class Answered:
     """One request as it went: when it was due, the milliseconds from then until it had a row, its first token and its
-    last, those between its tokens, and whether its adapter had to be loaded."""
+    last, those between its tokens, and whether its adapter had to be loaded. Of a server over HTTP nobody sees the row,
+    in whose place its first token stands, nor, as `loaded` None says, the adapter."""
 
     due_s: float
     tenant: int
@@ -35,7 +39,7 @@ class Answered:
     ttft_ms: float
     total_ms: float
     itl_ms: tuple[float, ...]
-    loaded: bool
+    loaded: bool | None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Answered:
@@ -64,21 +68,39 @@ def counted(answered: Sequence[Answered]) -> list[Answered]:
     return [answered[place] for place in counted_places(len(answered))]
 
 
-def kept_share(answered: Sequence[Answered], targets: Targets) -> float:
-    """The share of the requests that count which kept the targets."""
+def kept_share(answered: Sequence[Answered], targets: Targets, failed: int = 0) -> float:
+    """The share of the requests that count which kept the targets; one that failed kept none, wherever it stood."""
     own = counted(answered)
-    return sum(one.keeps(targets) for one in own) / len(own)
+    return sum(one.keeps(targets) for one in own) / (len(own) + failed)
 
 
-def held(answered: Sequence[Answered], targets: Targets) -> bool:
-    """Whether enough requests of a measurement kept the targets, and the queue did not grow beyond MOST_GROWTH."""
+def held(answered: Sequence[Answered], targets: Targets, failed: int = 0) -> bool:
+    """Whether enough requests of a measurement kept the targets, the queue did not grow beyond MOST_GROWTH, and none
+    failed."""
+    if failed:
+        return False
     own = counted(answered)
     enough = sum(not one.keeps(targets) for one in own) <= most_misses(len(own), targets)
     return enough and wait_growth_ms(own) <= MOST_GROWTH * targets.ttft_ms
 
 
-def figures(repetitions: Sequence[Sequence[Answered]], targets: Targets) -> dict[str, Any]:
-    """What the requests of all repetitions of a point say together.
+def late_client(lag_ms: Sequence[float], targets: Targets) -> str | None:
+    """Why a client that sent its requests so late measured itself and not the server; None where it did not."""
+    worst, most = high(lag_ms), MOST_LAG * targets.ttft_ms
+    if worst <= most:
+        return None
+    return (
+        f"the client sent requests {worst:.3g} ms late (p99), more than {most:.3g} ms: send fewer, or free the machine"
+    )
+
+
+def high(values: Sequence[float]) -> float:
+    """The 99th percentile, of however few."""
+    return sorted(values)[math.ceil(0.99 * len(values)) - 1]
+
+
+def figures(repetitions: Sequence[Sequence[Answered]], targets: Targets, failed: int = 0) -> dict[str, Any]:
+    """What the requests of all repetitions of a point say together, of which `failed` more got no answer.
 
     counted; kept_share; goodput_per_s: requests a second that kept the targets, and tokens_per_s, both over the time
     from when the first was due to the last token; ttft_ms, itl_ms, total_ms, wait_ms: median, p95 and p99 (None where
@@ -95,7 +117,7 @@ def figures(repetitions: Sequence[Sequence[Answered]], targets: Targets) -> dict
     squares = sum(value**2 for value in of_tenants)
     return {
         "counted": len(together),
-        "kept_share": kept / len(together),
+        "kept_share": kept / (len(together) + failed),
         "goodput_per_s": kept / seconds,
         "tokens_per_s": sum(len(one.itl_ms) + 1 for one in together) / seconds,
         "ttft_ms": _tails([one.ttft_ms for one in together]),
@@ -105,7 +127,7 @@ def figures(repetitions: Sequence[Sequence[Answered]], targets: Targets) -> dict
         "tenants_seen": len({one.tenant for one in together} - {NOBODY}),
         "worst_tenant_ttft_ms": max(of_tenants, default=None),
         "fairness": sum(of_tenants) ** 2 / (len(of_tenants) * squares) if of_tenants else None,
-        "loaded_share": sum(one.loaded for one in together) / len(together),
+        "loaded_share": _loaded_share(together),
         "wait_growth_ms": max(map(wait_growth_ms, apart)),
     }
 
@@ -124,6 +146,12 @@ def _by_tenant(answered: Sequence[Answered]) -> list[float]:
         of.setdefault(one.tenant, []).append(one.ttft_ms)
     of.pop(NOBODY, None)
     return [median(values) for values in of.values() if len(values) >= LEAST_OF_TENANT]
+
+
+def _loaded_share(answered: Sequence[Answered]) -> float | None:
+    """None where somebody else served them."""
+    known = [one.loaded for one in answered if one.loaded is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _tails(values: Sequence[float]) -> dict[str, float | None]:

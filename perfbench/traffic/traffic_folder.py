@@ -7,6 +7,7 @@ run goes on.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +32,14 @@ class Key(NamedTuple):
 
 class Measured(NamedTuple):
     """What a measurement gave: its requests in the order in which they were due, None where it was given up after
-    `sent` of them; `loaded_bytes`: of adapters, from the host."""
+    `sent` of them; `loaded_bytes`: of adapters, from the host. Over HTTP too: lag_ms: how late each was sent; failed:
+    the place of each that got no answer, its tenant, and why."""
 
     answered: list[Answered] | None
     sent: int
     loaded_bytes: int | None
+    lag_ms: list[float] | None = None
+    failed: Sequence[list[Any]] = ()
 
 
 class TrafficFolder:
@@ -82,10 +86,10 @@ class TrafficFolder:
     def add(self, key: Key, found: Measured) -> None:
         """Appends a measurement. RunDirectoryError where it can't be written."""
         rows = None if found.answered is None else [[getattr(one, name) for name in COLUMNS] for one in found.answered]
-        line = json.dumps(
-            {**key._asdict(), "sent": found.sent, "loaded_bytes": found.loaded_bytes, "columns": COLUMNS, "rows": rows},
-            allow_nan=False, separators=(",", ":"),
-        )  # fmt: skip
+        about = {**key._asdict(), "sent": found.sent, "loaded_bytes": found.loaded_bytes}
+        if found.lag_ms is not None:
+            about |= {"lag_ms": found.lag_ms, "failed": found.failed}
+        line = json.dumps({**about, "columns": COLUMNS, "rows": rows}, allow_nan=False, separators=(",", ":"))
         _write(self.path / MEASUREMENTS, line.encode() + b"\n", "ab")
         self.measured[key] = found
 
@@ -141,4 +145,4 @@ def _parse(line: Any) -> tuple[Key, Measured]:
         named = (dict(zip(COLUMNS, row, strict=True)) for row in line["rows"])
         answered = [Answered.of(one) for one in named]
     key = Key(line["arm"], line["tenants"], line["rate"], line["repetition"])
-    return key, Measured(answered, line["sent"], line["loaded_bytes"])
+    return key, Measured(answered, line["sent"], line["loaded_bytes"], line.get("lag_ms"), line.get("failed", ()))

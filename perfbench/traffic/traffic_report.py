@@ -44,12 +44,13 @@ class Row:
 
 
 def exit_code(manifest: Mapping[str, Any]) -> int:
-    """0 where every arm was measured and its answers are right, 1 where some check failed, 4 where an arm died or is
-    missing."""
+    """0 where every arm was measured and its answers are right, 1 where some check or request failed, 4 where an arm
+    died or is missing."""
     statuses = {entry["status"] for entry in manifest["arms"].values()}
     if statuses & {"crashed", "pending"}:
         return exit_codes.FAULT
-    return exit_codes.OK if statuses == {"ok"} else exit_codes.FAILED
+    failed = any(point.get("failed") for entry in manifest["arms"].values() for point in entry.get("points", ()))
+    return exit_codes.OK if statuses == {"ok"} and not failed else exit_codes.FAILED
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,11 @@ class TrafficReport:
         scenario = self.manifest["scenario"]
         server, targets, traffic = scenario["server"], scenario["targets"], scenario["traffic"]
         mix = "uniform" if traffic["zipf_exponent"] is None else f"Zipf {traffic['zipf_exponent']:g}"
+        by = f"{server['rows']} rows, {server['resident']} resident adapters"
+        if scenario.get("target") is not None:
+            by = f"a server over HTTP at {scenario['target']['openai']}"
         return (
-            f"{scenario['backbone']} {scenario['dtype']} {scenario['device']} {scenario['kernels']}; "
-            f"{server['rows']} rows, {server['resident']} resident adapters; "
+            f"{scenario['backbone']} {scenario['dtype']} {scenario['device']} {scenario['kernels']}; {by}; "
             f"prompts {_lengths(traffic['prompt_tokens'])}, new {_lengths(traffic['new_tokens'])}, "
             f"{traffic['arrivals']} arrivals, {mix} tenants; targets: {targets['ttft_ms']:g} ms to the first token and "
             f"{targets['itl_ms']:g} ms between tokens, on average, for {100 * targets['share']:g}% of the requests"
@@ -192,8 +195,16 @@ class TrafficReport:
         repetitions = self.manifest["scenario"]["repetitions"]
         return (
             f"On {here}; {repetitions} x {traffic['requests']} requests for each point, the first and the last "
-            f"tenth of which are not counted.{words.busy(environment)}"
+            f"tenth of which are not counted.{words.busy(environment)}{self._client()}"
         )
+
+    def _client(self) -> str:
+        """How late our side sent its requests, where it sent them over HTTP."""
+        points = [point for entry in self.manifest["arms"].values() for point in entry.get("points", ())]
+        lags = [point["client_lag_ms"] for point in points if point.get("client_lag_ms") is not None]
+        if not lags:
+            return ""
+        return f" The client sent 99% of its requests at most {_number(max(lags))} ms late, which their times include."
 
     def legend(self) -> str:
         """How to read the table."""
@@ -256,6 +267,10 @@ class TrafficReport:
             reason = entry.get("reason") or (entry.get("proof") or {}).get("reason")
             if reason:
                 yield f"{arm}: {entry['status']}: {reason}"
+            for point in entry.get("points", ()):
+                if failed := point.get("failed"):
+                    where = f"{arm} with {point['tenants']:,} tenants at {_number(point['rate_per_s'])} requests/s"
+                    yield f"{where}: {failed['requests']:,} requests failed, the first so: {failed['first']}"
 
     def _charts(self) -> Iterator[Chart]:
         if self.searched:
@@ -316,7 +331,7 @@ def _where(row: Row) -> str:
 
 
 def _verdict(entry: Mapping[str, Any]) -> str:
-    words = {"ok": "ok", "check_failed": "FAILED", "check_void": "void"}
+    words = {"ok": "ok", "check_failed": "FAILED", "check_void": "void", "not_proved": "not proved"}
     proved = (entry.get("proof") or {}).get("requests")
     word = words.get(entry["status"], entry["status"])
     return f"{word} ({proved})" if proved else str(word)

@@ -21,6 +21,7 @@ from perfbench.machine import environment
 from perfbench.measure.children import WORKER_LOG, Child
 from perfbench.measure.run import cause, threads
 from perfbench.progress import RunProgress
+from perfbench.serving.extra import need
 from perfbench.spec import cases, method_plugins
 from perfbench.spec.traffic import TrafficScenario, points_of
 from perfbench.traffic import outcome
@@ -66,6 +67,8 @@ def manifest_of(scenario: TrafficScenario) -> dict[str, Any]:
 
 def execute(scenario: TrafficScenario, out: Path, *, resume: bool) -> TrafficFolder:
     """Measures what is not measured yet into the folder `out`. PerfbenchError for what can't be measured."""
+    if scenario.target is not None:
+        need("target: a server over HTTP")
     fresh = manifest_of(scenario)
     if resume:
         folder = TrafficFolder.open(out)
@@ -171,7 +174,10 @@ class Session:
                 self._full(Key(arm, most, AT_ONCE, 0))
             proof = self._job(arm, {"do": "prove", "arm": arm})["proof"]
         entry["proof"] = proof
-        entry["status"] = entry["proof"]["status"]
+        entry["status"] = proof["status"]
+        lags = [point["client_lag_ms"] for point in entry["points"] if point.get("client_lag_ms") is not None]
+        if entry["status"] == "ok" and (late := outcome.late_client(lags, self.scenario.targets)) is not None:
+            entry.update(status="check_void", reason=late)
 
     def _search(self, arm: str, start: int, least: int) -> Generator[Key, Measured, Found]:
         asked = search(start, least)
@@ -189,19 +195,27 @@ class Session:
         """All repetitions of a point, or those up to the first that misses the targets where that is the question."""
         targets = self.scenario.targets
         point: dict[str, Any] = {"tenants": tenants, "rate_per_s": rate, "held": True, "repetitions": []}
-        whole = []
+        whole: list[list[outcome.Answered]] = []
+        failed: list[list[Any]] = []
+        lags: list[float] = []
         for repetition in range(self.scenario.repetitions):
             found = yield Key(arm, tenants, rate, repetition)
-            share = None if found.answered is None else outcome.kept_share(found.answered, targets)
+            missing = len(found.failed)
+            share = None if found.answered is None else outcome.kept_share(found.answered, targets, missing)
             point["repetitions"].append({"sent": found.sent, "kept_share": share, "loaded_bytes": found.loaded_bytes})
+            failed += found.failed
+            lags += found.lag_ms or []
             if found.answered is not None:
                 whole.append(found.answered)
-            point["held"] &= found.answered is not None and outcome.held(found.answered, targets)
+            point["held"] &= found.answered is not None and outcome.held(found.answered, targets, missing)
             if give_up and not point["held"]:
                 break
         # Of a point of which a part was given up, the other part alone would look better than it was.
         complete = len(whole) == len(point["repetitions"])
-        point["figures"] = outcome.figures(whole, targets) if complete else None
+        point["figures"] = outcome.figures(whole, targets, len(failed)) if complete else None
+        if self.scenario.target is not None:
+            point["client_lag_ms"] = outcome.high(lags)
+            point["failed"] = {"requests": len(failed), "first": failed[0][2]} if failed else None
         self._arm(arm)["points"].append(point)
         return bool(point["held"])
 
@@ -245,7 +259,7 @@ class Session:
         if answered is not None:
             self._answering.add(key.arm)
             answered = [outcome.Answered.of(one) for one in answered]
-        return Measured(answered, found["sent"], found["loaded_bytes"])
+        return Measured(answered, found["sent"], found["loaded_bytes"], found["lag_ms"], found["failed"])
 
     def _job(self, arm: str, job: dict[str, Any]) -> dict[str, Any]:
         """What the child answers to a job about an arm, which is prepared first where it is not there yet."""
@@ -270,6 +284,7 @@ class Session:
         scenario = self.scenario
         return {
             "comparison": cases.to_json(scenario.comparison),
+            "target": None if scenario.target is None else asdict(scenario.target),
             "seed": scenario.common.seed,
             "threads": threads(),
             "plugins": method_plugins.as_json(),

@@ -87,6 +87,17 @@ class Engine:
         self.reading = None
         self.rows.lengths.clear()
 
+    def cancel(self, request: Request) -> None:
+        """Takes one out that nobody wants any longer, and gives its row back; does nothing where it has left."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        elif request is self.reading:
+            self.reading = None
+            self.rows.lengths.pop()
+        elif request in self.decoding:
+            with torch.inference_mode():
+                self._leave(request)
+
     def turn(self) -> list[Request]:
         """One turn; the requests that got a token, once for each, in the order in which they did. All tokens are on the
         host then."""
@@ -148,15 +159,17 @@ class Engine:
         request.token_s.append(self.clock())
 
     def _leave_ended(self, requests: list[Request]) -> None:
-        """Takes those out that have ended. The last row that decodes moves to the place of each, and the row that is
-        being read follows."""
         for request in requests:
-            if not request.ended:
-                continue
-            row, last = self.decoding.index(request), len(self.decoding) - 1
-            self.rows.move(last, row)
-            self.decoding[row] = self.decoding[last]
-            self.decoding.pop()
-            if self.reading is not None:
-                self.rows.move(last + 1, last)
-            self.rows.lengths.pop()
+            if request.ended:
+                self._leave(request)
+
+    def _leave(self, request: Request) -> None:
+        """Takes one out that decodes. The last row that decodes moves to its place, and the row that is being read
+        follows."""
+        row, last = self.decoding.index(request), len(self.decoding) - 1
+        self.rows.move(last, row)
+        self.decoding[row] = self.decoding[last]
+        self.decoding.pop()
+        if self.reading is not None:
+            self.rows.move(last + 1, last)
+        self.rows.lengths.pop()

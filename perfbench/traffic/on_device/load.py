@@ -52,14 +52,14 @@ def drive(
         if limit is not None:
             now_s = engine.clock()
             looked_at = (*got, *engine.waiting)
-            late |= {one for one in looked_at if _misses(one, start + due[place[one]].due_s, now_s, limit)}
+            late |= {one for one in looked_at if misses(one, start + due[place[one]].due_s, now_s, limit)}
             if sum(place[one] in counted for one in late) > limit.misses:
                 engine.abandon()
                 return requests[:sent], start, True
     return requests, start, False
 
 
-def _misses(request: Request, due_s: float, now_s: float, limit: Limit) -> bool:
+def misses(request: Request, due_s: float, now_s: float, limit: Limit) -> bool:
     """Whether it is known by now that a request misses the targets."""
     first = request.token_s[0] if request.token_s else now_s
     if (first - due_s) * 1e3 > limit.targets.ttft_ms:

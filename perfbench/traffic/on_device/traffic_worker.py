@@ -20,18 +20,16 @@ import transformers
 from perfbench.errors import PerfbenchError
 from perfbench.measure.on_device import arms, repetition
 from perfbench.measure.on_device.worker import Emit, serve
-from perfbench.methods.bank import Bank, union_layout
 from perfbench.proof import as_answered
 from perfbench.proof.oracle import Served
 from perfbench.runtimes import backbone as backbones
 from perfbench.runtimes.backbone import Backbone
-from perfbench.runtimes.continuous.engine import Engine, Request
-from perfbench.runtimes.continuous.residency import Residency, Store
-from perfbench.runtimes.continuous.rows import Rows
+from perfbench.runtimes.continuous.engine import Request
 from perfbench.spec import cases, method_plugins
 from perfbench.spec.cases import Case
-from perfbench.spec.traffic import NOBODY, Targets
+from perfbench.spec.traffic import NOBODY, Target, Targets
 from perfbench.traffic.on_device import load
+from perfbench.traffic.on_device.answering import Answering, OnEngine
 from perfbench.traffic.requests import Due
 
 # Answers that the oracle makes again, at least half of them of requests whose adapter had to be loaded; and from how
@@ -46,13 +44,12 @@ def main() -> int:
 
 @dataclass
 class Arm:
-    """One method with the adapters of all its tenants, of which the bank holds some, from one measurement to the
-    next. answers: of the last measurements that were not given up."""
+    """One method, the adapters of all its tenants, and who answers. answers: of the last measurements that were not
+    given up."""
 
     case: Case
-    rows: Rows
-    residency: Residency | None
     plan_of: Any
+    answering: Answering
     answers: list[Request] = field(default_factory=list)
 
 
@@ -69,6 +66,10 @@ def _serve(emit: Emit) -> None:
         emit("done")
 
 
+class TargetFailedError(Exception):
+    """A server failed most of its requests: there is nothing to measure."""
+
+
 class Worker:
     """What the first job opens."""
 
@@ -83,58 +84,62 @@ class Worker:
         self.backbone: Backbone = backbones.load(comparison.backbone, comparison.dtype, comparison.device, job["seed"])
         self.cases = {case.arm: case for case in comparison.cases}
         self.arms: dict[str, Arm] = {}
+        self.target = None if job.get("target") is None else Target(**job["target"])
         emit("backbone", parameters=self.backbone.parameters, bytes=self.backbone.bytes)
 
     def prepare(self, job: dict[str, Any]) -> None:
-        """An arm: its bank, empty, and its rows. job: `arm`; `tenants`: how many have adapters in folders."""
-        case = self.cases[job["arm"]]
-        bank, residency, plan_of = None, None, None
-        if case.method != "none":
-            plan_of = partial(arms.plan_of_tenant, case, self.backbone, job["tenants"], self.job["seed"])
-            if getattr(case.options, "adapters", None) is not None:
-                layouts = [plan_of(tenant) for tenant in range(job["tenants"])]
-            else:
-                layouts = arms.random_layouts(case, self.backbone.shape)
-            bank = Bank(union_layout(layouts), self.job["resident"], self.backbone.dtype, self.backbone.device)
-            residency = Residency(bank, Store(bank, plan_of))
-        rows = Rows(self.backbone, bank, case.kernels, self.job["rows"], self.job["capacity"])
-        self.arms[case.arm] = Arm(case, rows, residency, plan_of)
-        self.emit(
-            "prepared",
-            bytes_per_tenant=0 if bank is None else bank.bytes_per_slot,
-            bank_bytes=0 if bank is None else sum(t.nbytes for t in bank.tensors()),
-            rows_bytes=0 if rows.adapters is None else sum(t.nbytes for t in rows.adapters.tensors()),
-            cache_bytes=sum(t.nbytes for t in rows.cache.tensors()),
-        )
+        """An arm: its bank, empty, and its rows, or the server that is to have it. job: `arm`; `tenants`: how many have
+        adapters in folders."""
+        case, tenants = self.cases[job["arm"]], job["tenants"]
+        plan_of = partial(arms.plan_of_tenant, case, self.backbone, tenants, self.job["seed"])
+        answering: Answering
+        if self.target is None:
+            answering = OnEngine(case, self.backbone, plan_of, tenants, self.job)
+        else:
+            from perfbench.traffic.on_device.over_http import OverHttp
+
+            answering = OverHttp(self.target, self.backbone.shape.vocab, bare=case.method == "none")
+        self.arms[case.arm] = Arm(case, plan_of, answering)
+        self.emit("prepared", **answering.sizes())
 
     def measure(self, job: dict[str, Any]) -> None:
-        """Requests through an engine. job: `arm`; `due`: the requests; `seed`: of their prompts; `targets`, and after
+        """Requests to whoever answers. job: `arm`; `due`: the requests; `seed`: of their prompts; `targets`, and after
         how many `misses` it is given up, or None."""
         arm, due = self.arms[job["arm"]], [Due(*one) for one in job["due"]]
-        served = due
         self.emit("phase", case=arm.case.arm, text=job["text"])
-        residency = arm.residency
-        if residency is not None:
-            residency.store.keep({one.tenant for one in due} - {NOBODY})
-        else:  # the bare backbone serves the same requests of the same tenants
-            served = [replace(one, tenant=NOBODY) for one in due]
-        loaded_before = 0 if residency is None else residency.loaded_bytes
         texts = load.prompts(due, self.backbone.shape.vocab, job["seed"], self.backbone.device)
         limit = None if job["misses"] is None else load.Limit(Targets(**job["targets"]), job["misses"])
         gc.collect()
-        engine = Engine(arm.rows, residency, self.job["chunk"])
-        requests, start, given_up = load.drive(engine, served, texts, limit)
-        if given_up:
-            self.emit("measured", given_up=True, sent=len(requests), answered=None, loaded_bytes=None)
+        driven = arm.answering.drive(due, texts, limit)
+        sent = len(driven.requests)
+        failed = [[place, due[place].tenant, why] for place, why in sorted(driven.failures.items())]
+        about = {
+            "given_up": driven.given_up,
+            "sent": sent,
+            "lag_ms": driven.lag_ms,
+            "failed": failed,
+            "loaded_bytes": driven.loaded_bytes,
+        }
+        if driven.given_up:
+            self.emit("measured", answered=None, **{**about, "loaded_bytes": None})
             return
+        if 2 * len(failed) > sent:
+            raise TargetFailedError(f"{len(failed)} of {sent} requests failed, the first so: {failed[0][2]}")
+        whole = [place for place in range(sent) if place not in driven.failures]
+        requests = [driven.requests[place] for place in whole]
         arm.answers = (arm.answers + requests)[-MOST_ANSWERS:]
-        found = [asdict(one) for one in load.answered(requests, due, start)]
-        loaded = 0 if residency is None else residency.loaded_bytes - loaded_before
-        self.emit("measured", given_up=False, sent=len(requests), answered=found, loaded_bytes=loaded)
+        answered = load.answered(requests, [due[place] for place in whole], driven.start)
+        if self.target is not None:
+            answered = [replace(one, loaded=None) for one in answered]
+        found = [asdict(one) for one in answered]
+        self.emit("measured", answered=found, **about)
 
     def prove(self, job: dict[str, Any]) -> None:
         """That some of the arm's answers are those of their adapters."""
         arm = self.arms[job["arm"]]
+        if (why := self._unprovable(arm)) is not None:
+            self.emit("proved", proof={"status": "not_proved", "reason": why, "requests": 0})
+            return
         self.emit("phase", case=arm.case.arm, text="proving answers")
         sampled = sample(arm.answers, self.job["seed"])
         plans: dict[int, Any] = {NOBODY: None}
@@ -146,8 +151,18 @@ class Worker:
             for request in sampled
         ]  # fmt: skip
         others = [plans[_another(request.tenant, list(plans))] for request in sampled]
-        proof = as_answered.check(self.backbone, asked, others, adapters=arm.residency is not None)
+        proof = as_answered.check(self.backbone, asked, others, adapters=arm.case.method != "none")
         self.emit("proved", proof=asdict(proof))
+
+    def _unprovable(self, arm: Arm) -> str | None:
+        """Why the answers of an arm can't be made again here; None where they can."""
+        if self.target is None:
+            return None
+        if self.target.adapters == "unknown":
+            return "target.adapters says that the server has others than the scenario's, with which nothing is compared"
+        if not all(request.tokens for request in arm.answers):
+            return f"{self.target.openai} gives no token_ids, so that its answers can't be compared"
+        return None
 
 
 def sample(answers: list[Request], seed: int) -> list[Request]:

@@ -85,7 +85,7 @@ def test_what_is_measured_is_proved(arm: str) -> None:
         assert not any(one.loaded for one in answered)
         assert found["loaded_bytes"] == 0
     else:
-        loads, residency = sum(one.loaded for one in answered), worker.arms[arm].residency
+        loads, residency = sum(one.loaded for one in answered), worker.arms[arm].answering.residency
         assert residency is not None
         assert TENANTS < loads < 60  # more tenants than slots: some came back
         assert found["loaded_bytes"] == loads * residency.bank.bytes_per_slot
@@ -100,7 +100,7 @@ def test_what_is_measured_is_proved(arm: str) -> None:
 def test_adapters_stay_from_one_measurement_to_the_next() -> None:
     worker, told = opened()
     first = sum(one["loaded"] for one in measure(worker, "lora", told)["answered"])
-    residency = worker.arms["lora"].residency
+    residency = worker.arms["lora"].answering.residency
     assert residency is not None
     last = list(residency.slots)
     again = measure(worker, "lora", told)

@@ -1,0 +1,50 @@
+"""The command that serves."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from perfbench.commands.arguments import add_plugin, add_set, port, positive
+from perfbench.profiling.view import HOST
+
+DEFAULT_PORT, DEFAULT_WAITING = 8000, 1024
+
+
+def add(commands: Any) -> None:
+    """Adds it to the command line."""
+    serve = commands.add_parser("serve", help="a server for many tenants, over HTTP", description=_serve.__doc__)
+    serve.add_argument("scenario", type=Path, help="a YAML file of traffic, or a name that `perfbench list` has")
+    about = f"0 is any that is free (default: {DEFAULT_PORT})"
+    serve.add_argument("--port", type=port, default=DEFAULT_PORT, metavar="N", help=about)
+    about = f"the address to listen on; anybody who reaches it is served (default: {HOST}, this machine alone)"
+    serve.add_argument("--host", default=HOST, metavar="ADDRESS", help=about)
+    serve.add_argument("--method", metavar="NAME", help="which of the scenario's methods (default: the first)")
+    about = "how many tenants have a model (default: the most of the scenario, or twice the resident ones)"
+    serve.add_argument("--tenants", type=positive, metavar="N", help=about)
+    about = f"how many requests may wait for a row; more get status 429 (default: {DEFAULT_WAITING})"
+    serve.add_argument("--waiting", type=positive, default=DEFAULT_WAITING, metavar="N", help=about)
+    add_set(serve)
+    add_plugin(serve)
+    serve.set_defaults(command=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    """Serves one method of a traffic scenario as OpenAI's completions, with a model for each tenant, until Ctrl-C. Exit
+    codes: 2 bad input, 4 the engine failed, 130 ended by Ctrl-C."""
+    from rich.console import Console
+
+    from perfbench import api
+    from perfbench.serving.extra import need
+
+    need("serve")
+    from perfbench.serving.on_device import launch
+
+    notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    scenario = api.prepare_traffic(arguments.scenario, set=arguments.set, say=notes.print)
+    launch.serve(
+        scenario, host=arguments.host, port=arguments.port, method=arguments.method, tenants=arguments.tenants,
+        most_waiting=arguments.waiting, say=notes.print,
+    )  # fmt: skip
+    return 0
