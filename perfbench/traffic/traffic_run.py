@@ -176,7 +176,8 @@ class Session:
         entry["proof"] = proof
         entry["status"] = proof["status"]
         lags = [point["client_lag_ms"] for point in entry["points"] if point.get("client_lag_ms") is not None]
-        if entry["status"] == "ok" and (late := outcome.late_client(lags, self.scenario.targets)) is not None:
+        late = outcome.late_client(max(lags, default=0.0), self.scenario.targets)
+        if entry["status"] == "ok" and late is not None:
             entry.update(status="check_void", reason=late)
 
     def _search(self, arm: str, start: int, least: int) -> Generator[Key, Measured, Found]:
