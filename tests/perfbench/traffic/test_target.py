@@ -251,7 +251,7 @@ def test_a_client_that_was_late_voids_the_arm(
 @pytest.mark.parametrize(
     ("given", "methods", "said"),
     [
-        ({}, ["lora"], "target: openai"),
+        ({}, ["lora"], "target.openai: is missing"),
         ({"openai": "localhost:8000"}, ["lora"], "target.openai: expected an address such as http://127.0.0.1:8000/v1"),
         ({"openai": "http://me:word@host/v1"}, ["lora"], "target.openai: expected an address"),
         ({"openai": "http://a/v1", "model": {}}, ["lora"], "did you mean 'models'?"),

@@ -237,3 +237,31 @@ def test_the_store_lets_go_of_whom_nobody_asks_for(served: Served) -> None:
     store.of(2)
     store.of(1)
     assert made == [1, 2, 3, 1]
+
+
+def test_what_nobody_wants_any_longer_leaves_and_the_others_get_what_they_get_alone(served: Served) -> None:
+    """Wherever it is: among those that wait, being read in pieces, or between two decode steps."""
+    for seed in range(30):
+        draw, engine = random.Random(seed), make_engine(served, rows=3, chunk=2)
+        sent = [
+            (Request(known.prompt, len(known.tokens), known.tenant), known) for known in draw.sample(served.pool, 7)
+        ]
+        for request, _ in sent:
+            engine.submit(request)
+        unwanted = [request for request, _ in draw.sample(sent, 3)]
+        left = list(unwanted)
+        while not engine.idle:
+            engine.turn()
+            if left and draw.random() < 0.4:
+                engine.cancel(left.pop())
+        assert not engine.rows.lengths
+        assert all(request.tokens == known.tokens for request, known in sent if request not in unwanted)
+        engine.cancel(unwanted[0])  # it has left long ago
+
+
+def test_a_cancelled_request_whose_row_is_not_given_back_is_seen(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rows, "move", lambda self, source, to: None)
+    with pytest.raises((AssertionError, ValueError)):
+        test_what_nobody_wants_any_longer_leaves_and_the_others_get_what_they_get_alone(served)
