@@ -133,8 +133,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _traffic(arguments: argparse.Namespace) -> int:
     """Sends requests of many tenants at random moments to a server with each method, and finds how many tenants it
-    holds within targets for latency. Exit codes: 0 all measured, 1 some answers are not those of their adapters, 2 bad
-    input, 4 some method crashed."""
+    holds within targets for latency. Exit codes: 0 all measured, 1 some answers are not those of their adapters, or not
+    proved, or some request failed, 2 bad input, 4 some method crashed."""
     from rich.console import Console
 
     from perfbench import api
