@@ -38,6 +38,8 @@ def exact_sums(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _sums_of_rows(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_mkldnn:
+        tensor = tensor.to_dense()
     if tensor.numel() == 0:
         return torch.zeros(0, dtype=torch.int64)
     rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)
