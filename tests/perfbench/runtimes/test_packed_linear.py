@@ -8,11 +8,12 @@ import weakref
 import pytest
 import torch
 
+from perfbench.errors import AdapterError
 from perfbench.kernels.placement import standing_in
 from perfbench.runtimes import backbone, packed_linear
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.packed_linear import PackedLinear, onednn_has, overwrite, pack, packed_form
-from perfbench.runtimes.shared_weights import exact_sums
+from perfbench.runtimes.shared_weights import unchanged
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.static.product import product
 from perfbench.runtimes.static.weights import fuse
@@ -123,18 +124,24 @@ def test_what_is_written_is_read() -> None:
     assert torch.equal(model[1].weight, written[1])
 
 
-def test_a_changed_weight_is_seen() -> None:
+@pytest.mark.parametrize("static", [False, True], ids=["alone", "beside-static"])
+def test_a_write_into_what_others_share_is_seen(static: bool) -> None:
+    """As PEFT's PiSSA does it, into a skeleton's weight; with an arm of runtime static, or when the last one has gone
+    and the weights are put back in the meantime."""
     base = small()
-    fuse(base)
-    before = exact_sums(base.model)
-    linears = [getattr(base.model.model.layers[0].self_attn, f"{name}_proj") for name in "qkv"]
-    changed = [linear.weight.clone() for linear in linears]
-    changed[1][3, 5] += 1
-    overwrite(linears, changed)
-    after = exact_sums(base.model)
-    assert [name for name in before if not torch.equal(before[name], after[name])] == [
-        "model.layers.0.self_attn.q_proj.packed"
-    ]
+    arm = StaticArm(base, None, "eager")
+    if not static:
+        arm.close()
+    with unchanged(base, "nobody"):
+        base.skeleton()
+
+    def write() -> None:
+        with unchanged(base, "somebody"):
+            model = base.skeleton()
+            model.model.layers[0].self_attn.k_proj.weight[3, 5] += 1
+
+    with pytest.raises(AdapterError, match=r"it changed model\.layers\.0\.self_attn\.k_proj\.weight; remove"):
+        write()
 
 
 @pytest.mark.parametrize("fault", ["first", "order"])
