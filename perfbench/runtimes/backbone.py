@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from perfbench.errors import BackboneError
 from perfbench.methods import dtypes
 from perfbench.methods.shape import BackboneShape
+from perfbench.runtimes.packed_linear import address, unpack
 from perfbench.spec.backbone_config import BESIDE_AN_ADAPTER, find_config, is_named
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype.torch_name) for name, dtype in dtypes.DTYPES.items()}
@@ -53,7 +54,13 @@ class Backbone:
         return tuple(2.0 ** round(math.log2(rms)) for rms in found)
 
     def skeleton(self) -> Any:
-        """A model of its own modules over the same weights, so that an arm can replace modules without a trace."""
+        """A model of its own modules over the same weights, so that an arm can replace modules without a trace.
+
+        Weights that runtime static has packed are there in the usual order too, from now on as long as the skeleton
+        is; in that order alone where no arm of that runtime is left.
+        """
+        if self.fused is not None and not self.fused.used and unpack(self.model):
+            self.fused = None
         shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         return copy.deepcopy(self.model, memo=dict(shared))
 
@@ -77,7 +84,7 @@ def tokenizer_of(name: str) -> Any:
 
 def tensor_bytes(model: torch.nn.Module) -> int:
     """Bytes of a model's parameters and buffers; what lies in one place counts once."""
-    return sum({t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
+    return sum({address(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
 
 
 def load(name: str, dtype: str, device: str, seed: int) -> Backbone:

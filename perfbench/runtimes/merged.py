@@ -17,9 +17,10 @@ from perfbench.errors import AdapterError
 from perfbench.kernels import grouped_sum
 from perfbench.kernels.rotation import partners
 from perfbench.methods.plan import AdapterPlan, LayerPlan
-from perfbench.methods.shape import MODULE_PATHS
+from perfbench.methods.shape import MODULE_PATHS, SHARED_INPUT
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Batch, Generation
+from perfbench.runtimes.packed_linear import overwrite
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.transformers_plan import PlanArm
 
@@ -82,14 +83,17 @@ class Merging:
         with torch.no_grad():
             for index, layer in enumerate(self._own.model.model.layers):
                 plan = LayerPlan() if slot == -1 else self._plans[slot][index].map(torch.Tensor.float, _wide)
-                for module, path in MODULE_PATHS.items():
-                    base = self._base.model.model.layers[index].get_submodule(path)
-                    bias = None if base.bias is None else base.bias.float()
-                    weight, bias = merged(base.weight.float(), bias, plan, module)
-                    own = layer.get_submodule(path)
-                    own.weight.copy_(weight)
-                    if bias is not None:
-                        own.bias.copy_(bias)
+                for modules in SHARED_INPUT.values():
+                    linears, weights = [], []
+                    for module in modules:
+                        base = self._base.model.model.layers[index].get_submodule(MODULE_PATHS[module])
+                        bias = None if base.bias is None else base.bias.float()
+                        weight, bias = merged(base.weight.float(), bias, plan, module)
+                        linears.append(own := layer.get_submodule(MODULE_PATHS[module]))
+                        weights.append(weight)
+                        if bias is not None:
+                            own.bias.copy_(bias)
+                    overwrite(linears, weights)
         self._slot = slot
 
     def adapter_tensors(self) -> list[torch.Tensor]:
@@ -101,7 +105,8 @@ class Merging:
         layers = self._base.model.model.layers
         linears = [layer.get_submodule(path) for layer in layers for path in MODULE_PATHS.values()]
         held: list[torch.Tensor] = super().tensors()  # type: ignore[misc]
-        return [*held, *self.adapter_tensors(), *(p for linear in linears for p in linear.parameters())]
+        own = {id(p): p for linear in linears for p in linear.parameters()}  # modules may share a packed one
+        return [*held, *self.adapter_tensors(), *own.values()]
 
     def close(self) -> None:
         """Drops the merged weights and the adapters."""

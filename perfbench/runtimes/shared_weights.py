@@ -13,6 +13,7 @@ import torch
 
 from perfbench.errors import AdapterError
 from perfbench.runtimes.backbone import Backbone
+from perfbench.runtimes.packed_linear import PackedLinear
 
 
 @contextmanager
@@ -32,9 +33,14 @@ def unchanged(backbone: Backbone, who: str) -> Iterator[None]:
 
 
 def exact_sums(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """For each parameter and buffer the sums of its rows' bits, as int64: any change of one value shows."""
+    """For each parameter and buffer the sums of its rows' bits, as int64: any change of one value shows. Of a packed
+    weight, what other runtimes read: the one in the usual order."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {name: _sums_of_rows(tensor.detach()) for name, tensor in tensors if tensor is not None}
+    found = {name: _sums_of_rows(tensor.detach()) for name, tensor in tensors if not tensor.is_mkldnn}
+    for path, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            found[f"{path}.weight"] = _sums_of_rows(module.weight.detach())
+    return found
 
 
 def _sums_of_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from perfbench.methods.shape import MODULE_PATHS
 from perfbench.profiling.on_device.ranges import BIND, KV_CACHE, MODEL, VECTORS, Ranges, replace
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Arm
+from perfbench.runtimes.packed_linear import address
 from perfbench.runtimes.static import forward as static_forward
 from perfbench.runtimes.static.adapters import Adapters
 from perfbench.runtimes.static.arm import StaticArm
@@ -172,4 +173,4 @@ def resident(arm: Arm, backbone: Backbone) -> dict[str, int]:
 
 def _places(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
     """Address -> bytes of what lies there."""
-    return {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+    return {address(tensor): tensor.nbytes for tensor in tensors}

@@ -65,7 +65,7 @@ class Rows:
     """Up to `most` rows of at most `capacity` tokens each, over the weights of `backbone` and a bank, or none."""
 
     def __init__(self, backbone: Backbone, bank: Bank | None, kernels: str, most: int, capacity: int):
-        self.weights = fuse(backbone)
+        self.weights = fuse(backbone, self)
         self.most, self.capacity = most, capacity
         self.lengths: list[int] = []  # of each row in use: how many tokens it has in the cache
         self.adapters = RowAdapters(bank, self.weights, most, kernels) if bank else None

@@ -119,7 +119,7 @@ class Adapters:
     """Room for the adapters of one size of batch: `layers` says what every layer gets, `take` fills it.
 
     tails: whether the first halves of the low-rank pairs lie in the tails of the weights, where room was reserved for
-    them, or in a buffer of their own.
+    them, or in a buffer of their own, as they do anyway beside weights that are packed.
     """
 
     def __init__(self, bank: Bank, weights: Weights, requests: int, adapters: int, kernels: str, *, tails: bool = True):
@@ -198,13 +198,14 @@ class Adapters:
         pairs = [source.low_rank[module].a for module in paired]
         ranks, bound.summed = sum(a.shape[1] for a in pairs), summed_ranks(mine, modules)
         of_shared = shared_ranks(mine, modules)
-        in_tail = bound.summed + of_shared if self._tails and takes_tail(self._rest) else 0
-        if self._tails:
+        has_tail = self._tails and not projection.packed
+        in_tail = bound.summed + of_shared if has_tail and takes_tail(self._rest) else 0
+        if has_tail:
             used = tail_rows(adapters, ranks, in_tail)
             bound.weight, bound.bias = projection.with_tail(used)
             tail = bound.weight[len(bound.weight) - used :]
         else:
-            tail = projection.weight.new_empty(adapters * ranks, projection.weight.shape[1])
+            tail = self._bank.shrinks.new_empty(adapters * ranks, projection.weight.shape[1])
         parts, alike = self._pairs(mine, paired, columns)
         if paired:
             own = tail[: adapters * ranks]

@@ -27,7 +27,7 @@ class StaticArm:
     def __init__(
         self, backbone: Backbone, bank: Bank | None, kernels: str, capture: Callable[[Step], Step] | None = None
     ):
-        self.weights = fuse(backbone)
+        self.weights = fuse(backbone, self)
         self.model: Any = backbone.model
         self.bank = bank
         self.kernels = kernels

@@ -166,10 +166,14 @@ class Forward:
         *,
         prefill: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `_product`, module by module, since each reads x by a scale of its own: no weight is read twice."""
+        """As `_product`, module by module, since each reads x by a scale of its own: no weight is read twice, but for
+        packed ones, of which no part can be read alone."""
         own, y = self._own, x.new_empty(len(x), projection.columns)
         for columns, minus_one in bound.inputs:
             read = x if minus_one is None else self._scaled(x, minus_one, own)
+            if projection.packed:
+                y[:, columns] = of_rows(read, projection.weight, projection.bias)[:, columns]
+                continue
             bias = None if projection.bias is None else projection.bias[columns]
             y[:, columns] = of_rows(read, projection.weight[columns], bias)
         return self._beside(y, x, bound, prefill=prefill)

@@ -20,7 +20,7 @@ from perfbench.methods.registry import METHODS
 from perfbench.methods.road import RoadOptions
 from perfbench.methods.shape import MODULES
 from perfbench.methods.vera import VeraOptions
-from perfbench.runtimes import backbone
+from perfbench.runtimes import backbone, packed_linear
 from perfbench.runtimes.generation import PAD, Batch, end
 from perfbench.runtimes.static.adapters import Adapters, rooms
 from perfbench.runtimes.static.arm import StaticArm
@@ -241,6 +241,7 @@ def test_what_follows_the_end_is_padding() -> None:
 
 
 def test_weights_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_linear, "onednn_has", lambda tensor: False)  # as on a GPU, weights stay as they are
     base = load(FAMILIES["qwen2"], "fp32", monkeypatch)
     ids = make_batch(1, ragged=False).input_ids
     with torch.inference_mode():
@@ -259,6 +260,7 @@ def test_weights_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tails_grow_and_go_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """An arm that makes the weights move leaves another arm's results as they were, and gives its room back."""
+    monkeypatch.setattr(packed_linear, "onednn_has", lambda tensor: False)  # as on a GPU, weights stay as they are
     base = load(FAMILIES["qwen2"], "fp32", monkeypatch)
     batch = make_batch(1)
     bare, small = StaticArm(base, None, "eager"), StaticArm(base, make_bank(base, "lora"), "eager")
