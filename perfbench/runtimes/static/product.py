@@ -1,11 +1,11 @@
 """x W^T, by the fastest way that reads W as it lies.
 
-A packed W leaves no choice: at 1 to 2048 rows it won, or was level within a twentieth. For one that has to stay in the
-usual order, since it is the embedding too or would be padded, there are two ways in fp32. torch's `linear` on a CPU
-asks MKL for a product that reached 5 to 9 GB/s of the weights with the few rows of a decode step, where the machine
-reads 20 (AMD EPYC, 2 threads). With little on the other side the same library reaches 15 to 30 when W is the left
-factor, one stretch of it for each thread; else oneDNN's product takes 0.5 to 0.9 of the time. In bf16 oneDNN's product
-takes 0.95 of the time of `linear` at any number of rows.
+A packed W leaves no choice: with the rows of a decode step it won, and with those of a prefill it was about level.
+For one that has to stay in the usual order, since it is the embedding too or would be padded, there are two ways in
+fp32. torch's `linear` on a CPU asks MKL for a product that reached 5 to 9 GB/s of the weights with the few rows of a
+decode step, where the machine reads 20 (AMD EPYC, 2 threads). With little on the other side the same library reaches
+15 to 30 when W is the left factor, one stretch of it for each thread; else oneDNN's product takes 0.5 to 0.9 of the
+time. In bf16 oneDNN's product takes 0.95 of the time of `linear` at any number of rows.
 """
 
 from __future__ import annotations
