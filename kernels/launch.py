@@ -230,7 +230,9 @@ def rank_tiles(expand: Expand, block: int, num_warps: int, places: int = 1) -> d
     STAGES - 1 are on their way while one is added; STAGES 0: there are none."""
     most, of_thread = expand.most_ranks, 32 * num_warps
     bytes_of_rank = block * expand.tensors[0].element_size()
-    ranks = min(triton.next_power_of_2(most), MOST_RANKS, max(1, TILE_BYTES * of_thread // bytes_of_rank))
+    # In halves, but for the fewest: what a tile is in fp32 takes twice its registers.
+    half = triton.next_power_of_2(most if most <= 4 else -(-most // 2))
+    ranks = min(half, MOST_RANKS, max(1, TILE_BYTES * of_thread // bytes_of_rank))
     near, following = ranks, 0
     if not expand.apart:
         near = 0

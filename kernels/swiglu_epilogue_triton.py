@@ -97,7 +97,8 @@ def epilogue(
     turned = turn_arguments(rotation, gate_up)
     out = torch.empty(rows, inner, dtype=gate_up.dtype, device=gate_up.device)
     chosen = setting("swiglu_epilogue", gate_up.device)
-    block = tile(inner, chosen["BLOCK"])
+    # What is turned and expanded is held twice: of half the columns nothing spills.
+    block = tile(inner, chosen["BLOCK"] // (2 if rotation is not None and expanded.modules else 1))
     _epilogue[(rows, triton.cdiv(inner, block))](
         gate_up, *expanded.tensors, expanded.modules, *scaled.tensors, *turned.tensors, out,
         *expanded.numbers, *scaled.numbers, *turned.numbers, gate_up.stride(0), inner,

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perfbench.kernels.ahead_of_time import Launch, recording
+from perfbench.kernels.placement import standing_in
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank
 from perfbench.methods.registry import METHODS
@@ -83,7 +84,8 @@ class Served:
         if method != "none":
             layout = parameters.meta_plan(method, base.shape, METHODS[method].options(**options))
             bank = Bank(layout, tenants, base.dtype, base.device)
-        self._arm = StaticArm(base, bank, "triton", self._captured)
+        with standing_in():  # the weights stay as they lie: a CPU alone has a form of its own for them
+            self._arm = StaticArm(base, bank, "triton", self._captured)
         self._launches: list[Launch] = []
         self._prefill = 0
         self._around: Callable[[], AbstractContextManager[object]] = nullcontext
