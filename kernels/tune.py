@@ -63,7 +63,7 @@ CANDIDATES: dict[str, tuple[Setting, ...]] = {
     ),
     "low_rank.shrink": _product(SPLIT_K=(256, 512, 1024, 2048), BLOCK_K=(32, 64), num_warps=(4,)),
     "low_rank.expand": _product(BLOCK_N=(32, 64), num_warps=(4, 8)),
-    "qkv_epilogue": _product(num_warps=(1, 2, 4)),
+    "qkv_epilogue": _product(num_warps=(1, 2)),
     "swiglu_epilogue": _product(BLOCK=(256, 512, 1024), num_warps=(2, 4, 8)),
     "residual_rmsnorm": _product(num_warps=(8, 16, 32)),
     "decode_attention": tuple(
