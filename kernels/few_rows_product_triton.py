@@ -13,7 +13,7 @@ import triton.language as tl
 from torch.nn.functional import linear
 
 from perfbench.kernels.early_start_triton import let_next_start
-from perfbench.kernels.launch import INTERPRETED, MOST_ROWS, check, check_rows, of_few_rows, starts_early, tile
+from perfbench.kernels.launch import INTERPRETED, MOST_ROWS, check, check_rows, of_few_rows, starts_early
 
 
 @triton.jit
@@ -24,7 +24,8 @@ def _product(
 ):  # fmt: skip
     """A program owns BLOCK_N columns of y for all rows. It walks D_in in blocks of BLOCK_K, of which several are on
     their way at a time: W's tile [BLOCK_N, BLOCK_K] is the left factor, being the one that is long, x's tile
-    [BLOCK_K, BLOCK_M] the right one. The sums are fp32, in one order."""
+    [BLOCK_K, BLOCK_M] the right one. The sums are fp32, in one order. The epilogue behind it may start as soon as the
+    last of its programs has."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_M)
     let_next_start(EARLY)
@@ -60,7 +61,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     y = torch.empty(rows, d_out, dtype=x.dtype, device=x.device)
     _product[(triton.cdiv(d_out, chosen["BLOCK_N"]),)](
         x, weight, x if bias is None else bias, y, rows, d_out, d_in, x.stride(0),
-        HAS_BIAS=bias is not None, WHOLE=d_in % chosen["BLOCK_K"] == 0, BLOCK_M=tile(rows, MOST_ROWS),
+        HAS_BIAS=bias is not None, WHOLE=d_in % chosen["BLOCK_K"] == 0, BLOCK_M=MOST_ROWS,
         BLOCK_N=chosen["BLOCK_N"], BLOCK_K=chosen["BLOCK_K"], UPCAST=INTERPRETED,
         num_warps=chosen["num_warps"], num_stages=chosen["num_stages"], EARLY=starts_early(x),
     )  # fmt: skip

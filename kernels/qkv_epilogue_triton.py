@@ -39,7 +39,7 @@ def _epilogue(
     """A program owns one head of one row: of Q, of K or of V, as the heads lie in the product. It loads the two halves
     of the head that RoPE turns into each other, adds the low-rank part, applies the scale and the rotation, turns Q and
     K, and writes Q to `q` and K and V into the cache. `q` is the product itself, unless a rotation reads there what
-    another program would have overwritten."""
+    another program would have overwritten. The adapter's first ranks are loaded before it waits for the product."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     offsets = tl.arange(0, BLOCK)

@@ -40,7 +40,8 @@ def _epilogue(
     NEXT_R: tl.constexpr, FAR_R: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program owns one row, since its norm needs all of it. It adds the product and its low-rank part, scaled and
-    rotated, to the residual stream, writes that back, and writes its RMS norm. What hangs on nothing is loaded first.
+    rotated, to the residual stream, writes that back, and writes its RMS norm. What no kernel of the step writes, the
+    adapter's first ranks among it, is loaded before it waits for the product.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)

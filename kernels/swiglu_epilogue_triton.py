@@ -36,7 +36,8 @@ def _epilogue(
     STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK inner features of one row. It loads their gate and their up, which lie INNER columns apart
-    in the product, adds the low-rank part of each, scales and rotates, and writes activation(gate) * up."""
+    in the product, adds the low-rank part of each, scales and rotates, and writes activation(gate) * up. The adapter's
+    first ranks are loaded before it waits for the product."""
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * BLOCK
     columns = begin + tl.arange(0, BLOCK)

@@ -27,9 +27,9 @@ def add(commands: Any) -> None:
 
     ab = commands.add_parser("ab", help="is this commit slower than that one?", description=_ab.__doc__)
     ab.add_argument("scenario", type=Path, help="a YAML file, such as scenarios/gate.yaml")
-    about = "the commit to compare with, such as main; or HEAD with other packages: 'torch==2.12.*', requirements.txt"
+    about = "a commit, such as main; HEAD with other packages: 'torch==2.12.*', requirements.txt; or 'command: ...'"
     ab.add_argument("--baseline", required=True, metavar="SIDE", help=about)
-    about = "the commit, or HEAD with other packages, that is judged (default: HEAD)"
+    about = "what is judged, likewise (default: HEAD)"
     ab.add_argument("--candidate", default="HEAD", metavar="SIDE", help=about)
     add_set(ab)
     ab.add_argument("--case", metavar="GLOB", help="only the cases whose id matches, and `none` beside them")
@@ -83,9 +83,9 @@ def _gate(arguments: argparse.Namespace) -> int:
 
 
 def _ab(arguments: argparse.Namespace) -> int:
-    """Measures two revisions of this checkout, or one with two sets of packages, side by side, in pairs of fresh
-    processes that take turns, and judges the candidate. Exit codes: 0 pass, 1 regression, 2 invalid input, 3
-    inconclusive, 4 a fault of perfbench itself, or a control that moved."""
+    """Measures two revisions of this checkout, one with two sets of packages, or two commands of yours, side by side,
+    in pairs of fresh processes that take turns, and judges the candidate. Exit codes: 0 pass, 1 regression, 2 invalid
+    input, 3 inconclusive, 4 a fault of perfbench itself, or a control that moved."""
     from perfbench.gate import policy
     from perfbench.gate.ab import Plan, compare_revisions
     from perfbench.gate.gate_report import Report
