@@ -1,4 +1,7 @@
-"""The smallest side of `perfbench ab`: a benchmark of your own. This one pretends that a token takes sys.argv[1] ms."""
+"""The smallest side of `perfbench ab`: a benchmark of your own.
+
+This one pretends that a token takes sys.argv[1] ms.
+"""
 
 import json
 import sys
@@ -17,7 +20,8 @@ def repetition():
 
 job = json.loads(sys.stdin.readline())
 if job["prepare"]:  # once on each side, before anything is timed
-    say(event="case", case="chat", status="ok", check={"passed": True}, exact={"aten_ops_per_decode_step": 3})
+    exact = {"aten_ops_per_decode_step": 3}
+    say(event="case", case="chat", status="ok", check={"passed": True}, exact=exact)
 say(event="ready", cases=["chat"], requests=1)
 for line in sys.stdin:
     turn = json.loads(line)
