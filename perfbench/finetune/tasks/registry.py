@@ -14,6 +14,7 @@ from perfbench.finetune.tasks.task_metrics import METRICS
 TASKS: dict[str, Task] = {
     "squad": squad.TASK,
     "boolq": boolq.TASK,
+    "boolq-resplit": boolq.RESPLIT,
     "copa": copa.TASK,
     "gsm8k": gsm8k.TASK,
     "text2sql": text2sql.TASK,
