@@ -4,7 +4,10 @@ and predictions through the serving path share, so that they can differ in the m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from perfbench.errors import TaskError
 from perfbench.finetune.tasks.task import Example
@@ -27,6 +30,33 @@ def encode_choices(tokenizer: Any, example: Example) -> list[tuple[list[int], li
         if not tokens:
             raise TaskError(f"{example.where}: the choice {choice!r} has no token; give it a text")
     return rows
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is read at once: a prompt and the first of `choices`; the others, where there are any, are of one token each
+    and are scored by the same logits."""
+
+    prompt: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens that are read."""
+        return len(self.prompt) + len(self.choices[0])
+
+
+def read_together(rows: Sequence[tuple[list[int], list[int]]]) -> list[Scored]:
+    """The (prompt, choice) of one example as they are read: each alone, or at once where each is a single token."""
+    if all(len(choice) == 1 and prompt == rows[0][0] for prompt, choice in rows):
+        return [Scored(tuple(rows[0][0]), tuple(tuple(choice) for _, choice in rows))]
+    return [Scored(tuple(prompt), (tuple(choice),)) for prompt, choice in rows]
+
+
+def scores_of(choices: Sequence[Sequence[int]], log_probabilities: torch.Tensor) -> list[float]:
+    """Each choice's sum of log-probabilities of its tokens, of [N, V] at the places where those of the first stand."""
+    chosen = [log_probabilities[range(len(tokens)), list(tokens)] for tokens in choices]
+    return [float(values.sum()) for values in chosen]
 
 
 def choose(scores: Sequence[float]) -> int:

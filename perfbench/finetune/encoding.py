@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,3 +97,14 @@ class Collator:
             mask[index, :length] = 1
             labels[index, row.prompt_tokens : length] = tokens[row.prompt_tokens :]
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def answers_only(batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The batch with what lets a model of transformers make logits [B, places, V] of no other places than those before
+    a token that counts: the same loss, without a vocabulary's worth of sums at every other place.
+
+    Not for soft prompts, which move the places.
+    """
+    following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    places = (following != IGNORED).any(dim=0).nonzero().flatten()
+    return {**batch, "logits_to_keep": places, "shift_labels": following[:, places]}

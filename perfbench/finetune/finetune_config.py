@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from perfbench.errors import FinetuneError, ScenarioError, TaskError
 from perfbench.files.paths import expanded
 from perfbench.files.yaml_source import Place, Source, assign, dotted, of_values, parse, read
+from perfbench.finetune.frozen_products import KINDS
 from perfbench.finetune.tasks.registry import TASKS, find
 from perfbench.finetune.trained import find as find_method
 from perfbench.finetune.trained import options_of
@@ -53,7 +54,8 @@ class FinetuneConfig:
     steps; `evaluate_every`: optimizer steps between evaluations on the dev set, each epoch's end not counted;
     `patience`: evaluations without a lower dev loss after which a seed stops, those that only an epoch's end asked for
     not counted; `beams`: in prediction on the test set.
-    `options` are those of the method, as plain JSON values.
+    `options` are those of the method, as plain JSON values. `frozen_products`: what the backbone's products are
+    made in while an adapter is trained, `dtype` or bf16 (perfbench.finetune.frozen_products); nothing else is.
     """
 
     backbone: str
@@ -63,6 +65,7 @@ class FinetuneConfig:
     question: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "fp32"
+    frozen_products: str = "dtype"
     device: str = "auto"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     max_tokens: int = 1024
@@ -95,6 +98,7 @@ SCHEMA: dict[str, Any] = {
         "question": {"type": "string"},
         "backbone": _TEXT,
         "dtype": {"type": "string", "enum": list(DTYPES), "title": "dtype"},
+        "frozen_products": {"type": "string", "enum": list(KINDS), "title": "frozen_products"},
         "device": {"type": "string", "enum": list(DEVICES), "title": "device"},
         "method": {"anyOf": [_TEXT, {"type": "object", "minProperties": 1, "maxProperties": 1, "title": "method"}]},
         "task": {
@@ -169,24 +173,18 @@ def check(source: Source, schema: dict[str, Any]) -> None:
 def from_source(source: Source, path: Path) -> FinetuneConfig:
     """The configuration of values already read; relative paths are looked for beside `path` too. FinetuneError as
     `load`."""
-    rate = source.values.get("learning_rate")
-    if isinstance(rate, str) and _EXPONENT.fullmatch(rate):  # to YAML 1.1, 1e-4 is a string
-        source.values["learning_rate"] = float(rate)
+    if "learning_rate" in source.values:
+        source.values["learning_rate"] = rate_of(source.values["learning_rate"])
     check(source, SCHEMA)
     values = dict(source.values)
     method, options = _method(source, values.pop("method"), path)
-    task = dict(values.pop("task"))
-    _check_task(source, task)
-    if "source" in task:
-        task["source"] = _located(task["source"], path)
+    task = task_source(source, dict(values.pop("task")), path, "task")
     if values.get("batch", 16) % values.get("accumulate", 1):
         got = f"{values.get('batch', 16)} / {values.get('accumulate', 1)}"
         refuse(source, f"expected batch to be a multiple of accumulate, got {got}", "accumulate")
-    if "learning_rate" in values:
-        values["learning_rate"] = float(values["learning_rate"])
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip(".-_") or "finetune"
     fields = {"name": stem} | {key: frozen(value) for key, value in values.items()}
-    return FinetuneConfig(method=method, options=options, task=TaskSource(**task), **fields)
+    return FinetuneConfig(method=method, options=options, task=task, **fields)
 
 
 def _method(source: Source, value: Any, path: Path) -> tuple[str, dict[str, Any]]:
@@ -212,11 +210,22 @@ def _method(source: Source, value: Any, path: Path) -> tuple[str, dict[str, Any]
     return name, options
 
 
-def _check_task(source: Source, task: Mapping[str, Any]) -> None:
+def rate_of(value: Any) -> Any:
+    """A learning rate as a float where it is a number or, since to YAML 1.1 1e-4 is a string, is written as one."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number or (isinstance(value, str) and _EXPONENT.fullmatch(value)) else value
+
+
+def task_source(source: Source, task: dict[str, Any], path: Path, place: str) -> TaskSource:
+    """The task that stands at `place`; a relative folder is looked for beside `path` too. FinetuneError for an unknown
+    task or metric."""
     try:
         find(task["name"], task.get("metric"))
     except TaskError as error:
-        refuse(source, str(error), "task", "metric" if task["name"] in TASKS else "name")
+        refuse(source, str(error), place, "metric" if task["name"] in TASKS else "name")
+    if task.get("source"):
+        task["source"] = _located(task["source"], path)
+    return TaskSource(**task)
 
 
 def _read_setting(source: Source, file: str, *place: str | int) -> Any:

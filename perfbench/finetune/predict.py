@@ -15,9 +15,19 @@ from transformers import GenerationConfig
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 from perfbench.errors import FinetuneError
-from perfbench.finetune.choices import check_length, choose, cut, decode, encode_choices
-from perfbench.finetune.encoding import IGNORED
+from perfbench.finetune.choices import (
+    Scored,
+    check_length,
+    choose,
+    cut,
+    decode,
+    encode_choices,
+    read_together,
+    scores_of,
+)
+from perfbench.finetune.encoding import IGNORED, answers_only
 from perfbench.finetune.tasks.task import Example, Task
+from perfbench.finetune.trained import is_soft
 
 # Stands in padding, whatever the vocabulary has there: it is masked.
 PAD = 0
@@ -54,21 +64,20 @@ def choice_scores(model: Any, tokenizer: Any, examples: Sequence[Example], *, ba
     """
     rows = []
     for index, example in enumerate(examples):
-        for prompt, choice in encode_choices(tokenizer, example):
-            check_length(example.where, len(prompt) + len(choice), _positions(model))
-            rows.append((index, prompt, choice))
-    sums = [0.0] * len(rows)
+        for scored in read_together(encode_choices(tokenizer, example)):
+            check_length(example.where, scored.length, _positions(model))
+            rows.append((index, scored))
+    found: dict[int, list[float]] = {}
     with _evaluating(model):
-        for places in _batches([len(prompt) + len(choice) for _, prompt, choice in rows], batch):
-            found = _log_probabilities(model, [rows[place][1:] for place in places])
-            for place, value in zip(places, found, strict=True):
-                if math.isnan(value):  # which of the choices would win then is chance
-                    where = examples[rows[place][0]].where
-                    raise FinetuneError(f"{where}: the model's log-probabilities are not numbers; use dtype fp32")
-                sums[place] = value
+        for places in _batches([scored.length for _, scored in rows], batch):
+            values = _log_probabilities(model, [rows[place][1] for place in places])
+            found |= dict(zip(places, values, strict=True))
     scores: list[list[float]] = [[] for _ in examples]
-    for (index, _, _), value in zip(rows, sums, strict=True):
-        scores[index].append(value)
+    for place, (index, _) in enumerate(rows):
+        if any(map(math.isnan, found[place])):  # which of the choices would win then is chance
+            where = examples[index].where
+            raise FinetuneError(f"{where}: the model's log-probabilities are not numbers; use dtype fp32")
+        scores[index] += found[place]
     return scores
 
 
@@ -106,7 +115,7 @@ def generate(
     )
     texts = [""] * len(prompts)
     # PEFT puts soft prompts before the padding, where the model was not trained to find them.
-    batch = 1 if _is_soft(model) else batch
+    batch = 1 if is_soft(model) else batch
     with _evaluating(model), warnings.catch_warnings():
         # Without padding the positions that PEFT ignores are those that the model counts itself.
         warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
@@ -136,37 +145,37 @@ class _StopStrings(StoppingCriteria):
         return torch.tensor([cut(text, self._stop) != text for text in texts], device=input_ids.device)
 
 
-def _log_probabilities(model: Any, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-    """One call for rows of (prompt, choice), padded on the right: the position of each token stays as it is alone."""
-    longest = max(len(prompt) + len(choice) for prompt, choice in rows)
+def _log_probabilities(model: Any, rows: Sequence[Scored]) -> list[list[float]]:
+    """What each of a row's choices scores. One call, padded on the right: a token's position stays as it is alone."""
+    longest = max(row.length for row in rows)
     ids = torch.full((len(rows), longest), PAD)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for row, (prompt, choice) in enumerate(rows):
-        end = len(prompt) + len(choice)
-        ids[row, :end] = torch.tensor(prompt + choice)
-        mask[row, :end] = 1
-        labels[row, len(prompt) : end] = torch.tensor(choice)
-    ids, labels = ids.to(model.device), labels.to(model.device)
+    for place, row in enumerate(rows):
+        ids[place, : row.length] = torch.tensor([*row.prompt, *row.choices[0]])
+        mask[place, : row.length] = 1
+        labels[place, len(row.prompt) : row.length] = torch.tensor(row.choices[0])
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    # The logits of a token are those of the place before it.
+    counted = inputs["labels"][:, 1:] != IGNORED
+    if not is_soft(model):
+        inputs = answers_only(inputs)
+        counted = inputs["shift_labels"] != IGNORED
     # The labels tell PARA where each prompt ends. AdaLoRA would add its orthogonality term to the loss that they give,
     # which PEFT can't do for an adapter that is not trained.
-    given = {} if _is(model, PeftType.ADALORA) else {"labels": labels}
-    logits = model(input_ids=ids, attention_mask=mask.to(model.device), use_cache=False, **given).logits
-    # Soft prompts put logits of their own in front; the logits of a token are those of the place before it.
-    counted = labels[:, 1:] != IGNORED
-    chosen = logits[:, -longest:][:, :-1][counted].float().log_softmax(dim=-1)
-    values = chosen.gather(1, labels[:, 1:][counted][:, None])[:, 0]
+    if _is(model, PeftType.ADALORA):
+        inputs = {name: tensor for name, tensor in inputs.items() if "labels" not in name}
+    logits = model(**inputs, use_cache=False).logits
+    if is_soft(model):  # its own logits stand in front
+        logits = logits[:, -longest:][:, :-1]
+    chosen = logits[counted].float().log_softmax(dim=-1)
     lengths = counted.sum(dim=1).tolist()
-    return [float(part.sum()) for part in values.split(lengths)]
+    return [scores_of(row.choices, part) for row, part in zip(rows, chosen.split(lengths), strict=True)]
 
 
 def _is(model: Any, kind: PeftType) -> bool:
     """Whether PEFT's active adapter on the model is of this type."""
     return isinstance(model, PeftModel) and model.active_peft_config.peft_type == kind
-
-
-def _is_soft(model: Any) -> bool:
-    """Whether trained tokens, or their keys and values, stand before the prompt."""
-    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
 
 
 def _pad_left(rows: Sequence[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

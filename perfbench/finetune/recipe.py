@@ -25,6 +25,7 @@ from perfbench.finetune import checkpoint, small_backbone, trained
 from perfbench.finetune.encoding import Collator, Encoded, encode_split, fits
 from perfbench.finetune.finetune_config import FinetuneConfig
 from perfbench.finetune.finetune_folder import FinetuneFolder
+from perfbench.finetune.frozen_products import in_bf16
 from perfbench.finetune.predict import predict
 from perfbench.finetune.tasks.registry import find, load_splits
 from perfbench.finetune.tasks.task import Example, Split, Task
@@ -202,6 +203,8 @@ class _Seed:
     def _train(self, entry: dict[str, Any]) -> None:
         self.progress.say(f"seed {self.seed}", "training")
         model = trained.attach(self._backbone(), self.config.method, self.config.options, self.seed)
+        if self.config.frozen_products == "bf16":
+            in_bf16(model)
         resettable = _reset_peak(self.kind)
         trainer = AdapterTrainer(
             model=model,

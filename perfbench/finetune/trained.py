@@ -222,6 +222,11 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     return module if trainable else module.requires_grad_(False)
 
 
+def is_soft(module: Any) -> bool:
+    """Whether trained tokens, or their keys and values, stand before the prompt."""
+    return isinstance(module, peft.PeftModel) and module.active_peft_config.is_prompt_learning
+
+
 _SOFT_TOKENS = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
 
 # `peft_type` of the baselines that PEFT does not know.

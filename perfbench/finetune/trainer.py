@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from perfbench.errors import FinetuneError
 from perfbench.finetune import checkpoint, trained
-from perfbench.finetune.encoding import IGNORED
+from perfbench.finetune.encoding import IGNORED, answers_only
 from perfbench.finetune.finetune_config import FinetuneConfig
 
 LOG_EVERY_STEPS = 10
@@ -126,11 +126,11 @@ class AdapterTrainer(Trainer):
         since = [one["step"] for one in self.evaluations() if one["step"] > best["step"]]
         return sum(step % self.args.eval_steps == 0 for step in since) >= self.patience
 
-    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, over the tokens of the whole optimiser step; a method's penalty counts once in a step too."""
         pieces = self.current_gradient_accumulation_steps * self.accelerator.num_processes
         with trained.penalty(self.model, 1 / pieces):
-            return super().compute_loss(model, *args, **kwargs)
+            return super().compute_loss(model, self._answers_only(inputs), *args, **kwargs)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The loss of the answers alone: the mean over all tokens of the dev set, each counted once, however they are
@@ -145,10 +145,14 @@ class AdapterTrainer(Trainer):
             for start in range(0, len(own), size):
                 batch = self._prepare_inputs(self.data_collator(own[start : start + size]))
                 tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
-                total += torch.tensor([float(model(**batch).loss) * tokens, tokens], dtype=torch.float64)
+                loss = float(model(**self._answers_only(batch)).loss)
+                total += torch.tensor([loss * tokens, tokens], dtype=torch.float64)
         loss, tokens = torch.tensor(gather_object([total.tolist()]), dtype=torch.float64).sum(0).tolist()
         nothing: Any = None
         return EvalLoopOutput(nothing, None, {"eval_loss": loss / tokens}, len(examples))
+
+    def _answers_only(self, batch: Any) -> Any:
+        return batch if trained.is_soft(self.accelerator.unwrap_model(self.model)) else answers_only(batch)
 
     def go_on(self, start: Path | None) -> None:
         """Trains, from the checkpoint `start` where there is one; nothing is left to do where it ended by patience."""

@@ -12,7 +12,15 @@ import torch
 
 from perfbench.errors import AdapterError
 from perfbench.finetune.accuracy.paths import ServingPath
-from perfbench.finetune.choices import check_length, choose, decode, encode_answer, encode_choices
+from perfbench.finetune.choices import (
+    check_length,
+    choose,
+    decode,
+    encode_answer,
+    encode_choices,
+    read_together,
+    scores_of,
+)
 from perfbench.finetune.tasks.task import Example, Task
 from perfbench.finetune.trained_table import served_as
 from perfbench.measure.on_device.arms import PLAN_ARMS
@@ -49,13 +57,18 @@ class Tenant:
 
 @dataclass(frozen=True)
 class Question:
-    """What one request asks: an example's prompt, and the tokens that it is made to say, those of the example's
-    choice number `choice`; none where it generates."""
+    """What one request asks: an example's prompt, and the tokens of the choices that it scores, from the example's
+    choice number `choice` on, of which it is made to say the first; none where it generates."""
 
     example: Example
     prompt: tuple[int, ...]
     choice: int = 0
-    forced: tuple[int, ...] = ()
+    choices: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def forced(self) -> tuple[int, ...]:
+        """The tokens that it is made to say."""
+        return self.choices[0]
 
 
 @dataclass(frozen=True)
@@ -131,9 +144,11 @@ def questions(task: Task, examples: Sequence[Example], tokenizer: Any, context: 
             check_length(example.where, len(prompt) + task.new_tokens, context)
             found.append(Question(example, tuple(prompt)))
             continue
-        for place, (prompt, tokens) in enumerate(encode_choices(tokenizer, example)):
-            check_length(example.where, len(prompt) + len(tokens), context)
-            found.append(Question(example, tuple(prompt), place, tuple(tokens)))
+        place = 0
+        for scored in read_together(encode_choices(tokenizer, example)):
+            check_length(example.where, scored.length, context)
+            found.append(Question(example, scored.prompt, place, scored.choices))
+            place += len(scored.choices)
     return found
 
 
@@ -142,7 +157,7 @@ def probes(task: Task, examples: Sequence[Example], tokenizer: Any) -> list[Ques
     found = []
     for example in examples[:PROBES]:
         prompt, answer = encode_answer(tokenizer, example.prompt, example.answer)
-        found.append(Question(example, tuple(prompt), 0, tuple(answer)))
+        found.append(Question(example, tuple(prompt), 0, (tuple(answer),)))
     return found
 
 
@@ -199,15 +214,15 @@ def forced_logits(
 def answer(
     arm: Arm, task: Task, pairs: Sequence[Asked], slots: Sequence[int], backbone: Backbone, tokenizer: Any, beams: int
 ) -> list[Any]:
-    """What each request of one batch gave: the text that it generated, or the sum of the log-probabilities of its
-    choice's tokens after the prompt."""
+    """What each request of one batch gave: the text that it generated, or, for each choice that it scores, the sum of
+    the log-probabilities of its tokens after the prompt."""
     if task.kind == "generate":
         eos = tokenizer.eos_token_id
         batch = batch_of(pairs, slots, backbone, new_tokens=task.new_tokens, eos=eos, beams=beams)
         return [decode(tokenizer, tokens, task.stop) for tokens in arm.generate(batch).tokens.tolist()]
-    logits, forced = forced_logits(arm, pairs, slots, backbone)
-    chosen = logits.log_softmax(dim=-1).gather(-1, forced.unsqueeze(-1)).squeeze(-1)
-    return [float(row[: len(pair.question.forced)].sum()) for row, pair in zip(chosen, pairs, strict=True)]
+    logits, _ = forced_logits(arm, pairs, slots, backbone)
+    rows = zip(logits.log_softmax(dim=-1), (pair.question for pair in pairs), strict=True)
+    return [scores_of(question.choices, row[: len(question.forced)]) for row, question in rows]
 
 
 def predictions(given: Sequence[tuple[Asked, Any]], task: Task) -> dict[tuple[int, str], str]:
@@ -216,8 +231,8 @@ def predictions(given: Sequence[tuple[Asked, Any]], task: Task) -> dict[tuple[in
         return {(pair.tenant, pair.question.example.id): text for pair, text in given}
     rows: dict[tuple[int, str], dict[int, float]] = {}
     examples = {}
-    for pair, score in given:
+    for pair, scores in given:
         example = pair.question.example
-        rows.setdefault((pair.tenant, example.id), {})[pair.question.choice] = score
+        rows.setdefault((pair.tenant, example.id), {}).update(enumerate(scores, start=pair.question.choice))
         examples[example.id] = example
     return {key: examples[key[1]].choices[choose([row[at] for at in sorted(row)])] for key, row in rows.items()}

@@ -92,9 +92,10 @@ def test_choices_get_the_trained_model_s_scores(
         model = trained.load(base.skeleton(), tenant.folder)
         for example, row in zip(examples, choice_scores(model, base.tokenizer(), examples), strict=True):
             own = {
-                pair.question.choice: score
-                for pair, score in given
+                pair.question.choice + place: score
+                for pair, scores in given
                 if pair.tenant == index and pair.question.example is example
+                for place, score in enumerate(scores)
             }
             assert [own[0], own[1]] == pytest.approx(row, rel=1e-4)
         expected = predict(model, base.tokenizer(), CHOOSE, examples)
