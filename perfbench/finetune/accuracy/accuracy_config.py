@@ -17,11 +17,14 @@ from typing import Any
 from perfbench.errors import nearest
 from perfbench.files.yaml_source import Place, Source
 from perfbench.finetune import finetune_config
-from perfbench.finetune.finetune_config import DTYPES, FinetuneConfig, check, read_source, refuse
+from perfbench.finetune.finetune_config import DTYPES, FinetuneConfig, TaskSource, check, rate_of, read_source, refuse
 from perfbench.spec.scenario_schema import KERNELS, problems
 
 # Runtimes that stop where an answer ends. `continuous` does too, under traffic; its arithmetic is that of `static`.
 ANSWERING = ("transformers", "static")
+
+# In the place of a method: the bare backbone's answers.
+ZERO_SHOT = "zero-shot"
 
 _LABEL = {"type": "string", "pattern": r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$", "title": "a short name"}
 
@@ -47,6 +50,22 @@ SCHEMA: dict[str, Any] = {
         },
         "tasks": {"type": "array", "minItems": 1, "items": {"type": "object", "title": "task"}},
         "reference": {"type": "string", "minLength": 1},
+        "learning_rates": {
+            "type": "array",
+            "items": {"type": ["number", "string"], "exclusiveMinimum": 0},
+            "minItems": 2,
+            "uniqueItems": True,
+        },
+        "forgetting": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "minLength": 1},
+                "source": {"type": "string", "minLength": 1},
+                "examples": {"type": "integer", "minimum": 1},
+            },
+            "required": ["name", "examples"],
+            "additionalProperties": False,
+        },
         "margin": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
         "serve": {
             "type": "object",
@@ -67,15 +86,16 @@ SCHEMA: dict[str, Any] = {
 # What one method alone may be trained with; the rest is that of all, for they are served and compared together. Values
 # are checked with the fine-tuning.
 _ALONE = (
-    "learning_rate", "warmup_share", "epochs", "batch", "accumulate", "evaluate_every", "patience", "max_tokens",
-    "too_long",
+    "learning_rate", "learning_rates", "warmup_share", "epochs", "batch", "accumulate", "evaluate_every", "patience",
+    "max_tokens", "too_long",
 )  # fmt: skip
 _TRAIN: dict[str, Any] = {
     "type": "object",
     "properties": {name: {} for name in _ALONE},
     "additionalProperties": False,
 }
-_OWN = ("methods", "tasks", "reference", "margin", "serve")
+_RATES = {"learning_rate", "learning_rates"}
+_OWN = ("methods", "tasks", "reference", "margin", "serve", "forgetting")
 
 
 @dataclass(frozen=True)
@@ -91,17 +111,20 @@ class Serving:
 
 @dataclass(frozen=True)
 class Entry:
-    """One method on one task, under the labels that name them in tables and folders."""
+    """One method on one task, under the labels that name them in tables and folders. learning_rates: those that are
+    tried with the first seed, of which the one with the lowest dev loss trains the others; none: that of `config`."""
 
     method: str
     task: str
     config: FinetuneConfig
+    learning_rates: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class AccuracyConfig:
     """All of a verdict. `reference`: the method that the others must not be worse than by more than `margin`, a
-    difference of scores in [0, 1]."""
+    difference of scores in [0, 1]. `forgetting`: another task, on whose `train_examples` the loss of the answers is
+    measured before and after."""
 
     name: str
     question: str
@@ -109,6 +132,7 @@ class AccuracyConfig:
     reference: str
     margin: float
     serving: Serving
+    forgetting: TaskSource | None
     values: dict[str, Any] = field(repr=False)  # as resolved, for accuracy.json
 
     @property
@@ -152,7 +176,7 @@ def _build(source: Source, path: Path) -> AccuracyConfig:
                 )
     for t, task in enumerate(tasks):
         for m, method in enumerate(methods):
-            entries.append(Entry(method, task, finetune_config.from_source(_one(source, m, t), path)))
+            entries.append(_entry(method, task, _one(source, m, t), path))
     reference = values.get("reference", "lora")
     if reference not in methods:
         refuse(
@@ -171,8 +195,38 @@ def _build(source: Source, path: Path) -> AccuracyConfig:
         reference=reference,
         margin=float(values["margin"]),
         serving=Serving(**serving),
+        forgetting=_forgetting(source, entries, path),
         values=copy.deepcopy(values),
     )
+
+
+def _entry(method: str, task: str, source: Source, path: Path) -> Entry:
+    """One fine-tuning; its first seed may try several learning rates."""
+    given = source.values.pop("learning_rates", [])
+    if given and "learning_rate" in source.values:
+        refuse(source, "expected learning_rate or learning_rates, got both; remove one", "learning_rates")
+    rates = tuple(rate_of(value) for value in given)
+    for place, rate in enumerate(rates):
+        if not isinstance(rate, float) or rate <= 0:
+            refuse(source, f"expected a number > 0, got {given[place]!r}", "learning_rates", place)
+    if rates:
+        source.values["learning_rate"] = rates[0]
+    return Entry(method, task, finetune_config.from_source(source, path), rates)
+
+
+def _forgetting(source: Source, entries: Sequence[Entry], path: Path) -> TaskSource | None:
+    """The task of `forgetting`. FinetuneError where it is unknown, or one that is trained."""
+    given = source.values.get("forgetting")
+    if given is None:
+        return None
+    found = finetune_config.task_source(
+        source, {"name": given["name"], "source": given.get("source", ""), "train_examples": given["examples"]},
+        path, "forgetting",
+    )  # fmt: skip
+    for entry in entries:
+        if (entry.config.task.name, entry.config.task.source) == (found.name, found.source):
+            refuse(source, f"expected a task that is not trained, got that of tasks: {entry.task}", "forgetting")
+    return found
 
 
 def _labelled(source: Source, what: str, index: int) -> str:
@@ -185,6 +239,8 @@ def _labelled(source: Source, what: str, index: int) -> str:
     label = options.get("label", name)
     if found := problems(label, _LABEL):
         refuse(source, found[0].message, what, index)
+    if label == ZERO_SHOT:
+        refuse(source, f"the label {label!r} is that of the bare backbone; give another", what, index)
     return str(label)
 
 
@@ -208,6 +264,9 @@ def _one(source: Source, method: int, task: int) -> Source:
             own = options.pop("train", {})
             if found := problems(own, _TRAIN):
                 refuse(source, found[0].message, "methods", method, name, "train", *found[0].place)
+            if _RATES & own.keys():  # its own way to a rate takes the place of that of all
+                for key in _RATES:
+                    one.values.pop(key, None)
             for key, value in own.items():
                 one.values[key] = value
                 one.origins[(key,)] = source.origin(("methods", method, name, "train", key))

@@ -4,6 +4,7 @@ OUT/accuracy.json         configuration, environment, adapters, which paths are 
 OUT/items.jsonl           every answer: task, method, seed, split, path, id, prediction, score; read too where it was
                           packed to items.jsonl.gz
 OUT/<task>/<method>/      a fine-tuning run (perfbench.finetune.finetune_folder)
+OUT/<task>/<method>.sweep/<learning rate>/   one of the first seed, where several rates are tried
 OUT/index.html            the page
 """
 
@@ -72,6 +73,8 @@ class AccuracyFolder:
             "environment": environment.collect(device_kind, threads),
             "plugins": method_plugins.as_json(),
             "adapters": {},
+            "sweeps": {},
+            "forgetting": None,
             "left_out": [],
             "paths": {},
             "verdict": None,
@@ -222,8 +225,14 @@ def resolved(config: AccuracyConfig) -> dict[str, Any]:
                 "reference": config.reference,
                 "margin": config.margin,
                 "serve": vars(config.serving),
+                "forgetting": config.forgetting and vars(config.forgetting),
                 "entries": [
-                    {"method": entry.method, "task": entry.task, "finetune": entry.config.to_json()}
+                    {
+                        "method": entry.method,
+                        "task": entry.task,
+                        "learning_rates": entry.learning_rates,
+                        "finetune": entry.config.to_json(),
+                    }
                     for entry in config.entries
                 ],
             }

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from perfbench.errors import AdapterError, FinetuneError, RunDirectoryError
+from perfbench.errors import FinetuneError
 from perfbench.files.whole import write
 from perfbench.finetune import small_backbone
-from perfbench.finetune.accuracy import verdict_page
+from perfbench.finetune.accuracy import forgetting, verdict_page
 from perfbench.finetune.accuracy.accuracy_config import AccuracyConfig, Entry
 from perfbench.finetune.accuracy.accuracy_folder import PAGE, AccuracyFolder
 from perfbench.finetune.accuracy.evaluate import Setting, TaskData, evaluate_served, evaluate_trained, steps
 from perfbench.finetune.accuracy.paths import LeftOut, ServingPath, is_served, served
-from perfbench.finetune.accuracy.serve import Tenant, questions, with_plan
+from perfbench.finetune.accuracy.serve import questions, with_plan
+from perfbench.finetune.accuracy.train import train
 from perfbench.finetune.accuracy.verdict import Verdict
-from perfbench.finetune.recipe import check_against_backbone, finetune
+from perfbench.finetune.recipe import check_against_backbone
 from perfbench.finetune.tasks.registry import find, load_splits
 from perfbench.finetune.tasks.task import Example, Split, Task
 from perfbench.machine.device import device_kind
-from perfbench.methods.checkpoints.adapter_folder import WEIGHTS
 from perfbench.methods.plan import plan_bytes
 from perfbench.methods.shape import BackboneShape
 from perfbench.progress import RunProgress
@@ -54,6 +53,8 @@ def execute(
     backbone_config = find_config(name)
     tokenizer = backbones.tokenizer_of(name)
     examples = _read_examples(config, tokenizer, BackboneShape.of_config(backbone_config).context)
+    other = config.forgetting
+    elsewhere = None if other is None else forgetting.read(other, tokenizer, common.max_tokens)
     if resume:
         folder = AccuracyFolder.open(out)
         folder.check_same(config)
@@ -65,9 +66,9 @@ def execute(
     folder.manifest["left_out"] = [asdict(path) for path in asked if isinstance(path, LeftOut)]
     for path in folder.manifest["left_out"]:
         console.print(f"left out: {path['id']}: {path['reason']}")
-    data = [_train(task, config, examples[task], folder, console) for task in config.tasks]
+    data = [TaskData(task, *examples[task], train(task, config, folder, console)) for task in config.tasks]
     _describe(data, folder, BackboneShape.of_config(backbone_config))
-    setting = Setting(name, kind, common.dtype, tokenizer, config.serving.requests, common.beams)
+    setting = Setting(name, kind, common.dtype, tokenizer, config.serving.requests, common.beams, elsewhere)
     with RunProgress(steps(data, paths, setting), console) as progress:
         logits = evaluate_trained(data, setting, folder, progress)
         gc.collect()
@@ -102,54 +103,6 @@ def _read_examples(
 
 def _first_of_each_task(config: AccuracyConfig) -> Sequence[Entry]:
     return [next(entry for entry in config.entries if entry.task == task) for task in config.tasks]
-
-
-def _train(
-    label: str,
-    config: AccuracyConfig,
-    examples: tuple[Task, dict[Split, list[Example]]],
-    folder: AccuracyFolder,
-    console: Console,
-) -> TaskData:
-    """Every method of a task with every seed, those that are trained already as they are."""
-    tenants = []
-    for entry in (entry for entry in config.entries if entry.task == label):
-        out = folder.path / label / entry.method
-        started = (out / "run.json").exists()
-        console.print(f"{label}: {'going on with' if started else 'training'} {entry.method}")
-        # The test set is asked below, on every path.
-        untested = replace(entry.config, task=replace(entry.config.task, test_examples=0))
-        for result in finetune(untested, out, resume=started, console=console):
-            seed_facts = {key: value for key, value in vars(result).items() if key not in ("seed", "adapter")}
-            facts = {"sha256": _fingerprint(result.adapter), **seed_facts}
-            _note(folder, label, entry.method, result.seed, facts)
-            tenants.append(Tenant(entry.method, entry.config.method, result.seed, result.adapter))
-    folder.write()
-    return TaskData(label, examples[0], examples[1], tuple(tenants))
-
-
-def _note(folder: AccuracyFolder, task: str, method: str, seed: int, facts: dict[str, Any]) -> None:
-    """What is known of an adapter. RunDirectoryError where it is not the one that gave the answers which are there."""
-    seeds = folder.manifest["adapters"].setdefault(task, {}).setdefault(method, {})
-    before = seeds.get(str(seed), facts)
-    if before["sha256"] != facts["sha256"] and any(
-        method in methods for methods in folder.manifest["paths"].get(task, {}).values()
-    ):
-        raise RunDirectoryError(
-            f"{folder.path / task / method}: the adapter of seed {seed} is not the one that was judged here; "
-            "run with another --out"
-        )
-    seeds[str(seed)] = before | facts
-
-
-def _fingerprint(adapter: Path) -> str:
-    """Of the weights. AdapterError where there are none."""
-    file = adapter / WEIGHTS
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        reason = f"can't read the trained adapter ({error.strerror})"
-        raise AdapterError(f"{file}: {reason}; remove {adapter.parent.parent} to train it again") from None
 
 
 def _describe(data: Sequence[TaskData], folder: AccuracyFolder, shape: BackboneShape) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from perfbench.finetune import trained
+from perfbench.finetune.accuracy import forgetting
+from perfbench.finetune.accuracy.accuracy_config import ZERO_SHOT
 from perfbench.finetune.accuracy.accuracy_folder import AccuracyFolder, Item
 from perfbench.finetune.accuracy.identity import NONE, judge, probe
 from perfbench.finetune.accuracy.paths import ServingPath, as_trained, is_served
@@ -54,7 +58,8 @@ class TaskData:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all evaluations share. name: of the backbone, as it is loaded; device: such as `cuda`."""
+    """What all evaluations share. name: of the backbone, as it is loaded; device: such as `cuda`; elsewhere: another
+    task's examples, on which forgetting shows."""
 
     name: str
     device: str
@@ -62,6 +67,7 @@ class Setting:
     tokenizer: Any
     requests: int
     beams: int
+    elsewhere: forgetting.Elsewhere | None = None
 
     def backbone(self, dtype: str) -> Backbone:
         """The backbone in `dtype`, afresh; what held another one before should be gone by now."""
@@ -75,12 +81,21 @@ Logits = dict[str, dict[str, torch.Tensor]]  # task -> tenant's name, or NONE ->
 def evaluate_trained(
     data: Sequence[TaskData], setting: Setting, folder: AccuracyFolder, progress: RunProgress
 ) -> Logits:
-    """Answers of every adapter as trained, one tenant at a time, to dev and test items that are not there yet; and the
-    logits, on a few probes, of those that can be served, to know them again by."""
+    """Answers of the bare backbone and of every adapter as trained, one tenant at a time, to dev and test items that
+    are not there yet; and the logits, on a few probes, of those that can be served, to know them again by."""
     path = as_trained(setting.dtype)
     backbone = setting.backbone(setting.dtype)
     found: Logits = {}
     for one in data:
+        if not folder.is_done(one.label, path.id, ZERO_SHOT):
+            progress.say(f"{one.label} {ZERO_SHOT}", "the bare backbone")
+            model = backbone.skeleton()
+            if setting.elsewhere and folder.manifest["forgetting"] is None:
+                before = forgetting.loss(model, setting.tokenizer, setting.elsewhere, setting.requests)
+                tokens = setting.elsewhere.tokens
+                folder.manifest["forgetting"] = {"tokens": tokens, "loss_before": before}
+            folder.add(list(_answers_of(model, one, Tenant(ZERO_SHOT, "", SEED, Path()), path, setting)))
+        progress.advance()
         asked = probes(one.task, one.examples["test"], setting.tokenizer)
         found[one.label] = probe(AsTrained(backbone.skeleton()), asked, {NONE: -1}, backbone)
         for method in one.methods:
@@ -99,6 +114,10 @@ def evaluate_trained(
                     found[one.label] |= probe(AsTrained(model), asked, {tenant.name: 0}, backbone)
                 if not done:
                     items += _answers_of(model, one, tenant, path, setting)
+                    if setting.elsewhere:
+                        facts = folder.manifest["adapters"][one.label][tenant.label][str(tenant.seed)]
+                        after = forgetting.loss(model, setting.tokenizer, setting.elsewhere, setting.requests)
+                        facts["loss_elsewhere"] = after
                 progress.advance()
             if not done:
                 folder.add(items)
@@ -195,11 +214,11 @@ def steps(data: Sequence[TaskData], paths: Sequence[ServingPath], setting: Setti
     found = 0
     for one in data:
         served = [tenant for tenant in one.tenants if is_served(tenant.method)]
-        found += len(one.tenants) + len(paths) * _batches(one, served, setting)
+        found += 1 + len(one.tenants) + len(paths) * _batches(one, served, setting)
     return found
 
 
 def _batches(one: TaskData, tenants: Sequence[Tenant], setting: Setting) -> int:
-    each = 1 if one.task.kind == "generate" else None
-    asked = sum(each or len(example.choices) for example in one.examples["test"])
-    return -(-len(tenants) * asked // setting.requests)
+    # What does not fit the context was refused before anything was trained.
+    asked = questions(one.task, one.examples["test"], setting.tokenizer, sys.maxsize)
+    return -(-len(tenants) * len(asked) // setting.requests)

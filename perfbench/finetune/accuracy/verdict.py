@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
 
 from perfbench import exit_codes
+from perfbench.finetune.accuracy.accuracy_config import ZERO_SHOT
 from perfbench.finetune.accuracy.paired_statistics import Paired, compare, compare_methods, non_inferior
 
 # What a verdict can be, the worst first, and what each does to the exit code.
@@ -71,12 +72,14 @@ class PathRow:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All rows, and the exit code: 0 pass, 1 inferior or served otherwise than trained, 3 inconclusive."""
+    """All rows, and the exit code: 0 pass, 1 inferior or served otherwise than trained, 3 inconclusive. `zero_shot`:
+    task -> (dev, test) of the bare backbone, which is no method and is not judged; none in older runs."""
 
     methods: tuple[MethodRow, ...]
     paths: tuple[PathRow, ...]
     margin: float
     reference: str
+    zero_shot: Mapping[str, tuple[Scores, Scores]] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -138,7 +141,12 @@ def judge(
                     anchor = anchors.get(path)
                     anchor = anchor if anchor in own else None
                     path_rows.append(_path_row(task, method, path, own, trained_path, anchor, identity, seed))
-    return Verdict(tuple(method_rows), tuple(path_rows), margin, reference)
+    bare = {}
+    for task in tasks:
+        if ("test", task, ZERO_SHOT) in table:
+            held_out, asked = (_scores(table[split, task, ZERO_SHOT][trained_path]) for split in ("dev", "test"))
+            bare[task] = (held_out, asked)
+    return Verdict(tuple(method_rows), tuple(path_rows), margin, reference, bare)
 
 
 def _path_row(

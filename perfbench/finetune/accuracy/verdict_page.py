@@ -245,7 +245,8 @@ def _of_task(verdict: Verdict, task: str) -> Iterator[Chart]:
 
 def _tables(manifest: Mapping[str, Any], verdict: Verdict, task: str) -> Iterator[dict[str, Any]]:
     mine = [verdict_words.method_cells(row, manifest, verdict.reference) for row in verdict.methods if row.task == task]
-    yield _table(f"Against {verdict.reference}", verdict_words.METHOD_HEADS, mine, text=(0, 7))
+    mine = [*verdict_words.zero_shot_cells(task, verdict, manifest), *mine]
+    yield _table(f"Against {verdict.reference}", verdict_words.METHOD_HEADS, mine, text=(0, 9))
     served = [verdict_words.path_cells(row) for row in verdict.paths if row.task == task]
     if served:
         yield _table("Served against trained", verdict_words.PATH_HEADS, served, text=(0, 1, 6))

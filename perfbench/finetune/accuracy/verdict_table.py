@@ -24,7 +24,8 @@ def render(manifest: Mapping[str, Any], verdict: Verdict, console: Console | Non
         console.print(Text(task, "bold"))
         rows = [row for row in verdict.methods if row.task == task]
         cells = [verdict_words.method_cells(row, manifest, verdict.reference) for row in rows]
-        console.print(_table(verdict_words.METHOD_HEADS, cells, text=(0, 7)))
+        cells = [*verdict_words.zero_shot_cells(task, verdict, manifest), *cells]
+        console.print(_table(verdict_words.METHOD_HEADS, cells, text=(0, 9)))
         served = [row for row in verdict.paths if row.task == task]
         paths = dict.fromkeys(row.path for row in served)
         summed_up = [verdict_words.summary_cells([row for row in served if row.path == path]) for path in paths]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from perfbench.figures.papers import POINTS_OVER_LORA, paper_score
+from perfbench.finetune.accuracy.accuracy_config import ZERO_SHOT
 from perfbench.finetune.accuracy.paired_statistics import LEAST_SEEDS, Paired
 from perfbench.finetune.accuracy.paths import AS_TRAINED
 from perfbench.finetune.accuracy.verdict import EXIT_CODES, MethodRow, PathRow, Scores, Verdict
@@ -131,8 +133,20 @@ def points(paired: Paired) -> str:
 
 
 METHOD_HEADS = (
-    "method", "trained\nparams", "dev %", "test %", "paper\n%", "to the reference", "McNemar\np", "verdict",
+    "method", "trained\nparams", "learning\nrate", "dev %", "test %", "paper\n%", "to the reference", "McNemar\np",
+    "loss\nelsewhere", "verdict",
 )  # fmt: skip
+
+
+def zero_shot_cells(task: str, verdict: Verdict, manifest: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The bare backbone as a row of METHOD_HEADS, where it was asked."""
+    if task in verdict.zero_shot:
+        dev, test = verdict.zero_shot[task]
+        before = manifest.get("forgetting")
+        loss = f"{before['loss_before']:.3f}" if before else NOTHING
+        yield [
+            ZERO_SHOT, "0", NOTHING, percent(dev.median), percent(test.median), *[NOTHING] * 3, loss, NOTHING,
+        ]  # fmt: skip
 
 
 def method_cells(row: MethodRow, manifest: Mapping[str, Any], reference: str) -> list[str]:
@@ -144,13 +158,30 @@ def method_cells(row: MethodRow, manifest: Mapping[str, Any], reference: str) ->
     return [
         row.method,
         f"{adapters[0]['trainable_parameters']:,}",
+        _rate(manifest, row),
         NOTHING if row.dev is None else percent(row.dev.median),
         spread(row.test),
         _paper(entry),
         "the reference" if is_reference else NOTHING if found is None else points(found),
         NOTHING if found is None or found.p_value is None else f"{found.p_value:.2g}",
+        _elsewhere(manifest, adapters),
         NOTHING if is_reference else row.verdict,
     ]
+
+
+def _rate(manifest: Mapping[str, Any], row: MethodRow) -> str:
+    """The learning rate that a sweep chose; nothing where there was none."""
+    if row.method not in manifest.get("sweeps", {}).get(row.task, {}):
+        return NOTHING
+    first = next(iter(manifest["adapters"][row.task][row.method].values()))
+    return f"{first['learning_rate']:g}"
+
+
+def _elsewhere(manifest: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]]) -> str:
+    """By how much the loss of another task's answers rose, the median of the seeds."""
+    before = manifest.get("forgetting")
+    after = [one["loss_elsewhere"] for one in adapters if "loss_elsewhere" in one]
+    return f"{median(after) - before['loss_before']:+.3f}" if before and after else NOTHING
 
 
 PATH_HEADS = (
@@ -236,7 +267,9 @@ def legend(verdict: Verdict) -> str:
         f"of -100 to +100 with fewer than {LEAST_SEEDS} seeds. Between a served path and as trained it is over items, "
         "for these very adapters. No correction is made "
         f"for several comparisons. pass: the interval lies above -{verdict.margin * 100:g} points on every path; "
-        "inferior: it lies below; inconclusive: it holds that value. McNemar: exact, for 0/1 scores of "
+        "inferior: it lies below; inconclusive: it holds that value. zero-shot: the bare backbone. Learning rate: the "
+        "one with the lowest dev loss of those that were tried with the first seed. Loss elsewhere: of another task's "
+        "answers, nats a token, and by how much training raised it. McNemar: exact, for 0/1 scores of "
         "one seed, of these very adapters. "
         "Served in fp32 every prediction must be the trained model's or, if that is not fp32, the first fp32 path's; "
         "elsewhere the interval of the difference to the trained model must hold 0; and each tenant's served logits "

@@ -94,4 +94,11 @@ def test_shipped_files_load_and_say_what_they_answer(path: Path) -> None:
 
 
 def test_these_are_shipped() -> None:
-    assert {path.stem for path in SHIPPED} == {"cpu", "gemma_2b", "llama2_7b", "llama2_7b_baselines", "llama2_7b_large"}
+    assert {path.stem for path in SHIPPED} == {
+        "cpu",
+        "gemma_2b",
+        "llama2_7b",
+        "llama2_7b_baselines",
+        "llama2_7b_large",
+        "smollm2",
+    }

@@ -16,6 +16,7 @@ from perfbench.cli import main
 from perfbench.finetune import recipe
 from perfbench.finetune.accuracy import accuracy_config, accuracy_folder, accuracy_run, evaluate
 from perfbench.finetune.accuracy.accuracy_folder import AccuracyFolder
+from perfbench.finetune.accuracy.serve import Tenant
 from perfbench.finetune.accuracy.verdict import Verdict
 from perfbench.methods.bank import Bank
 from tests.perfbench.finetune.accuracy.conftest import QUIET
@@ -44,7 +45,7 @@ def test_all_methods_and_seeds_are_asked_everything_on_every_path(finished: Fini
             ("as-trained-fp32", "test", 6),
             *((path, "test", 6) for path in PATHS),
         ]
-    }
+    } | {("as-trained-fp32", split, "zero-shot", 0): count for split, count in [("dev", 8), ("test", 6)]}
     assert {(row.path, row.method) for row in verdict.paths} == {(p, m) for p in PATHS for m in METHODS}
 
 
@@ -117,14 +118,14 @@ def serve_the_other_seed(monkeypatch: pytest.MonkeyPatch) -> None:
         found = read(tenant, shape)
         if (tenant.label, tenant.seed) != ("para", 0):
             return found
-        return accuracy_run.Tenant(tenant.label, tenant.method, 0, tenant.folder, read(OTHER_SEED(tenant), shape).plan)
+        return Tenant(tenant.label, tenant.method, 0, tenant.folder, read(OTHER_SEED(tenant), shape).plan)
 
     monkeypatch.setattr(evaluate, "with_plan", wrong)
 
 
 def OTHER_SEED(tenant: Any) -> Any:
     folder = tenant.folder.parent.parent / "seed1" / tenant.folder.name
-    return accuracy_run.Tenant(tenant.label, tenant.method, 1, folder)
+    return Tenant(tenant.label, tenant.method, 1, folder)
 
 
 def drop_a_tenant(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +209,7 @@ def test_ctrl_c_says_how_to_go_on(
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(accuracy_run, "finetune", stop)
+    monkeypatch.setattr(accuracy_run, "train", stop)
     out = tmp_path / "run"
     assert main(["accuracy", str(finished[0]), "--out", str(out)]) == 130
     assert f"interrupted; go on with: perfbench accuracy {finished[0]} --out {out} --resume" in capsys.readouterr().err
