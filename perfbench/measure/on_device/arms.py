@@ -130,7 +130,7 @@ def plan_of_tenant(case: Case, backbone: Backbone, resident: int, seed: int, ten
     own = of_tenant(case, tenant)
     if getattr(case.options, "adapters", None) is not None:
         return read_adapter(own, backbone.shape, resident, tenant)
-    return _plan(own, backbone, _random(own, backbone, seed, tenant))
+    return _plan(own, backbone, random_values(own, backbone, seed, tenant))
 
 
 def random_layouts(case: Case, shape: BackboneShape) -> list[AdapterPlan]:
@@ -143,7 +143,8 @@ def _plan(case: Case, backbone: Backbone, values: parameters.Parameters) -> Adap
     return plan
 
 
-def _random(case: Case, backbone: Backbone, seed: int, tenant: int) -> parameters.Parameters:
+def random_values(case: Case, backbone: Backbone, seed: int, tenant: int) -> parameters.Parameters:
+    """The random numbers of a tenant's adapter, which are the same wherever they are made."""
     return parameters.make(
         case.method,
         backbone.shape,
@@ -170,7 +171,7 @@ def _build_plan(
     else:
         kinds, of_kinds = kinds_of(case), random_layouts(case, backbone.shape)
         layout, cold = union_layout(of_kinds), scratch / "cold"
-        first = _random(one, backbone, seed, 0)
+        first = random_values(one, backbone, seed, 0)
         if wanted:
             method.save(first, backbone.shape, one.options, cold, backbone.name)
         # Made one by one as they are admitted: not all of them at once, in fp32, beside the bank.
@@ -234,7 +235,7 @@ def _build_peft(
     else:
         folders = [scratch / f"tenant{tenant}" for tenant in range(resident)]
         for tenant, folder in enumerate(folders):
-            values = _random(case, backbone, seed, tenant)
+            values = random_values(case, backbone, seed, tenant)
             method.save(values, backbone.shape, case.options, folder, backbone.name)
         sizes = [parameters.meta_plan(case.method, backbone.shape, case.options)] * resident
     held = [plan_bytes(plan, backbone.dtype) for plan in sizes]
