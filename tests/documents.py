@@ -144,18 +144,30 @@ def power_table(path: str) -> str:
 
 
 def accuracy_table(path: str) -> str:
-    """Each method's test score over the seeds, and against LoRA's."""
+    """Each method's test score over the seeds, and against LoRA's; where the run has them, the bare backbone's, the
+    learning rate that a sweep chose, the lowest dev loss and the loss on another task's answers."""
     found = _json(path)
-    lines = ["| method | trained parameters | test %, median (lowest to highest seed) | points to LoRA | verdict |"]
-    lines.append("| --- | ---: | ---: | ---: | --- |")
+    heads = ["method", "trained parameters", "test %, median (lowest to highest seed)", "points to LoRA", "verdict"]
+    more = ["learning rate", "dev loss", "loss elsewhere"] if found.get("sweeps") else []
+    lines = [f"| {' | '.join(heads + more)} |", f"| --- | ---: | ---: | ---: | --- |{' ---: |' * len(more)}"]
+    before = found["forgetting"]["loss_before"] if found.get("forgetting") else 0.0
+    for _, test in found["verdict"].get("zero_shot", {}).values():
+        cells = ["zero-shot", "0", f"{100 * test['seeds'][0]:.1f}", "-", "-", "-", "-", f"{before:.3f}"]
+        lines.append(f"| {' | '.join(cells[: len(heads + more)])} |")
     for row in found["verdict"]["methods"]:
-        trained = found["adapters"][row["task"]][row["method"]]["0"]["trainable_parameters"]
+        adapters = found["adapters"][row["task"]][row["method"]]
+        trained = adapters["0"]["trainable_parameters"]
         low, median, high = (100 * of(row["test"]["seeds"]) for of in (min, statistics.median, max))
         versus = row["versus"].get("as-trained-fp32")
         points = [f"{100 * versus[key]:+.1f}" for key in ("difference", "low", "high")] if versus else []
         shown = f"{points[0]} [{points[1]}, {points[2]}]" if points else "the reference"
         test = f"{median:.1f} ({low:.1f} to {high:.1f})"
-        lines.append(f"| {row['method']} | {trained:,} | {test} | {shown} | {row['verdict'] if points else '-'} |")
+        cells = [row["method"], f"{trained:,}", test, shown, row["verdict"] if points else "-"]
+        if more:
+            loss = statistics.median(one["best_dev_loss"] for one in adapters.values())
+            after = statistics.median(one["loss_elsewhere"] for one in adapters.values()) - before
+            cells += [f"{adapters['0']['learning_rate']:g}", f"{loss:.3f}", f"{after:+.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -54,6 +54,8 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--examples", type=positive, metavar="N", help="at most (default: all)")
     evaluate.add_argument("--beams", type=positive, default=1, metavar="N", help="of generation (default: 1)")
     evaluate.add_argument("--batch", type=positive, default=8, metavar="N", help="rows of one call (default: 8)")
+    about = "then the adapters are served as well, all of them mixed in each batch"
+    evaluate.add_argument("--served", choices=("static", "transformers"), default="", help=about)
     evaluate.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="default: runs/evaluate-<task>-<time>")
@@ -140,12 +142,24 @@ def _accuracy(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    """Asks the bare backbone and each adapter every test item of a task, as trained, and prints the scores with the
-    paired difference to the bare backbone. Every answer is in items.jsonl, the scores in evaluation.json. Exit code 0,
-    or 2 for bad input."""
+    """Asks the bare backbone and each adapter every test item of a task, as trained and with --served as served, and
+    prints the scores with the paired difference to the bare backbone. Every answer is in items.jsonl, the scores in
+    evaluation.json. Exit code 0, or 2 for bad input."""
     from perfbench.finetune import evaluation
 
-    fields = ("backbone", "task", "source", "split", "metric", "examples", "dtype", "device", "batch", "beams")
+    fields = (
+        "backbone",
+        "task",
+        "source",
+        "split",
+        "metric",
+        "examples",
+        "dtype",
+        "device",
+        "batch",
+        "beams",
+        "served",
+    )
     chosen = {name: getattr(arguments, name) for name in fields}
     out = arguments.out or stamped(f"evaluate-{arguments.task}")
     evaluation.evaluate(evaluation.Asked(**chosen, adapters=tuple(arguments.adapter)), out)

@@ -7,7 +7,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from perfbench.files.run_lock import has_files
 from perfbench.files.whole import write
 from perfbench.finetune import trained
 from perfbench.finetune.accuracy.paired_statistics import Paired, compare
+from perfbench.finetune.accuracy.paths import ServingPath
 from perfbench.finetune.encoding import fits
+from perfbench.finetune.evaluation_served import served_predictions, tenants_of
 from perfbench.finetune.predict import predict
 from perfbench.finetune.tasks.registry import find, load_splits
 from perfbench.finetune.tasks.task import Example, Split, Task
@@ -36,7 +38,8 @@ BARE = "none"
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of each model: `examples` of `split` at most, all where it is None; `batch` rows of one call."""
+    """What is asked of each model: `examples` of `split` at most, all where it is None; `batch` rows of one call;
+    `served`: the runtime that serves the adapters too, all mixed, "" for none."""
 
     backbone: str
     task: str
@@ -49,19 +52,24 @@ class Asked:
     device: str = "auto"
     batch: int = 8
     beams: int = 1
+    served: str = ""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One model: `adapter` is its folder, BARE for the backbone alone; `sha256` of the weights; `score`: the mean of
-    the task's metric; `versus`: the paired difference to the bare backbone, over items, for this very adapter."""
+    """One model: `adapter` is its folder, BARE for the backbone alone; `sha256` of the weights; `path`: as trained, or
+    how it was served; `score`: the mean of the task's metric; `versus`: the paired difference, over items, for this
+    very adapter, as trained to the bare backbone and served to as trained; `changed`: how many served predictions are
+    not as trained, None of those as trained."""
 
     adapter: str
     peft_type: str | None
     sha256: str | None
+    path: str
     score: float
     items: int
     versus: Paired | None
+    changed: int | None = None
 
 
 def evaluate(asked: Asked, out: Path, say: Callable[[str], object] = print) -> list[Result]:
@@ -81,22 +89,37 @@ def evaluate(asked: Asked, out: Path, say: Callable[[str], object] = print) -> l
     tokenizer = loaded.tokenizer()
     for example in examples:
         fits(task, example, tokenizer, loaded.shape.context, leave_out=False)
+    tenants = tenants_of(asked.adapters, loaded) if asked.served else []  # refused before the first answer
     results: list[Result] = []
     scores: dict[str, list[list[float]]] = {}
+    trained_ones: dict[str, list[str]] = {}
     lines: list[str] = []
     for adapter, peft_type in zip((BARE, *asked.adapters), (None, *kinds), strict=True):
         gc.collect()
         # PEFT leaves the backbone's weights alone; what only perfbench knows may be weights of its own.
         model = copy.deepcopy(loaded.model) if peft_type == trained.OURS else loaded.skeleton()
         model = model if adapter == BARE else trained.load(model, Path(adapter))
-        items = _items(asked, task, adapter, examples, model, tokenizer)
+        given = predict(model, tokenizer, task, examples, batch=asked.batch, beams=asked.beams)
         del model
-        lines += [json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n" for item in items]
-        scores[adapter] = [[item["score"]] for item in items]
+        items = _items(asked, task, adapter, f"as-trained-{asked.dtype}", examples, given)
+        lines += map(_line, items)
+        scores[adapter], trained_ones[adapter] = [[item["score"]] for item in items], given
         versus = None if adapter == BARE else compare(scores[adapter], scores[BARE])
-        score = sum(item["score"] for item in items) / len(items)
-        results.append(Result(adapter, peft_type, _fingerprint(adapter), score, len(items), versus))
+        results.append(_result(adapter, peft_type, items, versus))
         say(in_words(asked, task, results[-1]))
+    if tenants:
+        gc.collect()
+        path = ServingPath(asked.served, "eager", asked.dtype)
+        served = served_predictions(
+            path, tenants, task, examples, loaded, tokenizer, batch=asked.batch, beams=asked.beams
+        )
+        for adapter, peft_type in zip(asked.adapters, kinds, strict=True):
+            items = _items(asked, task, adapter, path.id, examples, served[adapter])
+            lines += map(_line, items)
+            versus = compare([[item["score"]] for item in items], scores[adapter])
+            changed = sum(a != b for a, b in zip(served[adapter], trained_ones[adapter], strict=True))
+            results.append(replace(_result(adapter, peft_type, items, versus), changed=changed))
+            say(in_words(asked, task, results[-1]))
     manifest = {
         "kind": "evaluation",
         "schema_version": 1,
@@ -116,17 +139,25 @@ def evaluate(asked: Asked, out: Path, say: Callable[[str], object] = print) -> l
     return results
 
 
+def _line(item: dict[str, Any]) -> str:
+    return json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _result(adapter: str, peft_type: str | None, items: Sequence[dict[str, Any]], versus: Paired | None) -> Result:
+    score = sum(item["score"] for item in items) / len(items)
+    return Result(adapter, peft_type, _fingerprint(adapter), items[0]["path"], score, len(items), versus)
+
+
 def _items(
-    asked: Asked, task: Task, adapter: str, examples: Sequence[Example], model: Any, tokenizer: Any
+    asked: Asked, task: Task, adapter: str, path: str, examples: Sequence[Example], given: Sequence[str]
 ) -> list[dict[str, Any]]:
-    given = predict(model, tokenizer, task, examples, batch=asked.batch, beams=asked.beams)
     metric = METRICS[task.metric]
     return [
         {
             "task": asked.task,
             "adapter": adapter,
             "split": asked.split,
-            "path": f"as-trained-{asked.dtype}",
+            "path": path,
             "id": example.id,
             "prediction": prediction,
             "score": float(metric(prediction, example)),
@@ -148,5 +179,7 @@ def in_words(asked: Asked, task: Task, result: Result) -> str:
     if result.versus is None:
         return f"{text}, the bare backbone"
     found = result.versus
+    if result.changed is not None:
+        return f"{text}, {result.adapter} served on {result.path}: {result.changed} predictions are not as trained"
     points = f"{found.difference * 100:+.1f} [{found.low * 100:+.1f}, {found.high * 100:+.1f}] points"
     return f"{text}, {result.adapter}: {points} to the bare backbone, for this very adapter"

@@ -14,6 +14,7 @@ from perfbench.cli import main
 from perfbench.finetune import trained
 from perfbench.finetune.predict import predict
 from perfbench.finetune.tasks.registry import find, load_splits
+from perfbench.methods.bank import Bank
 from perfbench.runtimes import backbone
 
 
@@ -108,3 +109,43 @@ def test_what_can_not_be_used_is_said_in_one_line(
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("runtime", ["static", "transformers"])
+def test_adapters_are_asked_as_served_too(
+    runtime: str, tiny_llama: Path, adapters: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    source, out = write_mmlu(tmp_path / "mmlu"), tmp_path / "out"
+    options = [part for name in ("adalora", "peft") for part in ("--adapter", str(adapters[name]))]
+    command = ["evaluate", str(tiny_llama), "--task", "mmlu", "--source", str(source), "--device", "cpu", *options]
+    assert main([*command, "--served", runtime, "--out", str(out)]) == 0
+    assert "0 predictions are not as trained" in capsys.readouterr().out.splitlines()[-1]
+    results = json.loads((out / "evaluation.json").read_text())["results"]
+    paths = ["as-trained-fp32"] * 3 + [f"{runtime}-eager-fp32"] * 2
+    assert [(one["path"], one["changed"]) for one in results] == [
+        (path, None if path.startswith("as") else 0) for path in paths
+    ]
+    assert [one["score"] for one in results[3:]] == [one["score"] for one in results[1:3]]
+
+
+def test_a_tenant_that_is_served_by_another_s_adapter_is_seen(
+    tiny_llama: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Bank.rows
+    monkeypatch.setattr(Bank, "rows", lambda self, slots: rows(self, [(s + 1) % self.capacity for s in slots]))
+    source, out = write_mmlu(tmp_path / "mmlu"), tmp_path / "out"
+    options = [part for name in ("adalora", "peft") for part in ("--adapter", str(adapters[name]))]
+    command = ["evaluate", str(tiny_llama), "--task", "mmlu", "--source", str(source), "--device", "cpu", *options]
+    assert main([*command, "--served", "static", "--out", str(out)]) == 0
+    results = json.loads((out / "evaluation.json").read_text())["results"]
+    assert sum(one["changed"] for one in results[3:]) > 0
+
+
+def test_what_is_never_served_is_refused_before_it_is_asked(
+    tiny_llama: Path, adapters: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    source, out = write_mmlu(tmp_path / "mmlu"), tmp_path / "out"
+    command = ["evaluate", str(tiny_llama), "--task", "mmlu", "--source", str(source), "--device", "cpu"]
+    command += ["--adapter", str(adapters["bitfit"]), "--served", "static", "--out", str(out)]
+    assert main(command) == 2
+    assert "is never served here; leave out --served" in capsys.readouterr().err

@@ -1,0 +1,59 @@
+"""What `perfbench evaluate --served` adds: the same adapters as tenants of one mixed batch, asked the same items."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from perfbench.errors import AdapterError
+from perfbench.finetune.accuracy.paths import ServingPath
+from perfbench.finetune.accuracy.serve import Tenant, answer, banks, mixed, predictions, questions, serve, with_plan
+from perfbench.finetune.tasks.task import Example, Task
+from perfbench.methods.checkpoints import adapter_folder
+from perfbench.methods.registry import METHODS
+from perfbench.runtimes.backbone import Backbone
+
+SEED = 0  # of the order in which items and tenants are mixed
+
+
+def tenants_of(adapters: Sequence[str], backbone: Backbone) -> list[Tenant]:
+    """The adapters in the folders, ready for a bank. AdapterError for one that no bank can hold."""
+    found = []
+    for folder in adapters:
+        kind = adapter_folder.peft_type(Path(folder))
+        method = next(
+            (name for name, one in METHODS.items() if kind in one.peft_types and one.served_by == "plan"), None
+        )
+        if method is None:
+            raise AdapterError(f"{folder}: an adapter of type {kind} is never served here; leave out --served")
+        found.append(with_plan(Tenant(folder, method, 0, Path(folder)), backbone.shape))
+    return found
+
+
+def served_predictions(
+    path: ServingPath,
+    tenants: Sequence[Tenant],
+    task: Task,
+    examples: Sequence[Example],
+    backbone: Backbone,
+    tokenizer: Any,
+    *,
+    batch: int,
+    beams: int,
+) -> dict[str, list[str]]:
+    """Folder -> the prediction of each example, served on `path` in mixed batches of `batch` requests."""
+    found: dict[str, list[str]] = {}
+    asked = questions(task, examples, tokenizer, backbone.shape.context)
+    for group in banks(tenants):
+        arm, slots = serve(path, backbone, group)
+        try:
+            given: list[tuple[Any, Any]] = []
+            for pairs in mixed(len(group), asked, batch, SEED):
+                given += zip(pairs, answer(arm, task, pairs, slots, backbone, tokenizer, beams), strict=True)
+        finally:
+            arm.close()
+        own = predictions(given, task)
+        for index, tenant in enumerate(group):
+            found[tenant.label] = [own[index, example.id] for example in examples]
+    return found
