@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perfbench.methods.options import NoOptions
+from perfbench.methods.shape import BackboneShape
 
 # `trained_by` of a method whose trainable parameters are the low-rank pairs themselves: PEFT's LoRA. The method's file
 # needs `setting_of(shape, options)`, the modules of each layer, and its options `rank` and `alpha`.
@@ -42,6 +43,11 @@ class Method:
             return NoOptions
         found: type[Any] = importlib.import_module(self.module).Options
         return found
+
+    def expect_fit(self, shape: BackboneShape, options: Any) -> None:
+        """ValueError where the sizes of a backbone exclude these options."""
+        if self.module is not None and hasattr(module := importlib.import_module(self.module), "shapes"):
+            module.shapes(shape, options)
 
 
 METHODS: dict[str, Method] = {

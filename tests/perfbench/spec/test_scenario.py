@@ -443,8 +443,20 @@ def test_bad_setting_file(content, message):
 
 def test_setting_has_a_list_for_each_layer():
     assert refusal(VALID.replace("[lora]", "[{fanlora: {setting: [[q], []]}}]")) == (
-        "x.yaml:3: methods: arm 'fanlora': expected a setting of 3 layers, those of llama-tiny, got 2"
+        "x.yaml:3: methods: llama-tiny: arm 'fanlora': the setting has 2 layers, the backbone 3"
     )
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("miss: {rank: 1000}", "arm 'miss': rank 1000: q has 64 inputs, expected at least as many"),
+        ("road: {group_size: 10}", "arm 'road': group_size 10: q has 64 outputs, no multiple of it"),
+    ],
+)
+def test_options_that_the_backbone_excludes_are_refused(arm: str, message: str) -> None:
+    """They were found on the device only, and reported as a fault of perfbench."""
+    assert refusal(VALID.replace("[lora]", f"[{{{arm}}}]")) == f"x.yaml:3: methods: llama-tiny: {message}"
 
 
 def test_adapters_must_be_a_folder():
