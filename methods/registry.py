@@ -2,8 +2,9 @@
 
 A served method is one file of this folder and one line here; `perfbench.methods.parameters` says what the file holds.
 `peft`, `peft-road` and `peft-single` are the same adapters, served by Hugging Face PEFT instead of by perfbench;
-`lora-merged` is LoRA multiplied into the weights; in `mixed` tenants have adapters of several methods; `none` is the
-bare backbone. Methods of plugins come beside these when a command has read them (`perfbench.spec.method_plugins`).
+`lora-merged` is LoRA multiplied into the weights; in `mixed` tenants have adapters of several methods; `converted` is
+LoRA made of another method's adapters; `none` is the bare backbone. Methods of plugins come beside these when a command
+has read them (`perfbench.spec.method_plugins`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Method:
     `module` is imported only when the method is used, and its `Options` are the method's; `served_by` names what runs
     it; `trained_by` is None, or `module:function` of a function (the method's module, BackboneShape, options) that
     returns the PeftConfig with which `perfbench finetune` trains the method; `peft_types`: what its `load` reads, by
-    the `peft_type` of adapter folders.
+    the `peft_type` of adapter folders; `reads_prompt`: its scales are made from the prompt, so that no weights stand
+    for them.
     """
 
     module: str | None
@@ -35,6 +37,7 @@ class Method:
     served_by: str = "plan"
     trained_by: str | None = None
     peft_types: tuple[str, ...] = ()
+    reads_prompt: bool = False
 
     @property
     def options(self) -> type[Any]:
@@ -78,6 +81,7 @@ METHODS: dict[str, Method] = {
         "PARA: scales on Q, V and Up, made from the prompt once",
         trained_by="perfbench.peft.para:config",
         peft_types=("PARA",),
+        reads_prompt=True,
     ),
     "road": Method(
         "perfbench.methods.road",
@@ -99,6 +103,9 @@ METHODS: dict[str, Method] = {
     ),
     "mixed": Method(
         "perfbench.methods.mixed", "tenants of several methods in one batch, served from one bank", served_by="mixed"
+    ),
+    "converted": Method(
+        "perfbench.methods.converted", "another method's adapters, converted to LoRA", served_by="converted"
     ),
     "peft": Method(
         "perfbench.methods.lora", "the same LoRA, served by PEFT in a mixed batch (adapter_names)", served_by="peft"

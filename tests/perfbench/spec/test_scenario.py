@@ -265,6 +265,11 @@ def test_not_a_file():
             "x.yaml:3: methods.0.mixed: of: expected methods that a bank serves, got 'peft'; known: "
             "fanlora, ia3, ia3-original, lora, miss, para, road, vera",
         ),
+        (
+            "[lora]",
+            "[converted: {of: rod}]",
+            "x.yaml:3: methods.0.converted: of: expected a method that changes weights, got 'rod'; did you mean 'road'?",
+        ),
         ("[lora]", "lora", "x.yaml:3: methods: expected a list, got 'lora'"),
         ("[lora]", "\n  - lora\n  - ia3: {dim: 0}", "x.yaml:5: methods.1.ia3.dim: expected an integer from 1 to 1024, got 0"),
         ("[lora]", "[{lora: {rnk: 4}}]", "x.yaml:3: methods.0.lora.rnk: unknown key 'rnk'; did you mean 'rank'?"),
@@ -451,6 +456,7 @@ def test_setting_has_a_list_for_each_layer():
     ("arm", "message"),
     [
         ("miss: {rank: 1000}", "arm 'miss': rank 1000: q has 64 inputs, expected at least as many"),
+        ("converted: {rank: 65}", "arm 'converted': rank 65: expected at most 64, the smaller side of q's weight"),
         ("road: {group_size: 10}", "arm 'road': group_size 10: q has 64 outputs, no multiple of it"),
     ],
 )
