@@ -1,4 +1,4 @@
-"""The command that serves."""
+"""The commands around servers: one that serves, and one that gives others the same adapters."""
 
 from __future__ import annotations
 
@@ -28,6 +28,17 @@ def add(commands: Any) -> None:
     add_set(serve)
     add_plugin(serve)
     serve.set_defaults(command=_serve)
+    export = commands.add_parser(
+        "export", help="a scenario's adapters as folders, for another server", description=_export.__doc__
+    )
+    export.add_argument("scenario", type=Path, help="a YAML file of traffic, or a name that `perfbench list` has")
+    export.add_argument("--method", metavar="NAME", help="which of the scenario's methods (default: the first)")
+    about = "how many tenants get a folder (default: the most of the scenario, or twice the resident ones)"
+    export.add_argument("--tenants", type=positive, metavar="N", help=about)
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    add_set(export)
+    add_plugin(export)
+    export.set_defaults(command=_export)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -47,4 +58,21 @@ def _serve(arguments: argparse.Namespace) -> int:
         scenario, host=arguments.host, port=arguments.port, method=arguments.method, tenants=arguments.tenants,
         most_waiting=arguments.waiting, say=notes.print,
     )  # fmt: skip
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    """Writes the random adapters that a traffic scenario's tenants have as PEFT checkpoints, so that another server can
+    load the very ones by which its answers are then proved. Exit code: 2 bad input."""
+    from rich.console import Console
+
+    from perfbench import api
+
+    notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    scenario = api.prepare_traffic(arguments.scenario, set=arguments.set, say=notes.print)
+    from perfbench.serving.choice import chosen, most_tenants
+    from perfbench.serving.on_device.export import export
+
+    tenants = arguments.tenants or most_tenants(scenario)
+    export(scenario, chosen(scenario, arguments.method), tenants, arguments.out, notes.print)
     return 0

@@ -103,7 +103,7 @@ def answers_only(batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """The batch with what lets a model of transformers make logits [B, places, V] of no other places than those before
     a token that counts: the same loss, without a vocabulary's worth of sums at every other place.
 
-    Not for soft prompts, which move the places.
+    Not for PEFT's soft prompts, which move the places.
     """
     following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     places = (following != IGNORED).any(dim=0).nonzero().flatten()

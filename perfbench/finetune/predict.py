@@ -96,7 +96,7 @@ def generate(
     """The text that follows each prompt: at most `new_tokens`, up to the end-of-sequence token and the stop strings.
 
     No sampling and no penalty, whatever the checkpoint's own generation settings say. where: of each prompt, for
-    messages. Soft prompts are asked one prompt at a time, whatever `batch` says.
+    messages. PEFT's soft prompts are asked one at a time, whatever `batch` says.
     """
     where = where or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]

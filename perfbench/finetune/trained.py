@@ -223,7 +223,8 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
 
 
 def is_soft(module: Any) -> bool:
-    """Whether trained tokens, or their keys and values, stand before the prompt."""
+    """Whether PEFT puts trained tokens, or their keys and values, before the prompt: the other soft tokens here leave a
+    row's length, padding and logits as they are."""
     return isinstance(module, peft.PeftModel) and module.active_peft_config.is_prompt_learning
 
 

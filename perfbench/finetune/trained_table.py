@@ -35,12 +35,12 @@ BASELINES: dict[str, Baseline] = {
     "prompt-tuning": Baseline(
         "peft_own", "PromptTuningOptions", "prompt_tuning_config", "soft tokens before the prompt", by_peft=True
     ),
-    "p-tuning": Baseline(
-        "peft_own", "PTuningOptions", "p_tuning_config", "soft tokens that an encoder makes", by_peft=True
-    ),
+    "p-tuning": Baseline("p_tuning", "PTuningOptions", "attach", "narrow soft tokens and their projection"),
     "p-tuning-v2": Baseline(
         "peft_own", "PTuningV2Options", "p_tuning_v2_config", "soft keys and values in every layer", by_peft=True
     ),
+    "idpg": Baseline("idpg", "IdpgOptions", "attach", "soft tokens made of the prompt, before it"),
+    "lpt": Baseline("lpt", "LptOptions", "attach", "soft tokens made of the prompt, at a middle layer"),
     "houlsby": Baseline("houlsby", "HoulsbyOptions", "attach", "bottlenecks after attention and after the FFN"),
     "learned-adapter": Baseline("learned_adapter", "LearnedAdapterOptions", "attach", "a bottleneck beside each layer"),
     "bitfit": Baseline("bitfit", "BitFitOptions", "attach", "a bias on each linear"),

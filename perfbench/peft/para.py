@@ -66,7 +66,7 @@ def last_prompt_token(
     if attention_mask is None:
         last = torch.full((rows,), length - 1, device=inputs.device)
     elif attention_mask.dim() != 2:
-        raise ValueError(f"PARA: expected an attention mask [B, S], got {list(attention_mask.shape)}")
+        raise ValueError(f"the prompt's end: expected an attention mask [B, S], got {list(attention_mask.shape)}")
     else:
         last = (attention_mask * torch.arange(length, device=inputs.device)).argmax(dim=1)
     if labels is None:

@@ -32,7 +32,7 @@ DEFAULT_ZIPF_EXPONENT = 1.0
 DEFAULT_RESIDENT = 16
 # What `perfbench serve` calls the model of a tenant; and how long an answer over HTTP may take.
 DEFAULT_TENANT_MODEL = "tenant-{tenant}"
-DEFAULT_TIMEOUT_S = 120.0
+DEFAULT_TIMEOUT_S, DEFAULT_READY_S = 120.0, 300.0
 # More in one measurement take minutes at any rate that a test of targets needs, and hours at others.
 MOST_REQUESTS = 100_000
 
@@ -50,13 +50,16 @@ class Lengths:
 @dataclass(frozen=True)
 class Traffic:
     """The requests. tenants: the numbers of them to be measured, None where the largest is looked for; rates: requests
-    a second of all together, empty where `rate_per_tenant` says it."""
+    a second of all together, empty where `rate_per_tenant` says it; in_flight: of a closed loop, empty in an open one;
+    in_turn: each request is the next tenant's."""
 
     prompt_tokens: Lengths
     new_tokens: Lengths
     tenants: tuple[int, ...] | None
     rate_per_tenant: float | None
     rates: tuple[float, ...]
+    in_flight: tuple[int, ...]
+    in_turn: bool
     zipf_exponent: float | None  # None: uniform
     without_adapter: float
     arrivals: str
@@ -81,13 +84,16 @@ class Server:
 class Target:
     """A server that answers in place of ours. openai: its address up to and with /v1; base, tenant: the names of its
     models, where {tenant} stands for a number; adapters: whether it serves the scenario's own (ADAPTERS); timeout_s:
-    how long an answer may take in all."""
+    how long an answer may take in all; command: what starts it, empty where it is there already; ready_s: how long that
+    may take."""
 
     openai: str
     base: str
     tenant: str
     adapters: str
     timeout_s: float
+    command: tuple[str, ...] = ()
+    ready_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -161,12 +167,15 @@ def load(
     return _build(source, path, kind, tuple(notes))
 
 
-def points_of(traffic: Traffic) -> list[tuple[int, float]]:
-    """(tenants, requests a second of all of them) of each point, where none is searched for."""
+def points_of(traffic: Traffic) -> list[tuple[int, float, int]]:
+    """(tenants, requests a second of all of them, requests in flight) of each point, where none is searched for; one of
+    the last two is 0."""
     assert traffic.tenants is not None
+    if traffic.in_flight:
+        return [(tenants, 0.0, open_ones) for tenants in traffic.tenants for open_ones in traffic.in_flight]
     if traffic.rate_per_tenant is not None:
-        return [(tenants, tenants * traffic.rate_per_tenant) for tenants in traffic.tenants]
-    return [(tenants, rate) for tenants in traffic.tenants for rate in traffic.rates]
+        return [(tenants, tenants * traffic.rate_per_tenant, 0) for tenants in traffic.tenants]
+    return [(tenants, rate, 0) for tenants in traffic.tenants for rate in traffic.rates]
 
 
 def is_traffic(values: Any) -> bool:
@@ -228,18 +237,27 @@ def _target(source: Source, comparison: Comparison) -> Target | None:
         tenant=tenant,
         adapters=values.get("adapters", "scenario"),
         timeout_s=float(values.get("timeout_s", DEFAULT_TIMEOUT_S)),
+        command=tuple(values.get("command", ())),
+        ready_s=float(values.get("ready_s", DEFAULT_READY_S)),
     )
 
 
 def _traffic(source: Source) -> Traffic:
     values = source.values["traffic"]
     searched = values["tenants"] == SEARCH
-    if ("rate" in values) == ("rate_per_tenant" in values):
-        message = "expected either rate_per_tenant or rate"
-        refuse(source, f"{message}, got {'both' if 'rate' in values else 'neither'}", "traffic")
-    if searched and "rate" in values:
+    closed = values.get("arrivals") == "closed"
+    ways = ("in_flight",) if closed else ("rate_per_tenant", "rate")
+    if found := [name for name in ("in_flight", "rate_per_tenant", "rate") if name in values and name not in ways]:
+        refuse(source, f"expected {' or '.join(ways)} with these arrivals, got {found[0]}", "traffic", found[0])
+    if sum(name in values for name in ways) != 1:
+        got = "both" if all(name in values for name in ways) else "neither"
+        expected = (
+            "in_flight with arrivals closed, got none" if closed else f"either rate_per_tenant or rate, got {got}"
+        )
+        refuse(source, f"expected {expected}", "traffic")
+    if searched and "rate_per_tenant" not in values:
         message = "the number of tenants can be searched only where each sends requests: say rate_per_tenant"
-        refuse(source, message, "traffic", "rate")
+        refuse(source, message, "traffic", "tenants" if closed else "rate")
     for name, field, only in (("zipf_exponent", "tenant_mix", "zipf"), ("burstiness", "arrivals", "gamma")):
         if name in values and values.get(field) != only:
             refuse(source, f"expected only with {field} {only}; remove it, or choose {only}", "traffic", name)
@@ -252,6 +270,8 @@ def _traffic(source: Source) -> Traffic:
         tenants=None if searched else _several(values["tenants"]),
         rate_per_tenant=float(values["rate_per_tenant"]) if "rate_per_tenant" in values else None,
         rates=tuple(map(float, _several(values.get("rate", ())))),
+        in_flight=_several(values.get("in_flight", ())),
+        in_turn=values.get("tenant_mix") == "in-turn",
         zipf_exponent=float(values.get("zipf_exponent", DEFAULT_ZIPF_EXPONENT))
         if values.get("tenant_mix") == "zipf"
         else None,

@@ -16,8 +16,11 @@ ARRIVALS = {
     "poisson": "at random moments, independent of each other",
     "gamma": "at random moments, in bursts where burstiness is above 1, more evenly where it is below",
     "constant": "one after the other, all with the same pause",
+    "closed": "in_flight requests are open at any time: one that ends is followed by the next",
 }
-MIXES = {name: TENANT_MIXES[name] for name in ("uniform", "zipf")}
+MIXES = {name: TENANT_MIXES[name] for name in ("uniform", "zipf")} | {
+    "in-turn": "the tenants one after the other, so that requests in flight are of as many as there are"
+}
 ADAPTERS = {
     "scenario": "the server has the scenario's adapters, by which its answers are proved",
     "unknown": "it has others, and its answers are not proved",
@@ -79,6 +82,13 @@ _TRAFFIC = _section(
                 {"type": "array", "items": _number(exclusiveMinimum=0), "minItems": 1, "uniqueItems": True},
             ],
             "description": "requests a second of all tenants together, in place of rate_per_tenant",
+        },
+        "in_flight": {
+            "anyOf": [
+                _integer(1),
+                {"type": "array", "items": _integer(1), "minItems": 1, "uniqueItems": True},
+            ],
+            "description": "with arrivals closed, in place of a rate: how many requests are open at any time",
         },
         "tenant_mix": {
             **_one_of("tenant_mix", MIXES),
@@ -148,6 +158,14 @@ _TARGET = _section(
         "timeout_s": _number(
             exclusiveMinimum=0, description="how long an answer may take in all before it has failed; default 120"
         ),
+        "command": {
+            "type": "array",
+            "items": {"type": "string", "minLength": 1},
+            "minItems": 1,
+            "description": "a program and its arguments, which starts the server and is ended with the run; "
+            "default: it is there already",
+        },
+        "ready_s": _number(exclusiveMinimum=0, description="how long that may take until it answers; default 300"),
     },
 )
 _TARGETS = _section(

@@ -63,7 +63,7 @@ _FAILED = _object({"requests": _COUNT, "first": _TEXT}, null=True)
 _POINT = _object(
     {
         **{"tenants": _COUNT, "rate_per_s": _SIZE, "held": {"type": "boolean"}, "figures": _FIGURES},
-        **{"failed": _FAILED, "client_lag_ms": _MAYBE_SIZE},
+        **{"failed": _FAILED, "client_lag_ms": _MAYBE_SIZE, "in_flight": _COUNT},
     },
     required=("tenants", "rate_per_s", "held", "figures"),
 )
@@ -122,8 +122,8 @@ def problem_of_measurement(line: Any) -> str | None:
     """What is wrong with a line of measurements.jsonl; None where all is well."""
     if not isinstance(line, dict):
         return "expected an object"
-    for name in ("tenants", "repetition", "sent"):
-        if type(line.get(name)) is not int or line[name] < 0:
+    for name in ("tenants", "repetition", "sent", "in_flight"):
+        if type(line.get(name, 0 if name == "in_flight" else None)) is not int or line.get(name, 0) < 0:
             return f"{name}: expected an integer >= 0"
     if not isinstance(line.get("arm"), str):
         return "arm: expected a string"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import fmean, median
 from typing import Any
 
@@ -97,27 +98,34 @@ def high(values: Sequence[float]) -> float:
     return sorted(values)[math.ceil(0.99 * len(values)) - 1]
 
 
-def figures(repetitions: Sequence[Sequence[Answered]], targets: Targets, failed: int = 0) -> dict[str, Any]:
+def figures(
+    repetitions: Sequence[Sequence[Answered]], targets: Targets, failed: int = 0, *, closed: bool = False
+) -> dict[str, Any]:
     """What the requests of all repetitions of a point say together, of which `failed` more got no answer.
 
     counted; kept_share; goodput_per_s: requests a second that kept the targets, and tokens_per_s, both over the time
-    from when the first was due to the last token; ttft_ms, itl_ms, total_ms, wait_ms: median, p95 and p99 (None where
-    there are too few); tenants_seen; of the tenants with LEAST_OF_TENANT requests, None without any:
-    worst_tenant_ttft_ms, the largest of their median times to the first token, and fairness, Jain's index of these, 1
-    where all are alike; loaded_share: of the requests whose adapter had to be loaded; wait_growth_ms: by how much the
-    wait for a row grew from the first request to the last, the largest of the repetitions.
+    from when the first was due to the last token; of a `closed` loop, where others are in flight at both ends of that,
+    over the time between the first and the last moment at which one that counts was sent, and requests_per_s; ttft_ms,
+    itl_ms, total_ms, wait_ms: median, p95 and p99 (None where there are too few); tenants_seen; of the tenants with
+    LEAST_OF_TENANT requests, None without any: worst_tenant_ttft_ms, the largest of their median times to the first
+    token, and fairness, Jain's index of these, 1 where all are alike; loaded_share: of the requests whose adapter had
+    to be loaded; wait_growth_ms: by how much the wait for a row grew from the first request to the last, the largest of
+    the repetitions.
     """
     apart = [counted(answered) for answered in repetitions]
     together = [one for own in apart for one in own]
     kept = sum(one.keeps(targets) for one in together)
     seconds = sum(max(one.due_s + one.total_ms / 1e3 for one in own) - own[0].due_s for own in apart)
+    tokens_per_s = sum(len(one.itl_ms) + 1 for one in together) / seconds
+    rates = {"goodput_per_s": kept / seconds, "tokens_per_s": tokens_per_s}
+    if closed:
+        rates = _closed_rates(repetitions, kept / (len(together) + failed))
     of_tenants = _by_tenant(together)
     squares = sum(value**2 for value in of_tenants)
     return {
         "counted": len(together),
         "kept_share": kept / (len(together) + failed),
-        "goodput_per_s": kept / seconds,
-        "tokens_per_s": sum(len(one.itl_ms) + 1 for one in together) / seconds,
+        **rates,
         "ttft_ms": _tails([one.ttft_ms for one in together]),
         "itl_ms": _tails([gap for one in together for gap in one.itl_ms]),
         "total_ms": _tails([one.total_ms for one in together]),
@@ -128,6 +136,22 @@ def figures(repetitions: Sequence[Sequence[Answered]], targets: Targets, failed:
         "loaded_share": _loaded_share(together),
         "wait_growth_ms": max(map(wait_growth_ms, apart)),
     }
+
+
+def _closed_rates(repetitions: Sequence[Sequence[Answered]], kept_share: float) -> dict[str, float]:
+    """What came in the time in which all of a closed loop's requests were open, whoever got it."""
+    seconds, tokens, ended = 0.0, 0, 0
+    for answered in repetitions:
+        own = counted(answered)
+        start, end = own[0].due_s, own[-1].due_s
+        for one in answered:
+            moments = list(accumulate(one.itl_ms, initial=one.ttft_ms))
+            tokens += sum(start <= one.due_s + moment / 1e3 < end for moment in moments)
+            ended += start <= one.due_s + one.total_ms / 1e3 < end
+        seconds += end - start
+    per_s = ended / seconds if seconds else 0.0
+    of_all = tokens / seconds if seconds else 0.0
+    return {"goodput_per_s": per_s * kept_share, "tokens_per_s": of_all, "requests_per_s": per_s}
 
 
 def throughput_per_s(answered: Sequence[Answered]) -> float:

@@ -28,16 +28,19 @@ class Due:
 
 
 def draw(traffic: Traffic, tenants: int, rate: float, seed: str) -> list[Due]:
-    """`traffic.requests` requests of so many tenants, `rate` of them a second on average."""
+    """`traffic.requests` requests of so many tenants, `rate` of them a second on average; 0: all due at the start, for
+    a closed loop to send one after the other."""
     chance = random.Random(seed)
     weights = [1.0] * tenants
     if traffic.zipf_exponent is not None:
         weights = [1 / rank**traffic.zipf_exponent for rank in range(1, tenants + 1)]
     cumulated = list(accumulate(weights))
     found, now = [], 0.0
-    for _ in range(traffic.requests):
-        now += _pause(traffic, chance) / rate
-        tenant = _tenant(cumulated, chance.random())
+    for number in range(traffic.requests):
+        pause = _pause(traffic, chance)
+        now += pause / rate if rate else 0.0
+        drawn = _tenant(cumulated, chance.random())
+        tenant = number % tenants if traffic.in_turn else drawn
         bare = chance.random() < traffic.without_adapter
         lengths = _length(traffic.prompt_tokens, chance), _length(traffic.new_tokens, chance)
         found.append(Due(now, NOBODY if bare else tenant, *lengths))

@@ -22,12 +22,14 @@ MANIFEST, MEASUREMENTS = "traffic.json", "measurements.jsonl"
 
 
 class Key(NamedTuple):
-    """Which measurement: of which arm, with how many tenants, at how many requests a second, which time."""
+    """Which measurement: of which arm, with how many tenants, at how many requests a second, which time; in_flight: how
+    many requests were open at any time, 0 of an open loop."""
 
     arm: str
     tenants: int
     rate: float
     repetition: int
+    in_flight: int = 0
 
 
 class Measured(NamedTuple):
@@ -144,5 +146,5 @@ def _parse(line: Any) -> tuple[Key, Measured]:
     if line["rows"] is not None:
         named = (dict(zip(COLUMNS, row, strict=True)) for row in line["rows"])
         answered = [Answered.of(one) for one in named]
-    key = Key(line["arm"], line["tenants"], line["rate"], line["repetition"])
+    key = Key(line["arm"], line["tenants"], line["rate"], line["repetition"], line.get("in_flight", 0))
     return key, Measured(answered, line["sent"], line["loaded_bytes"], line.get("lag_ms"), line.get("failed", ()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,11 @@ class TrafficReport:
         """Whether the largest number of tenants was looked for."""
         return self.manifest["scenario"]["traffic"]["tenants"] is None
 
+    @property
+    def _closed(self) -> bool:
+        """Whether a request was sent when another had ended."""
+        return bool(self.manifest["scenario"]["traffic"].get("in_flight"))
+
     def rows(self) -> list[Row]:
         """One for each line of the table."""
         found = []
@@ -84,6 +89,8 @@ class TrafficReport:
             found.append(Column("of bare\n%", lambda row: _share(_most(row) / bare if bare and _is_ok(row) else None)))
         else:
             found.append(Column("tenants", lambda row: _count((row.point or {}).get("tenants"))))
+        if self._closed:
+            found.append(Column("in\nflight", lambda row: _count((row.point or {}).get("in_flight"))))
         return [
             *found,
             Column("requests\n/s", lambda row: _number((row.point or {}).get("rate_per_s"))),
@@ -137,7 +144,8 @@ class TrafficReport:
                     flat |= {f"{name}_{tail}": (figures.get(name) or {}).get(tail) for tail in ("median", "p95", "p99")}
                 found.append({
                     "arm": arm, "method": entry["method"], "status": entry["status"], "tenants": point["tenants"],
-                    "rate_per_s": point["rate_per_s"], "held": point["held"], **flat,
+                    "in_flight": point.get("in_flight"), "rate_per_s": point["rate_per_s"], "held": point["held"],
+                    **flat,
                 })  # fmt: skip
         return found
 
@@ -178,9 +186,11 @@ class TrafficReport:
         scenario = self.manifest["scenario"]
         server, targets, traffic = scenario["server"], scenario["targets"], scenario["traffic"]
         mix = "uniform" if traffic["zipf_exponent"] is None else f"Zipf {traffic['zipf_exponent']:g}"
+        mix = "one after the other of the" if traffic.get("in_turn") else mix
         by = f"{server['rows']} rows, {server['resident']} resident adapters"
         if scenario.get("target") is not None:
-            by = f"a server over HTTP at {scenario['target']['openai']}"
+            version = self.manifest.get("server_version")
+            by = f"a server over HTTP at {scenario['target']['openai']}{f', version {version}' if version else ''}"
         return (
             f"{scenario['backbone']} {scenario['dtype']} {scenario['device']} {scenario['kernels']}; {by}; "
             f"prompts {_lengths(traffic['prompt_tokens'])}, new {_lengths(traffic['new_tokens'])}, "
@@ -217,12 +227,27 @@ class TrafficReport:
             return
         measured = [row for row in self.rows() if row.point is not None and _is_ok(row)]
         missed = [row for row in measured if row.point is not None and not row.point["held"]]
+        if self._closed:
+            yield from self._beside_bare(measured)
         if missed:
             where = "; ".join(_where(row) for row in missed)
             yield f"The targets were missed by {where}."
         elif measured:
             of = f" by {', '.join(dict.fromkeys(row.arm for row in measured))}"
             yield f"The targets were held everywhere{'' if len(measured) == len(self.rows()) else of}."
+
+    def _beside_bare(self, measured: Sequence[Row]) -> Iterator[str]:
+        """What adapters leave of the bare backbone's tokens a second, at each number of requests in flight."""
+        bare = {_load(row): row.figures["tokens_per_s"] for row in measured if row.arm == "none" and row.figures}
+        for row in measured:
+            if row.arm != "none" and row.figures and bare.get(_load(row)):
+                tokens = row.figures["tokens_per_s"]
+                share = tokens / bare[_load(row)]
+                tenants, in_flight = _load(row)
+                yield (
+                    f"{row.arm}: {tokens:,.0f} tokens/s with {in_flight:,} requests in flight of {tenants:,} tenants, "
+                    f"{share:.1%} of the bare backbone's."
+                )
 
     def _most_of_all(self) -> dict[str, int]:
         """Arm -> the most tenants that it held, 0 for none at all, of the arms whose answers were proved."""
@@ -323,6 +348,12 @@ def _none_held(row: Row) -> str:
     """Fewer than the smallest number that was tried; a dash where nothing was."""
     failed = (row.entry.get("most_tenants") or {}).get("failed")
     return "-" if failed is None else f"< {failed:,}"
+
+
+def _load(row: Row) -> tuple[int, int]:
+    """(tenants, requests in flight) of a closed loop."""
+    point = row.point or {}
+    return point.get("tenants", 0), point.get("in_flight", 0)
 
 
 def _where(row: Row) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +28,7 @@ from perfbench.spec.traffic import TrafficScenario, points_of
 from perfbench.traffic import outcome
 from perfbench.traffic.requests import Due, all_at_once, draw
 from perfbench.traffic.search import Found, search
+from perfbench.traffic.started_server import LOG, started
 from perfbench.traffic.traffic_folder import SCHEMA_VERSION, Key, Measured, TrafficFolder
 
 WORKER = "perfbench.traffic.on_device.traffic_worker"
@@ -85,14 +87,26 @@ def execute(scenario: TrafficScenario, out: Path, *, resume: bool) -> TrafficFol
     with RunProgress(_steps(scenario)) as progress:
         session = Session(scenario, folder, progress)
         try:
-            session.run()
+            with _server(scenario, folder, progress):
+                session.run()
         except PerfbenchError:
-            if not resume and not folder.measured:
+            if not resume and not folder.measured and not (out / LOG).exists():
                 shutil.rmtree(out, ignore_errors=True)
             raise
         finally:
             session.end()
     return folder
+
+
+@contextmanager
+def _server(scenario: TrafficScenario, folder: TrafficFolder, progress: RunProgress) -> Iterator[None]:
+    """The target's own server, where the scenario says how to start it; notes its version."""
+    if scenario.target is None:
+        yield
+        return
+    with started(scenario.target, folder.path, progress) as version:
+        folder.manifest["server_version"] = version
+        yield
 
 
 def _steps(scenario: TrafficScenario) -> int:
@@ -157,9 +171,11 @@ class Session:
         entry.update(status="pending", points=[])
         # In a search, so many that adapters come and go.
         most = max(traffic.tenants or (2 * self.scenario.server.resident,))
-        full = yield Key(arm, most, AT_ONCE, 0)
-        assert full.answered is not None
-        entry["throughput_per_s"] = throughput = outcome.throughput_per_s(full.answered)
+        throughput = 0.0
+        if not traffic.in_flight:  # a closed loop is such a measurement itself
+            full = yield Key(arm, most, AT_ONCE, 0)
+            assert full.answered is not None
+            entry["throughput_per_s"] = throughput = outcome.throughput_per_s(full.answered)
         if traffic.tenants is None:
             assert traffic.rate_per_tenant is not None
             most_at_all = throughput / traffic.rate_per_tenant
@@ -167,8 +183,8 @@ class Session:
             found = yield from self._search(arm, *loads)
             entry["most_tenants"] = asdict(found)
         else:
-            for tenants, rate in points_of(traffic):
-                yield from self._point(arm, tenants, rate, give_up=False)
+            for tenants, rate, in_flight in points_of(traffic):
+                yield from self._point(arm, tenants, rate, in_flight, give_up=False)
         if arm in self._answering or proof is None:
             if arm not in self._answering:  # of a run that goes on all may be known but this
                 self._full(Key(arm, most, AT_ONCE, 0))
@@ -185,14 +201,16 @@ class Session:
         tenants = next(asked)
         while True:
             rate = tenants * (self.scenario.traffic.rate_per_tenant or 0.0)
-            held = yield from self._point(arm, tenants, rate, give_up=True)
+            held = yield from self._point(arm, tenants, rate, 0, give_up=True)
             try:
                 tenants = asked.send(held)
             except StopIteration as ended:
                 found: Found = ended.value
                 return found
 
-    def _point(self, arm: str, tenants: int, rate: float, *, give_up: bool) -> Generator[Key, Measured, bool]:
+    def _point(
+        self, arm: str, tenants: int, rate: float, in_flight: int, *, give_up: bool
+    ) -> Generator[Key, Measured, bool]:
         """All repetitions of a point, or those up to the first that misses the targets where that is the question."""
         targets = self.scenario.targets
         point: dict[str, Any] = {"tenants": tenants, "rate_per_s": rate, "held": True, "repetitions": []}
@@ -200,7 +218,7 @@ class Session:
         failed: list[list[Any]] = []
         lags: list[float] = []
         for repetition in range(self.scenario.repetitions):
-            found = yield Key(arm, tenants, rate, repetition)
+            found = yield Key(arm, tenants, rate, repetition, in_flight)
             missing = len(found.failed)
             share = None if found.answered is None else outcome.kept_share(found.answered, targets, missing)
             point["repetitions"].append({"sent": found.sent, "kept_share": share, "loaded_bytes": found.loaded_bytes})
@@ -213,7 +231,9 @@ class Session:
                 break
         # Of a point of which a part was given up, the other part alone would look better than it was.
         complete = len(whole) == len(point["repetitions"])
-        point["figures"] = outcome.figures(whole, targets, len(failed)) if complete else None
+        point["figures"] = outcome.figures(whole, targets, len(failed), closed=bool(in_flight)) if complete else None
+        if in_flight:  # whose rate is what came of it
+            point |= {"in_flight": in_flight, "rate_per_s": (point["figures"] or {}).get("requests_per_s", 0.0)}
         if self.scenario.target is not None:
             point["client_lag_ms"] = outcome.high(lags)
             point["failed"] = {"requests": len(failed), "first": failed[0][2]} if failed else None
@@ -232,12 +252,13 @@ class Session:
     def _measure(self, key: Key) -> Measured:
         scenario = self.scenario
         seed = f"{scenario.common.seed}/{key.repetition}"
-        if key.rate == AT_ONCE:
+        if key.rate == AT_ONCE and not key.in_flight:
             return self._full(key)
         due = draw(scenario.traffic, key.tenants, key.rate, seed)
         searched = scenario.traffic.tenants is None
         misses = outcome.most_misses(len(outcome.counted_places(len(due))), scenario.targets) if searched else None
-        return self._requests(key, due, f"{key.tenants:,} tenants, {key.rate:,.3g} requests/s", misses)
+        load = f"{key.in_flight:,} requests in flight" if key.in_flight else f"{key.rate:,.3g} requests/s"
+        return self._requests(key, due, f"{key.tenants:,} tenants, {load}", misses)
 
     def _full(self, key: Key) -> Measured:
         """With every row busy."""
@@ -253,6 +274,7 @@ class Session:
             "seed": self.scenario.common.seed * 1000 + key.repetition,
             "targets": asdict(self.scenario.targets),
             "misses": misses,
+            "in_flight": key.in_flight,
             "text": text,
         }
         found = self._job(key.arm, job)

@@ -9,7 +9,7 @@ from typing import Any
 
 import peft
 import torch
-from peft import AdaLoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from peft import AdaLoraConfig, PrefixTuningConfig, PromptTuningConfig
 
 from perfbench.methods.options import SIZE
 from perfbench.methods.shape import MODULE_PATHS, MODULES, BackboneShape
@@ -39,14 +39,6 @@ class PromptTuningOptions:
 
 
 @dataclass(frozen=True)
-class PTuningOptions:
-    """`tokens`: soft tokens before the prompt; `dim`: hidden size of the encoder that makes them."""
-
-    tokens: int = field(default=64, metadata=SIZE)
-    dim: int = field(default=36, metadata=SIZE)
-
-
-@dataclass(frozen=True)
 class PTuningV2Options:
     """`tokens`: trained keys and values before the prompt's, in every layer."""
 
@@ -68,13 +60,6 @@ def adalora_config(shape: BackboneShape, options: AdaLoraOptions) -> AdaLoraConf
 def prompt_tuning_config(shape: BackboneShape, options: PromptTuningOptions) -> PromptTuningConfig:
     """Soft tokens before the prompt."""
     return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.tokens)
-
-
-def p_tuning_config(shape: BackboneShape, options: PTuningOptions) -> PromptEncoderConfig:
-    """Soft tokens that an encoder makes."""
-    return PromptEncoderConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=options.tokens, encoder_hidden_size=options.dim
-    )
 
 
 def p_tuning_v2_config(shape: BackboneShape, options: PTuningV2Options) -> PrefixTuningConfig:

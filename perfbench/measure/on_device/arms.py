@@ -131,7 +131,7 @@ def plan_of_tenant(case: Case, backbone: Backbone, resident: int, seed: int, ten
     own = of_tenant(case, tenant)
     if source_of(case) is case and getattr(case.options, "adapters", None) is not None:
         return read_adapter(own, backbone.shape, resident, tenant)
-    return _plan(own, backbone, _made(own, backbone, resident, seed, tenant))
+    return _plan(own, backbone, made_values(own, backbone, resident, seed, tenant))
 
 
 def random_layouts(case: Case, shape: BackboneShape) -> list[AdapterPlan]:
@@ -144,15 +144,12 @@ def _plan(case: Case, backbone: Backbone, values: parameters.Parameters) -> Adap
     return plan
 
 
-def _made(case: Case, backbone: Backbone, resident: int, seed: int, tenant: int) -> parameters.Parameters:
-    """What lies in no folder: a random adapter, or what another method's becomes as LoRA."""
-    if (source := source_of(case)) is case:
-        return _random(case, backbone, seed, tenant)
-    plan = plan_of_tenant(source, backbone, resident, seed, tenant)
-    return conversion.as_lora(plan, backbone, case.options.rank)
-
-
-def _random(case: Case, backbone: Backbone, seed: int, tenant: int) -> parameters.Parameters:
+def made_values(case: Case, backbone: Backbone, resident: int, seed: int, tenant: int) -> parameters.Parameters:
+    """The numbers of a tenant's adapter that lies in no folder, which are the same wherever they are made: random ones,
+    or what another method's adapter becomes as LoRA."""
+    if (source := source_of(case)) is not case:
+        plan = plan_of_tenant(source, backbone, resident, seed, tenant)
+        return conversion.as_lora(plan, backbone, case.options.rank)
     return parameters.make(
         case.method,
         backbone.shape,
@@ -175,13 +172,14 @@ def _build_plan(
         plans: Iterable[AdapterPlan] = read
         layout, cold = union_layout(read), folders[0] if source is case else scratch / "cold"
         if source is not case and wanted:
-            method.save(_made(case, backbone, resident, seed, 0), backbone.shape, case.options, cold, backbone.name)
+            first = made_values(case, backbone, resident, seed, 0)
+            method.save(first, backbone.shape, case.options, cold, backbone.name)
         sizes = [sizes_of(plan) for plan in read]
         trained = [_trained(folder) for folder in folders]
     else:
         kinds, of_kinds = kinds_of(case), random_layouts(case, backbone.shape)
         layout, cold = union_layout(of_kinds), scratch / "cold"
-        first = _made(one, backbone, resident, seed, 0)
+        first = made_values(one, backbone, resident, seed, 0)
         if wanted:
             method.save(first, backbone.shape, one.options, cold, backbone.name)
         # Made one by one as they are admitted: not all of them at once, in fp32, beside the bank.
@@ -248,7 +246,7 @@ def _build_peft(
     else:
         folders = [scratch / f"tenant{tenant}" for tenant in range(resident)]
         for tenant, folder in enumerate(folders):
-            values = _random(case, backbone, seed, tenant)
+            values = made_values(case, backbone, resident, seed, tenant)
             method.save(values, backbone.shape, case.options, folder, backbone.name)
         sizes = [parameters.meta_plan(case.method, backbone.shape, case.options)] * resident
     held = [plan_bytes(plan, backbone.dtype) for plan in sizes]

@@ -14,11 +14,12 @@ import torch
 import transformers
 from aiohttp import web
 
-from perfbench.errors import BackboneError, PerfbenchError, nearest
+from perfbench.errors import BackboneError, PerfbenchError
 from perfbench.measure.on_device import arms
 from perfbench.measure.run import threads
 from perfbench.runtimes import backbone as backbones
 from perfbench.runtimes.backbone import Backbone
+from perfbench.serving.choice import chosen, most_tenants
 from perfbench.serving.on_device.server import Served, Server
 from perfbench.spec.cases import Case
 from perfbench.spec.traffic import DEFAULT_TENANT_MODEL, NOBODY, TrafficScenario
@@ -28,16 +29,6 @@ Say = Callable[[str], None]
 # Python's own, 5 ms, would keep a token from the network while the engine computes the next one.
 SWITCH_S = 2e-4
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-
-
-def chosen(scenario: TrafficScenario, method: str | None) -> Case:
-    """The arm that is served: the first with adapters where nobody says which. PerfbenchError on an unknown name."""
-    known = {case.arm: case for case in scenario.comparison.cases}
-    if method is None:
-        return next((case for case in known.values() if case.method != "none"), next(iter(known.values())))
-    if method not in known:
-        raise PerfbenchError(f"--method: the scenario has no {method!r}; {nearest(method, known)}")
-    return known[method]
 
 
 def open_served(scenario: TrafficScenario, case: Case, tenants: int, most_waiting: int) -> Served:
@@ -118,11 +109,11 @@ def serve(
     most_waiting: int,
     say: Say,
 ) -> None:
-    """Serves one method of a scenario until Ctrl-C. tenants: how many have a model; None: as many as the scenario's
-    largest point has, or twice those that are resident where it searches. KeyboardInterrupt at the end; PerfbenchError
+    """Serves one method of a scenario until Ctrl-C. tenants: how many have a model; None: `most_tenants`.
+    KeyboardInterrupt at the end; PerfbenchError
     where it can't be served; RuntimeError where the engine ended by a fault."""
     case = chosen(scenario, method)
-    count = tenants or max(scenario.traffic.tenants or (2 * scenario.server.resident,))
+    count = tenants or most_tenants(scenario)
     say(f"loading {scenario.comparison.backbone}, {case.arm}, {count:,} tenants")
     served = open_served(scenario, case, count, most_waiting)
     fault = asyncio.run(_serve(served, host, port, say))

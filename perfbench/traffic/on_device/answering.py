@@ -22,11 +22,13 @@ from perfbench.traffic.requests import Due
 
 @dataclass(frozen=True)
 class Driven:
-    """What a measurement gave. requests: those that were sent, with what they got; start: when the first moment was, by
+    """What a measurement gave. requests: those that were sent, with what they got; due: when, in a closed loop, each of
+    them was; start: when the first moment was, by
     the clock of their times; lag_ms: how late each was sent; failures: place of a request -> why it failed; the last
     two only over HTTP. loaded_bytes: of adapters, None where nobody can say."""
 
     requests: list[Request]
+    due: list[Due]
     start: float
     given_up: bool
     loaded_bytes: int | None = None
@@ -40,8 +42,9 @@ class Answering(Protocol):
     def sizes(self) -> dict[str, int | None]:
         """Bytes that the arm takes, None where nobody can say."""
 
-    def drive(self, due: Sequence[Due], texts: Sequence[torch.Tensor], limit: load.Limit | None) -> Driven:
-        """Sends the requests when they are due, and waits for the answers."""
+    def drive(self, due: list[Due], texts: Sequence[torch.Tensor], limit: load.Limit | None, in_flight: int) -> Driven:
+        """Sends the requests when they are due, or so that always `in_flight` of them are open where that is not 0, and
+        waits for the answers."""
 
 
 class OnEngine:
@@ -75,14 +78,15 @@ class OnEngine:
             "cache_bytes": sum(t.nbytes for t in rows.cache.tensors()),
         }
 
-    def drive(self, due: Sequence[Due], texts: Sequence[torch.Tensor], limit: load.Limit | None) -> Driven:
+    def drive(self, due: list[Due], texts: Sequence[torch.Tensor], limit: load.Limit | None, in_flight: int) -> Driven:
         """As `Answering` says."""
-        before = 0
+        before, asked = 0, list(due)
         if self.residency is None:  # the bare backbone serves the same requests of the same tenants
-            due = [replace(one, tenant=NOBODY) for one in due]
+            asked = [replace(one, tenant=NOBODY) for one in due]
         else:
             self.residency.store.keep({one.tenant for one in due} - {NOBODY})
             before = self.residency.loaded_bytes
-        requests, start, given_up = load.drive(self.engine(), due, texts, limit)
+        requests, start, given_up = load.drive(self.engine(), asked, texts, limit, in_flight)
+        due = [replace(one, due_s=sent.due_s) for one, sent in zip(due, asked, strict=True)]
         loaded = 0 if self.residency is None else self.residency.loaded_bytes - before
-        return Driven(requests, start, given_up, loaded)
+        return Driven(requests, due, start, given_up, loaded)

@@ -1,10 +1,11 @@
-"""An open loop: requests go to the engine when they are due, whether or not it keeps up."""
+"""Requests go to the engine when they are due, whether or not it keeps up: an open loop. In a closed one a request is
+due when one before it has ended."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -30,9 +31,10 @@ def prompts(due: Sequence[Due], vocabulary: int, seed: int, device: torch.device
 
 
 def drive(
-    engine: Engine, due: Sequence[Due], texts: Sequence[torch.Tensor], limit: Limit | None = None
+    engine: Engine, due: list[Due], texts: Sequence[torch.Tensor], limit: Limit | None = None, in_flight: int = 0
 ) -> tuple[list[Request], float, bool]:
-    """Sends the requests, which are in the order in which they are due, and waits for all answers.
+    """Sends the requests, which are in the order in which they are due, and waits for all answers. in_flight: at most
+    so many at once, where it is not 0; `due` then gets the moment when each was sent.
 
     (the requests with what they got, when the first moment was by the engine's clock, whether it was given up).
     """
@@ -40,15 +42,20 @@ def drive(
     counted = set(counted_places(len(due)))
     place = {request: i for i, request in enumerate(requests)}
     late: set[Request] = set()
-    sent, start = 0, engine.clock()
+    sent, ended, start = 0, 0, engine.clock()
     while sent < len(due) or not engine.idle:
-        while sent < len(due) and start + due[sent].due_s <= engine.clock():
+        while sent < len(due) and start + due[sent].due_s <= (now := engine.clock()):
+            if in_flight:
+                if sent - ended == in_flight:
+                    break
+                due[sent] = replace(due[sent], due_s=now - start)
             engine.submit(requests[sent])
             sent += 1
         if engine.idle:
             time.sleep(max(0.0, due[sent].due_s - (engine.clock() - start)))
             continue
         got = engine.turn()
+        ended += sum(one.ended for one in dict.fromkeys(got))
         if limit is not None:
             now_s = engine.clock()
             looked_at = (*got, *engine.waiting)

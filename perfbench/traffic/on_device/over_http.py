@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -54,7 +55,9 @@ class OverHttp:
         """What a server takes nobody can say from outside."""
         return dict.fromkeys(("bytes_per_tenant", "bank_bytes", "rows_bytes", "cache_bytes"))
 
-    def drive(self, due: Sequence[Due], texts: Sequence[torch.Tensor], limit: load.Limit | None) -> Driven:
+    def drive(
+        self, due: list[Due], texts: Sequence[torch.Tensor], limit: load.Limit | None, in_flight: int = 0
+    ) -> Driven:
         """As `Answering` says. PerfbenchError where the server lacks a model."""
         for one in due:
             if (name := self._model(one.tenant)) not in self._models:
@@ -63,7 +66,7 @@ class OverHttp:
                 )
         requests = [Request(text, one.new_tokens, NOBODY if self.bare else one.tenant)
                     for one, text in zip(due, texts, strict=True)]  # fmt: skip
-        return asyncio.run(self._drive(due, requests, limit))
+        return asyncio.run(self._drive(due, requests, limit, in_flight or len(due)))
 
     def _model(self, tenant: int) -> str:
         if self.bare or tenant == NOBODY:
@@ -91,19 +94,23 @@ class OverHttp:
         except (ValueError, KeyError, TypeError):
             raise PerfbenchError(f"target.openai: GET {url}: expected a list of models, got something else") from None
 
-    async def _drive(self, due: Sequence[Due], requests: list[Request], limit: load.Limit | None) -> Driven:
+    async def _drive(self, due: list[Due], requests: list[Request], limit: load.Limit | None, in_flight: int) -> Driven:
         bodies = [self._body(request, one) for request, one in zip(requests, due, strict=True)]
         lag_ms: list[float] = []
         failures: dict[int, str] = {}
+        free = asyncio.Semaphore(in_flight)
         async with self._session() as session:
             start = time.perf_counter()
 
             async def ask(place: int) -> None:
-                lag_ms.append(round((time.perf_counter() - start - due[place].due_s) * 1e3, 4))
+                now = time.perf_counter() - start
+                lag_ms.append(round((now - due[place].due_s) * 1e3, 4))
                 try:
                     await self._ask(session, bodies[place], requests[place])
                 except (RequestError, aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                     failures[place] = printable(f"model {self._model(due[place].tenant)}: {self._why(error)}")
+                finally:
+                    free.release()
 
             async def send() -> None:
                 async with asyncio.TaskGroup() as open_ones:
@@ -111,6 +118,9 @@ class OverHttp:
                         pause = start + one.due_s - time.perf_counter()
                         if pause > 0:
                             await asyncio.sleep(pause)
+                        await free.acquire()
+                        if in_flight < len(due):
+                            due[place] = replace(one, due_s=time.perf_counter() - start)
                         open_ones.create_task(ask(place))
 
             sending = asyncio.create_task(send())
@@ -120,7 +130,7 @@ class OverHttp:
                 await asyncio.wait([sending])
             else:
                 await sending
-        return Driven(requests[: len(lag_ms)], start, given_up, None, lag_ms, failures)
+        return Driven(requests[: len(lag_ms)], due, start, given_up, None, lag_ms, failures)
 
     def _body(self, request: Request, one: Due) -> bytes:
         return json.dumps({

@@ -104,13 +104,14 @@ class Worker:
 
     def measure(self, job: dict[str, Any]) -> None:
         """Requests to whoever answers. job: `arm`; `due`: the requests; `seed`: of their prompts; `targets`, and after
-        how many `misses` it is given up, or None."""
+        how many `misses` it is given up, or None;
+        `in_flight`: of a closed loop, or 0."""
         arm, due = self.arms[job["arm"]], [Due(*one) for one in job["due"]]
         self.emit("phase", case=arm.case.arm, text=job["text"])
         texts = load.prompts(due, self.backbone.shape.vocab, job["seed"], self.backbone.device)
         limit = None if job["misses"] is None else load.Limit(Targets(**job["targets"]), job["misses"])
         gc.collect()
-        driven = arm.answering.drive(due, texts, limit)
+        driven = arm.answering.drive(due, texts, limit, job["in_flight"])
         sent = len(driven.requests)
         failed = [[place, due[place].tenant, why] for place, why in sorted(driven.failures.items())]
         about = {
@@ -128,7 +129,7 @@ class Worker:
         whole = [place for place in range(sent) if place not in driven.failures]
         requests = [driven.requests[place] for place in whole]
         arm.answers = (arm.answers + requests)[-MOST_ANSWERS:]
-        answered = load.answered(requests, [due[place] for place in whole], driven.start)
+        answered = load.answered(requests, [driven.due[place] for place in whole], driven.start)
         if self.target is not None:
             answered = [replace(one, loaded=None) for one in answered]
         found = [asdict(one) for one in answered]

@@ -13,6 +13,7 @@ from typing import Any
 
 from aiohttp import web
 
+from perfbench.serving.choice import chosen
 from perfbench.serving.on_device import launch
 from perfbench.serving.on_device.server import Served, Server
 from perfbench.spec.traffic import NOBODY, TrafficScenario, load
@@ -78,7 +79,7 @@ class Running:
 def served(*, tenants: int = TENANTS, most_waiting: int = 100, shift: int = 0) -> Served:
     """What is served. shift: a fault, each tenant is answered with the adapter of the one so many after it."""
     given = scenario()
-    made = launch.open_served(given, launch.chosen(given, None), tenants, most_waiting)
+    made = launch.open_served(given, chosen(given, None), tenants, most_waiting)
     models = {name: (tenant + shift) % tenants if tenant != NOBODY else NOBODY for name, tenant in made.models.items()}
     return replace(made, models=models)
 

@@ -91,3 +91,16 @@ def test_the_throughput_is_that_of_full_rows() -> None:
     made = [replace(GOOD, due_s=0.0, wait_ms=1e3 * (i // 2), total_ms=1e3 * (i // 2 + 1)) for i in range(8)]
     assert outcome.throughput_per_s(made) == pytest.approx(2)
     assert outcome.figures([made], TARGETS)["wait_growth_ms"] == 0
+
+
+def test_a_closed_loop_counts_what_came_while_all_were_open() -> None:
+    """Two in flight, each for two seconds, with a token every second: a token a second each, whoever has it."""
+    made = [
+        replace(GOOD, due_s=float(i), tenant=i % 2, ttft_ms=1000.0, itl_ms=(1000.0,), total_ms=2000.0)
+        for i in range(20)
+    ]
+    found = outcome.figures([made], TARGETS, closed=True)
+    assert found["tokens_per_s"] == 2.0
+    assert found["requests_per_s"] == 1.0
+    assert found["goodput_per_s"] == 0.0, "none has its first token within 100 ms"
+    assert outcome.figures([made], TARGETS)["tokens_per_s"] < 2.0, "others were in flight at both ends"

@@ -14,6 +14,7 @@ from perfbench.traffic.requests import all_at_once, draw
 
 TRAFFIC = Traffic(
     prompt_tokens=Lengths(40, 0.5, 120), new_tokens=Lengths(8, 0.0, 8), tenants=None, rate_per_tenant=1.0, rates=(),
+    in_flight=(), in_turn=False,
     zipf_exponent=None, without_adapter=0.0, arrivals="poisson", burstiness=1.0, requests=4000,
 )  # fmt: skip
 
@@ -68,3 +69,12 @@ def test_all_at_once_is_as_many_as_are_asked_for() -> None:
     assert len(due) == 50
     assert {one.due_s for one in due} == {0.0}
     assert len({(one.tenant, one.prompt_tokens) for one in due}) > 5
+
+
+def test_tenants_in_turn_are_as_many_as_there_are() -> None:
+    traffic = replace(TRAFFIC, in_turn=True)
+    drawn = draw(traffic, 4, 0.0, "0")
+    assert [one.tenant for one in drawn[:9]] == [0, 1, 2, 3, 0, 1, 2, 3, 0]
+    assert {one.due_s for one in drawn} == {0.0}
+    lengths = [(one.prompt_tokens, one.new_tokens) for one in draw(TRAFFIC, 4, 7.0, "0")]
+    assert [(one.prompt_tokens, one.new_tokens) for one in drawn] == lengths, "all else is as with other mixes"

@@ -82,7 +82,7 @@ def test_show_and_report_give_it_again(done: Path, capsys: pytest.CaptureFixture
     assert "The targets were held everywhere." in shown
     assert main(["show", str(done), "--format", "csv"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
-    assert head.startswith("arm,method,status,tenants,rate_per_s,held,counted,kept_share")
+    assert head.startswith("arm,method,status,tenants,in_flight,rate_per_s,held,counted,kept_share")
     assert len(rows) == 6
     page = tmp_path / "page.html"
     assert main(["report", str(done), "--out", str(page)]) == 0
@@ -209,3 +209,43 @@ def test_a_measurement_that_was_given_up_is_kept_as_such(done: Path, tmp_path: P
     folder, key = TrafficFolder.open(copy), Key("lora", 5, 1.5, 0)
     folder.add(key, Measured(None, 12, None))
     assert TrafficFolder.open(copy).measured[key] == Measured(None, 12, None)
+
+
+CLOSED = {"arrivals": "closed", "in_flight": [2, 4], "tenant_mix": "in-turn", "tenants": 4, "requests": 20}
+
+
+def test_a_closed_loop_says_what_adapters_leave(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    traffic = {name: value for name, value in SCENARIO["traffic"].items() if name != "rate"} | CLOSED
+    file, out = tmp_path / "closed.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump({**SCENARIO, "methods": ["lora"], "traffic": traffic, "repetitions": 1}))
+    assert main(["traffic", str(file), "--out", str(out)]) == 0
+    for entry in manifest(out)["arms"].values():
+        assert (entry["status"], entry.get("throughput_per_s")) == ("ok", None)
+        assert [point["in_flight"] for point in entry["points"]] == [2, 4]
+        assert all(point["rate_per_s"] == point["figures"]["requests_per_s"] > 0 for point in entry["points"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "lora: " in printed
+    assert "tokens/s with 4 requests in flight of 4 tenants" in printed
+    assert "one after the other of the tenants" in printed
+    before = (out / "measurements.jsonl").read_bytes()
+    assert main(["traffic", str(file), "--out", str(out), "--resume"]) == 0
+    assert (out / "measurements.jsonl").read_bytes() == before, "all of it was known"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"in_flight": 2}, "traffic.in_flight: expected rate_per_tenant or rate with these arrivals, got in_flight"),
+        ({"arrivals": "closed"}, "traffic.rate: expected in_flight with these arrivals, got rate"),
+        ({"arrivals": "closed", "rate": None}, "expected in_flight with arrivals closed, got none"),
+        ({**CLOSED, "rate": None, "tenants": "search"}, "traffic.tenants: the number of tenants can be searched only"),
+    ],
+)
+def test_a_loop_that_is_neither_open_nor_closed_is_refused(
+    changes: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traffic = {name: value for name, value in (SCENARIO["traffic"] | changes).items() if value is not None}
+    file = tmp_path / "odd.yaml"
+    file.write_text(yaml.safe_dump({**SCENARIO, "traffic": traffic}))
+    assert main(["traffic", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert says in capsys.readouterr().err

@@ -112,3 +112,18 @@ def test_misses_that_are_not_counted_end_nothing(base: backbone.Backbone, clock:
     found, start, given_up = drive(engine(base, clock, rows=1), due, texts(base, due), limit)
     assert not given_up
     assert answered(found, due, start)[2].ttft_ms > 5
+
+
+def test_a_closed_loop_keeps_so_many_requests_open_and_no_more(base: backbone.Backbone, clock: Clock) -> None:
+    due = [Due(0.0, NOBODY, 4, 3) for _ in range(12)]
+    found, start, _ = drive(engine(base, clock, rows=4), due, texts(base, due), in_flight=3)
+    sent = [start + one.due_s for one in due]
+    ended = [request.token_s[-1] for request in found]
+    assert sent == sorted(sent)
+    for place, moment in enumerate(sent):
+        open_before = sum(end > moment for end in ended[:place])
+        # The engine works in turns: what ended in the last one has made room by now.
+        assert open_before < 3
+        assert open_before == min(place, 2) or place >= 3
+    assert max(sum(s <= moment < e for s, e in zip(sent, ended, strict=True)) for moment in ended[:-1]) <= 3
+    assert len({one.due_s for one in due}) > 3, "they were not all sent at once"

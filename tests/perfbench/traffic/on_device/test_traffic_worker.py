@@ -62,6 +62,7 @@ def measure(worker: Worker, arm: str, told: Told, misses: int | None = None, ttf
     worker.measure({
         "arm": arm, "due": [[one.due_s, one.tenant, one.prompt_tokens, one.new_tokens] for one in due], "seed": 0,
         "targets": {"ttft_ms": ttft_ms, "itl_ms": 1e6, "share": 1.0}, "misses": misses, "text": "measuring",
+        "in_flight": 0,
     })  # fmt: skip
     return told[-1]
 
