@@ -43,26 +43,31 @@ def implementation(method: str) -> Any:
 
 
 def parameter_count(method: str, shape: BackboneShape, options: Any) -> int:
-    """Trainable parameters of one adapter; exact, allocates nothing."""
+    """Trainable parameters of one adapter, of a converted one before its conversion; exact, allocates nothing."""
     if METHODS[method].module is None:
         return 0
+    if (source := getattr(options, "source", None)) is not None:
+        method, options = source
     sizes = implementation(method).shapes(shape, options)
     return sum(map(math.prod, sizes.values()))
 
 
 def served_count(method: str, shape: BackboneShape, options: Any) -> int:
-    """Numbers that one adapter's plan holds; times the bytes of each it is what a tenant takes.
+    """Numbers that one adapter's plan holds; times the bytes of each it is what a tenant takes. Without torch where
+    `sized_plan` is."""
+    return sum(tensor.numel() for layer in sized_plan(method, shape, options) for tensor in layer.tensors())
 
-    By the method's own `plan` on stand-ins, without torch; on torch's meta device where `plan` needs more of a tensor.
-    """
+
+def sized_plan(method: str, shape: BackboneShape, options: Any) -> AdapterPlan:
+    """The plan of one adapter, its sizes alone: by the method's own `plan` on stand-ins, without torch; on torch's meta
+    device where `plan` needs more of a tensor."""
     module = implementation(method)
     sizes: Any = {name: Sized(*size) for name, size in module.shapes(shape, options).items()}
     try:
         plan: AdapterPlan = module.plan(sizes, shape, options)
-        return sum(tensor.numel() for layer in plan for tensor in layer.tensors())
     except (AttributeError, TypeError):
         plan = meta_plan(method, shape, options)
-        return sum(tensor.numel() for layer in plan for tensor in layer.tensors())
+    return plan
 
 
 def make(

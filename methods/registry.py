@@ -2,8 +2,9 @@
 
 A served method is one file of this folder and one line here; `perfbench.methods.parameters` says what the file holds.
 `peft`, `peft-road` and `peft-single` are the same adapters, served by Hugging Face PEFT instead of by perfbench;
-`lora-merged` is LoRA multiplied into the weights; in `mixed` tenants have adapters of several methods; `none` is the
-bare backbone. Methods of plugins come beside these when a command has read them (`perfbench.spec.method_plugins`).
+`lora-merged` is LoRA multiplied into the weights; in `mixed` tenants have adapters of several methods; `converted` is
+LoRA made of another method's adapters; `none` is the bare backbone. Methods of plugins come beside these when a command
+has read them (`perfbench.spec.method_plugins`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perfbench.methods.options import NoOptions
+from perfbench.methods.shape import BackboneShape
 
 # `trained_by` of a method whose trainable parameters are the low-rank pairs themselves: PEFT's LoRA. The method's file
 # needs `setting_of(shape, options)`, the modules of each layer, and its options `rank` and `alpha`.
@@ -26,7 +28,8 @@ class Method:
     `module` is imported only when the method is used, and its `Options` are the method's; `served_by` names what runs
     it; `trained_by` is None, or `module:function` of a function (the method's module, BackboneShape, options) that
     returns the PeftConfig with which `perfbench finetune` trains the method; `peft_types`: what its `load` reads, by
-    the `peft_type` of adapter folders.
+    the `peft_type` of adapter folders; `reads_prompt`: its scales are made from the prompt, so that no weights stand
+    for them.
     """
 
     module: str | None
@@ -34,6 +37,7 @@ class Method:
     served_by: str = "plan"
     trained_by: str | None = None
     peft_types: tuple[str, ...] = ()
+    reads_prompt: bool = False
 
     @property
     def options(self) -> type[Any]:
@@ -42,6 +46,11 @@ class Method:
             return NoOptions
         found: type[Any] = importlib.import_module(self.module).Options
         return found
+
+    def expect_fit(self, shape: BackboneShape, options: Any) -> None:
+        """ValueError where the sizes of a backbone exclude these options."""
+        if self.module is not None and hasattr(module := importlib.import_module(self.module), "shapes"):
+            module.shapes(shape, options)
 
 
 METHODS: dict[str, Method] = {
@@ -72,6 +81,7 @@ METHODS: dict[str, Method] = {
         "PARA: scales on Q, V and Up, made from the prompt once",
         trained_by="perfbench.peft.para:config",
         peft_types=("PARA",),
+        reads_prompt=True,
     ),
     "road": Method(
         "perfbench.methods.road",
@@ -93,6 +103,9 @@ METHODS: dict[str, Method] = {
     ),
     "mixed": Method(
         "perfbench.methods.mixed", "tenants of several methods in one batch, served from one bank", served_by="mixed"
+    ),
+    "converted": Method(
+        "perfbench.methods.converted", "another method's adapters, converted to LoRA", served_by="converted"
     ),
     "peft": Method(
         "perfbench.methods.lora", "the same LoRA, served by PEFT in a mixed batch (adapter_names)", served_by="peft"

@@ -180,6 +180,18 @@ METRICS: dict[str, Metric] = {
         "the time that one tenant's adapter takes from its checkpoint folder, in the page cache, into its slot",
         "adapters", "shown",
     ),
+    "conversion_error": Metric(
+        "ratio", "lower",
+        "of adapters converted to LoRA: the part of what they did to a weight that is lost, in Frobenius' norm; the "
+        "mean over the modules of a few tenants",
+        "adapters", "shown",
+    ),
+    "conversion_logit_distance": Metric(
+        "ratio", "lower",
+        "of adapters converted to LoRA: how far that moves the logits from what they were, relative to their size, at "
+        "the worst token of a prompt; the mean over a few prompts",
+        "adapters", "shown",
+    ),
     "aten_ops_per_decode_step": Metric(
         "operations", "lower", "ATen operations called in one decode step", "exact", "exact"
     ),

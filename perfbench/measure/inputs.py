@@ -7,7 +7,7 @@ from pathlib import Path
 
 from perfbench.errors import ScenarioError
 from perfbench.spec.backbone_config import is_named, shape_of
-from perfbench.spec.cases import Comparison
+from perfbench.spec.cases import Comparison, source_of
 
 
 def check(comparisons: Sequence[Comparison]) -> list[str]:
@@ -24,7 +24,7 @@ def check(comparisons: Sequence[Comparison]) -> list[str]:
                 raise ScenarioError(
                     f"{workload.prompts}: {workload.requests} requests need as many prompts, found {found}"
                 )
-        for case in comparison.cases:
+        for case in map(source_of, comparison.cases):
             if getattr(case.options, "adapters", None) is not None:
                 from perfbench.measure.on_device.adapter_folders import adapter_folders, all_folders
                 from perfbench.measure.on_device.arms import read_adapter

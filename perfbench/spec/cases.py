@@ -65,6 +65,12 @@ def of_tenant(case: Case, tenant: int) -> Case:
     return replace(case, method=method, options=options)
 
 
+def source_of(case: Case) -> Case:
+    """`case` with the method and the options that its adapters have before a conversion: its own, mostly."""
+    source = getattr(case.options, "source", None)
+    return case if source is None else replace(case, method=source[0], options=source[1])
+
+
 def kinds_of(case: Case) -> tuple[Case, ...]:
     """`case` for each kind of adapter that its tenants have."""
     kinds = len(case.options.of) if METHODS[case.method].served_by == "mixed" else 1

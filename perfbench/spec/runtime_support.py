@@ -14,7 +14,7 @@ STATIC_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 # Runtime -> what runs a method on it, as the registry's `served_by` says; all else needs transformers: PEFT brings its
 # own modules, which only Hugging Face's model takes. Weights into which one tenant is merged serve no mixed traffic.
-_SERVED_BY = {"static": ("plan", "mixed", "merged"), "continuous": ("plan", "mixed")}
+_SERVED_BY = {"static": ("plan", "mixed", "converted", "merged"), "continuous": ("plan", "mixed", "converted")}
 
 
 def serves(runtime: str, method: str) -> bool:

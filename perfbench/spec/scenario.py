@@ -169,8 +169,8 @@ def resolve(document: Document, device_kind: str, why: str = "") -> Scenario:
 def check_against_backbone(scenario: Scenario) -> None:
     """Refuses what the sizes of a backbone make impossible; only its config is read, or fetched.
 
-    ScenarioError for prompt plus new tokens past the context, beams past the vocabulary, a FanLoRA setting
-    of another depth, real prompts for a named shape; BackboneError for the backbone itself.
+    ScenarioError for prompt plus new tokens past the context, beams past the vocabulary, options of a
+    method that the backbone excludes, real prompts for a named shape; BackboneError for the backbone itself.
     """
     places = _workload_places(scenario.source)
     for backbone in scenario.backbone:
@@ -184,10 +184,10 @@ def check_against_backbone(scenario: Scenario) -> None:
             if problem:
                 refuse(scenario.source, problem[1], *place, problem[0])
         for arm in scenario.methods:
-            setting = getattr(arm.options, "setting", None)
-            if setting is not None and len(setting) != shape.layers:
-                message = f"arm {arm.label!r}: expected a setting of {shape.layers} layers, those of {backbone}"
-                refuse(scenario.source, f"{message}, got {len(setting)}", "methods")
+            try:
+                METHODS[arm.method].expect_fit(shape, arm.options)
+            except ValueError as error:
+                refuse(scenario.source, f"{backbone}: arm {arm.label!r}: {error}", "methods")
 
 
 def _point_problem(axes: WorkloadAxes, backbone: str, shape: BackboneShape) -> tuple[str, str] | None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from perfbench.measure.on_device import conversion
 from perfbench.measure.on_device.adapter_folders import adapter_folders
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, sizes_of, union_layout
@@ -33,7 +34,7 @@ from perfbench.runtimes.peft_arms import admit as admit_peft
 from perfbench.runtimes.shared_weights import unchanged
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.transformers_plan import PlanArm
-from perfbench.spec.cases import Case, kinds_of, of_tenant
+from perfbench.spec.cases import Case, kinds_of, of_tenant, source_of
 
 ADMISSIONS = 5
 
@@ -73,7 +74,7 @@ def build(
     if case.method == "none":
         bare = _plan_arm(case, backbone, None, batch)
         return BuiltArm(bare, batch, None, None, dict.fromkeys(_figures([0], [0], 0, 0.0)))
-    if served_by in ("plan", "mixed"):
+    if served_by in ("plan", "mixed", "converted"):
         return _build_plan(case, backbone, batch, resident, seed, scratch, figures)
     if served_by == "merged":
         return _build_merged(case, backbone, batch, resident, seed, figures)
@@ -126,11 +127,11 @@ def _load(case: Case, shape: BackboneShape, folder: Path) -> AdapterPlan:
 
 def plan_of_tenant(case: Case, backbone: Backbone, resident: int, seed: int, tenant: int) -> AdapterPlan:
     """The adapter of the resident `tenant`: read from a folder where the case's options have them, else random, made
-    on the backbone's device."""
+    on the backbone's device; then converted where the case says so."""
     own = of_tenant(case, tenant)
-    if getattr(case.options, "adapters", None) is not None:
+    if source_of(case) is case and getattr(case.options, "adapters", None) is not None:
         return read_adapter(own, backbone.shape, resident, tenant)
-    return _plan(own, backbone, random_values(own, backbone, seed, tenant))
+    return _plan(own, backbone, made_values(own, backbone, resident, seed, tenant))
 
 
 def random_layouts(case: Case, shape: BackboneShape) -> list[AdapterPlan]:
@@ -143,8 +144,12 @@ def _plan(case: Case, backbone: Backbone, values: parameters.Parameters) -> Adap
     return plan
 
 
-def random_values(case: Case, backbone: Backbone, seed: int, tenant: int) -> parameters.Parameters:
-    """The random numbers of a tenant's adapter, which are the same wherever they are made."""
+def made_values(case: Case, backbone: Backbone, resident: int, seed: int, tenant: int) -> parameters.Parameters:
+    """The numbers of a tenant's adapter that lies in no folder, which are the same wherever they are made: random ones,
+    or what another method's adapter becomes as LoRA."""
+    if (source := source_of(case)) is not case:
+        plan = plan_of_tenant(source, backbone, resident, seed, tenant)
+        return conversion.as_lora(plan, backbone, case.options.rank)
     return parameters.make(
         case.method,
         backbone.shape,
@@ -160,18 +165,21 @@ def _build_plan(
 ) -> BuiltArm:
     one = of_tenant(case, 0)
     method = parameters.implementation(one.method)
-    plan_of = partial(plan_of_tenant, case, backbone, resident, seed)
+    plan_of, source = partial(plan_of_tenant, case, backbone, resident, seed), source_of(case)
     if getattr(case.options, "adapters", None) is not None:
-        folders = adapter_folders(case.options.adapters, case.method, resident)
+        folders = adapter_folders(case.options.adapters, source.method, resident)
         read = [plan_of(tenant) for tenant in range(resident)]
         plans: Iterable[AdapterPlan] = read
-        layout, cold = union_layout(read), folders[0]
+        layout, cold = union_layout(read), folders[0] if source is case else scratch / "cold"
+        if source is not case and wanted:
+            first = made_values(case, backbone, resident, seed, 0)
+            method.save(first, backbone.shape, case.options, cold, backbone.name)
         sizes = [sizes_of(plan) for plan in read]
         trained = [_trained(folder) for folder in folders]
     else:
         kinds, of_kinds = kinds_of(case), random_layouts(case, backbone.shape)
         layout, cold = union_layout(of_kinds), scratch / "cold"
-        first = random_values(one, backbone, seed, 0)
+        first = made_values(one, backbone, resident, seed, 0)
         if wanted:
             method.save(first, backbone.shape, one.options, cold, backbone.name)
         # Made one by one as they are admitted: not all of them at once, in fp32, beside the bank.
@@ -192,6 +200,9 @@ def _build_plan(
     admit_ms = _timed(admit, before=lambda: bank.evict(0), device=backbone.device)
     held = [plan_bytes(plan, backbone.dtype) for plan in sizes]
     figures = _figures(trained, held, bank.bytes_per_slot, admit_ms)
+    if source is not case:
+        before = partial(plan_of_tenant, source, backbone, resident, seed)
+        figures |= conversion.loss(backbone, batch, before, plan_of)
     return BuiltArm(_plan_arm(case, backbone, bank, batch), batch, tuple(sizes), plan_of, figures)
 
 
@@ -235,7 +246,7 @@ def _build_peft(
     else:
         folders = [scratch / f"tenant{tenant}" for tenant in range(resident)]
         for tenant, folder in enumerate(folders):
-            values = random_values(case, backbone, seed, tenant)
+            values = made_values(case, backbone, resident, seed, tenant)
             method.save(values, backbone.shape, case.options, folder, backbone.name)
         sizes = [parameters.meta_plan(case.method, backbone.shape, case.options)] * resident
     held = [plan_bytes(plan, backbone.dtype) for plan in sizes]

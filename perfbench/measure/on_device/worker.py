@@ -142,10 +142,12 @@ class Session:
         """
         from perfbench.measure.on_device import memory
         from perfbench.proof import check
+        from perfbench.spec.cases import source_of
 
         if (status := self.job["prepared"].get(case.id)) is not None:
             return bool(status == "ok")
-        self.emit("phase", case=case.id, text="admitting tenants")
+        converting = "converting adapters to LoRA, and " if source_of(case) is not case else ""
+        self.emit("phase", case=case.id, text=f"{converting}admitting tenants")
         built = self._build(case, figures=True)
         arm, batch, device = built.arm, built.batch, self.backbone.device
         self.emit("phase", case=case.id, text="checking")
@@ -302,9 +304,10 @@ class Session:
         from perfbench.measure.on_device.adapter_folders import adapter_folders
         from perfbench.proof import by_peft, check
         from perfbench.runtimes import backbone as backbones
+        from perfbench.spec.cases import source_of
 
         fresh = None
-        for case in cases:
+        for case in map(source_of, cases):
             if getattr(case.options, "adapters", None) is None or case.id in self.job["proved"]:
                 continue
             self.emit("phase", case=case.id, text="reading the adapters with PEFT")

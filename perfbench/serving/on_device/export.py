@@ -35,6 +35,6 @@ def export(scenario: TrafficScenario, case: Case, tenants: int, out: Path, say: 
     for tenant in range(tenants):
         own = arms.of_tenant(case, tenant)
         folder = out / DEFAULT_TENANT_MODEL.replace("{tenant}", str(tenant))
-        values = arms.random_values(own, backbone, scenario.common.seed, tenant)
+        values = arms.made_values(own, backbone, tenants, scenario.common.seed, tenant)
         parameters.implementation(own.method).save(values, backbone.shape, own.options, folder, backbone.name)
     say(f"{tenants} adapters of {case.arm} in {out}: {DEFAULT_TENANT_MODEL.replace('{tenant}', '0')} and so on")

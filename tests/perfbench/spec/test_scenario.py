@@ -265,6 +265,11 @@ def test_not_a_file():
             "x.yaml:3: methods.0.mixed: of: expected methods that a bank serves, got 'peft'; known: "
             "fanlora, ia3, ia3-original, lora, miss, para, road, vera",
         ),
+        (
+            "[lora]",
+            "[converted: {of: rod}]",
+            "x.yaml:3: methods.0.converted: of: expected a method that changes weights, got 'rod'; did you mean 'road'?",
+        ),
         ("[lora]", "lora", "x.yaml:3: methods: expected a list, got 'lora'"),
         ("[lora]", "\n  - lora\n  - ia3: {dim: 0}", "x.yaml:5: methods.1.ia3.dim: expected an integer from 1 to 1024, got 0"),
         ("[lora]", "[{lora: {rnk: 4}}]", "x.yaml:3: methods.0.lora.rnk: unknown key 'rnk'; did you mean 'rank'?"),
@@ -443,8 +448,21 @@ def test_bad_setting_file(content, message):
 
 def test_setting_has_a_list_for_each_layer():
     assert refusal(VALID.replace("[lora]", "[{fanlora: {setting: [[q], []]}}]")) == (
-        "x.yaml:3: methods: arm 'fanlora': expected a setting of 3 layers, those of llama-tiny, got 2"
+        "x.yaml:3: methods: llama-tiny: arm 'fanlora': the setting has 2 layers, the backbone 3"
     )
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ("miss: {rank: 1000}", "arm 'miss': rank 1000: q has 64 inputs, expected at least as many"),
+        ("converted: {rank: 65}", "arm 'converted': rank 65: expected at most 64, the smaller side of q's weight"),
+        ("road: {group_size: 10}", "arm 'road': group_size 10: q has 64 outputs, no multiple of it"),
+    ],
+)
+def test_options_that_the_backbone_excludes_are_refused(arm: str, message: str) -> None:
+    """They were found on the device only, and reported as a fault of perfbench."""
+    assert refusal(VALID.replace("[lora]", f"[{{{arm}}}]")) == f"x.yaml:3: methods: llama-tiny: {message}"
 
 
 def test_adapters_must_be_a_folder():

@@ -16,17 +16,18 @@ from perfbench.serving.choice import chosen
 from tests.perfbench.serving.running import VALUES, scenario
 
 
-def test_what_is_exported_is_what_is_served(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "converted"])
+def test_what_is_exported_is_what_is_served(method: str, tmp_path: Path) -> None:
     file, out = tmp_path / "tiny.yaml", tmp_path / "adapters"
-    file.write_text(yaml.safe_dump(VALUES))
-    assert main(["export", str(file), "--method", "lora", "--tenants", "3", "--out", str(out)]) == 0
+    file.write_text(yaml.safe_dump({**VALUES, "methods": [method]}))
+    assert main(["export", str(file), "--method", method, "--tenants", "3", "--out", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["tenant-0", "tenant-1", "tenant-2"]
-    given = scenario()
-    case = chosen(given, "lora")
+    given = scenario(methods=[method])
+    case = chosen(given, method)
     base = backbones.load("llama-tiny", "fp32", "cpu", given.common.seed)
     tokens = []
     for tenant in range(3):
-        read = parameters.implementation("lora").load(out / f"tenant-{tenant}", base.shape, case.options)
+        read = parameters.implementation(method).load(out / f"tenant-{tenant}", base.shape, case.options)
         own = arms.plan_of_tenant(case, base, 3, given.common.seed, tenant)
         pairs = [(a, b) for a, b in zip(tensors(read), tensors(own), strict=True)]
         assert all(torch.equal(a, b) for a, b in pairs)
