@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from perfbench import exit_codes
 from perfbench.commands.arguments import add_out, add_plugin, add_set, interrupted, out_of, positive
 from perfbench.errors import PerfbenchError
 from perfbench.files.paths import stamped
@@ -144,7 +145,7 @@ def _accuracy(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     """Asks the bare backbone and each adapter every test item of a task, as trained and with --served as served, and
     prints the scores with the paired difference to the bare backbone. Every answer is in items.jsonl, the scores in
-    evaluation.json. Exit code 0, or 2 for bad input."""
+    evaluation.json. Exit codes: 0, 1 where an adapter is not served as it was trained, 2 bad input."""
     from perfbench.finetune import evaluation
 
     fields = (
@@ -162,9 +163,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
     chosen = {name: getattr(arguments, name) for name in fields}
     out = arguments.out or stamped(f"evaluate-{arguments.task}")
-    evaluation.evaluate(evaluation.Asked(**chosen, adapters=tuple(arguments.adapter)), out)
+    results = evaluation.evaluate(evaluation.Asked(**chosen, adapters=tuple(arguments.adapter)), out)
     print(f"results: {out}", file=sys.stderr)
-    return 0
+    return exit_codes.OK if all(result.sound for result in results) else exit_codes.FAILED
 
 
 def _import_backbone(arguments: argparse.Namespace) -> int:

@@ -19,8 +19,10 @@ from perfbench.errors import RunDirectoryError
 from perfbench.files.run_lock import has_files
 from perfbench.files.whole import write
 from perfbench.finetune import trained
+from perfbench.finetune.accuracy.identity import NONE, probe
 from perfbench.finetune.accuracy.paired_statistics import Paired, compare
 from perfbench.finetune.accuracy.paths import ServingPath
+from perfbench.finetune.accuracy.serve import AsTrained, probes
 from perfbench.finetune.encoding import fits
 from perfbench.finetune.evaluation_served import served_predictions, tenants_of
 from perfbench.finetune.predict import predict
@@ -60,7 +62,7 @@ class Result:
     """One model: `adapter` is its folder, BARE for the backbone alone; `sha256` of the weights; `path`: as trained, or
     how it was served; `score`: the mean of the task's metric; `versus`: the paired difference, over items, for this
     very adapter, as trained to the bare backbone and served to as trained; `changed`: how many served predictions are
-    not as trained, None of those as trained."""
+    not as trained, and `identity`: whose adapter answered, by its logits; both None as trained."""
 
     adapter: str
     peft_type: str | None
@@ -70,6 +72,13 @@ class Result:
     items: int
     versus: Paired | None
     changed: int | None = None
+    identity: dict[str, Any] | None = None
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing says that it was served otherwise than it was trained."""
+        exact = self.path.endswith("-fp32")
+        return self.identity is None or (self.identity["status"] == "ok" and not (exact and self.changed))
 
 
 def evaluate(asked: Asked, out: Path, say: Callable[[str], object] = print) -> list[Result]:
@@ -93,6 +102,7 @@ def evaluate(asked: Asked, out: Path, say: Callable[[str], object] = print) -> l
     results: list[Result] = []
     scores: dict[str, list[list[float]]] = {}
     trained_ones: dict[str, list[str]] = {}
+    logits: dict[str, Any] = {}
     lines: list[str] = []
     for adapter, peft_type in zip((BARE, *asked.adapters), (None, *kinds), strict=True):
         gc.collect()
@@ -100,6 +110,9 @@ def evaluate(asked: Asked, out: Path, say: Callable[[str], object] = print) -> l
         model = copy.deepcopy(loaded.model) if peft_type == trained.OURS else loaded.skeleton()
         model = model if adapter == BARE else trained.load(model, Path(adapter))
         given = predict(model, tokenizer, task, examples, batch=asked.batch, beams=asked.beams)
+        if tenants:
+            named = {NONE if adapter == BARE else adapter: 0}
+            logits |= probe(AsTrained(model), probes(task, examples, tokenizer), named, loaded)
         del model
         items = _items(asked, task, adapter, f"as-trained-{asked.dtype}", examples, given)
         lines += map(_line, items)
@@ -111,14 +124,17 @@ def evaluate(asked: Asked, out: Path, say: Callable[[str], object] = print) -> l
         gc.collect()
         path = ServingPath(asked.served, "eager", asked.dtype)
         served = served_predictions(
-            path, tenants, task, examples, loaded, tokenizer, batch=asked.batch, beams=asked.beams
+            path, tenants, task, examples, loaded, tokenizer, logits, batch=asked.batch, beams=asked.beams
         )
         for adapter, peft_type in zip(asked.adapters, kinds, strict=True):
-            items = _items(asked, task, adapter, path.id, examples, served[adapter])
+            answers, identity = served[adapter]
+            items = _items(asked, task, adapter, path.id, examples, answers)
             lines += map(_line, items)
             versus = compare([[item["score"]] for item in items], scores[adapter])
-            changed = sum(a != b for a, b in zip(served[adapter], trained_ones[adapter], strict=True))
-            results.append(replace(_result(adapter, peft_type, items, versus), changed=changed))
+            changed = sum(a != b for a, b in zip(answers, trained_ones[adapter], strict=True))
+            results.append(
+                replace(_result(adapter, peft_type, items, versus), changed=changed, identity=asdict(identity))
+            )
             say(in_words(asked, task, results[-1]))
     manifest = {
         "kind": "evaluation",
@@ -180,6 +196,8 @@ def in_words(asked: Asked, task: Task, result: Result) -> str:
         return f"{text}, the bare backbone"
     found = result.versus
     if result.changed is not None:
-        return f"{text}, {result.adapter} served on {result.path}: {result.changed} predictions are not as trained"
+        said = f"{text}, {result.adapter} served on {result.path}: {result.changed} predictions are not as trained"
+        reason = (result.identity or {}).get("reason")
+        return f"{said}; {reason}" if reason else said
     points = f"{found.difference * 100:+.1f} [{found.low * 100:+.1f}, {found.high * 100:+.1f}] points"
     return f"{text}, {result.adapter}: {points} to the bare backbone, for this very adapter"

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from perfbench.errors import AdapterError
+from perfbench.finetune.accuracy.identity import Identity, judge, probe
 from perfbench.finetune.accuracy.paths import ServingPath
-from perfbench.finetune.accuracy.serve import Tenant, answer, banks, mixed, predictions, questions, serve, with_plan
+from perfbench.finetune.accuracy.serve import (
+    Tenant,
+    answer,
+    banks,
+    mixed,
+    predictions,
+    probes,
+    questions,
+    serve,
+    with_plan,
+)
 from perfbench.finetune.tasks.task import Example, Task
 from perfbench.methods.checkpoints import adapter_folder
 from perfbench.methods.registry import METHODS
@@ -38,16 +51,20 @@ def served_predictions(
     examples: Sequence[Example],
     backbone: Backbone,
     tokenizer: Any,
+    trained_logits: Mapping[str, torch.Tensor],
     *,
     batch: int,
     beams: int,
-) -> dict[str, list[str]]:
-    """Folder -> the prediction of each example, served on `path` in mixed batches of `batch` requests."""
-    found: dict[str, list[str]] = {}
+) -> dict[str, tuple[list[str], Identity]]:
+    """Folder -> the prediction of each example, served on `path` in mixed batches of `batch` requests; and whether the
+    adapter that answered is its own, by `trained_logits` on the probes: of each folder, and of NONE."""
+    found: dict[str, tuple[list[str], Identity]] = {}
     asked = questions(task, examples, tokenizer, backbone.shape.context)
     for group in banks(tenants):
         arm, slots = serve(path, backbone, group)
         try:
+            slot_of = {tenant.label: slot for tenant, slot in zip(group, slots, strict=True)}
+            logits = probe(arm, probes(task, examples, tokenizer), slot_of, backbone)
             given: list[tuple[Any, Any]] = []
             for pairs in mixed(len(group), asked, batch, SEED):
                 given += zip(pairs, answer(arm, task, pairs, slots, backbone, tokenizer, beams), strict=True)
@@ -55,5 +72,6 @@ def served_predictions(
             arm.close()
         own = predictions(given, task)
         for index, tenant in enumerate(group):
-            found[tenant.label] = [own[index, example.id] for example in examples]
+            identity = judge(logits, trained_logits, [tenant.label], exact=path.dtype == "fp32")
+            found[tenant.label] = [own[index, example.id] for example in examples], identity
     return found
