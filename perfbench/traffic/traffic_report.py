@@ -91,8 +91,7 @@ class TrafficReport:
             found.append(Column("tenants", lambda row: _count((row.point or {}).get("tenants"))))
         if self._closed:
             found.append(Column("in\nflight", lambda row: _count((row.point or {}).get("in_flight"))))
-        return [
-            *found,
+        found += [
             Column("requests\n/s", lambda row: _number((row.point or {}).get("rate_per_s"))),
             Column("seen", lambda row: _count(row.figures.get("tenants_seen"))),
             Column("kept\n%", lambda row: _share(row.figures.get("kept_share"))),
@@ -106,6 +105,9 @@ class TrafficReport:
             Column("full\n/s", lambda row: _number(row.entry.get("throughput_per_s"))),
             Column("check", lambda row: _verdict(row.entry), text=True),
         ]
+        # A closed loop has no `full`, a server over HTTP says nothing of what it loads.
+        rows = self.rows()
+        return [column for column in found if any(column.cell(row) != "-" for row in rows)]
 
     def print(self, console: Any) -> None:
         """At most 100 columns wide."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from perfbench.finetune.accuracy import verdict_words
 from perfbench.finetune.accuracy.verdict import Verdict
+from perfbench.report import tables
 
 
 def render(manifest: Mapping[str, Any], verdict: Verdict, console: Console | None = None) -> None:
@@ -25,12 +25,12 @@ def render(manifest: Mapping[str, Any], verdict: Verdict, console: Console | Non
         rows = [row for row in verdict.methods if row.task == task]
         cells = [verdict_words.method_cells(row, manifest, verdict.reference) for row in rows]
         cells = [*verdict_words.zero_shot_cells(task, verdict, manifest), *cells]
-        console.print(_table(verdict_words.METHOD_HEADS, cells, text=(0, 9)))
+        _print(verdict_words.METHOD_HEADS, cells, (0, 9), console)
         served = [row for row in verdict.paths if row.task == task]
         paths = dict.fromkeys(row.path for row in served)
         summed_up = [verdict_words.summary_cells([row for row in served if row.path == path]) for path in paths]
         if summed_up:
-            console.print(_table(verdict_words.SUMMARY_HEADS, summed_up, text=(0, 4)))
+            _print(verdict_words.SUMMARY_HEADS, summed_up, (0, 4), console)
         for one in rows:
             if one.verdict != "pass":
                 decides = verdict_words.points(one.versus[one.decides])
@@ -44,12 +44,9 @@ def render(manifest: Mapping[str, Any], verdict: Verdict, console: Console | Non
     console.print(Text(verdict_words.headline(verdict), "bold"), soft_wrap=True)
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int]) -> Table:
-    """A column in which no row has anything is left out."""
-    grid = Table(box=box.HORIZONTALS, show_edge=False, pad_edge=False)
+def _print(heads: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int], console: Console) -> None:
+    """A table, or several where the terminal is narrow. A column in which no row has anything is left out."""
     shown = [place for place in range(len(heads)) if any(row[place] != verdict_words.NOTHING for row in rows)]
-    for place in shown:
-        grid.add_column(Text(heads[place]), justify="left" if place in text else "right")
-    for row in rows:
-        grid.add_row(*(Text(row[place]) for place in shown))
-    return grid
+    columns = [tables.Column(heads[place], itemgetter(place), text=place in text) for place in shown]
+    for some in tables.pieces(columns, rows, console.width):
+        console.print(tables.grid(some, rows))

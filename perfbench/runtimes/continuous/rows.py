@@ -73,8 +73,9 @@ class Rows:
         self.cache = self.weights.cache(CacheSize(most, 1, capacity, 1))
         self._turn = -1
         self._written = [capacity] * most  # how many places of each row may hold what another request has left
-        self._readers: dict[int, Forward] = {}  # by row
-        self._steps: dict[int, Step] = {}  # by the number of rows
+        self._bare = [True] * most  # which rows hold requests without an adapter
+        self._readers: dict[tuple[int, bool], Forward] = {}  # by row, and whether it is bare
+        self._steps: dict[tuple[int, bool], Step] = {}  # by the number of rows, and whether all are bare
 
     def enter(self, slot: int) -> int:
         """Gives a request whose adapter lies in the bank's `slot`, -1 for none, a row, and returns it."""
@@ -91,6 +92,7 @@ class Rows:
         self._written[row] = 0
         if self.adapters is not None:
             self.adapters.put(row, slot)
+            self._bare[row] = slot == -1
         self.lengths.append(0)
         return row
 
@@ -114,14 +116,15 @@ class Rows:
         lengths = self.lengths[:count]
         for row in range(count):
             self._grow(row, lengths[row] + 1)
-        return self.step_of(count).take(tokens, lengths)
+        return self.step_of(count, bare=all(self._bare[:count])).take(tokens, lengths)
 
-    def step_of(self, count: int) -> Step:
-        """The decode step of so many rows, made where nobody has asked for it before."""
-        if count not in self._steps:
-            some = self._of_rows(0, count)
-            self._steps[count] = Step(self.weights, some, count, self._kernels, self.cache.prompt)
-        return self._steps[count]
+    def step_of(self, count: int, *, bare: bool = False) -> Step:
+        """The decode step of so many rows, made where nobody has asked for it before; bare: none of them has an
+        adapter, so that none is computed."""
+        if (count, bare) not in self._steps:
+            some = self._of_rows(0, count, bare)
+            self._steps[count, bare] = Step(self.weights, some, count, self._kernels, self.cache.prompt)
+        return self._steps[count, bare]
 
     def move(self, source: int, to: int) -> None:
         """Copies all that row `source` holds to row `to`."""
@@ -133,6 +136,7 @@ class Rows:
             entry[to, :, :, :most].copy_(entry[source, :, :, :most])
         if self.adapters is not None:
             self.adapters.move(source, to)
+            self._bare[to] = self._bare[source]
         self.lengths[to], self._written[to] = length, most
 
     def tensors(self) -> list[torch.Tensor]:
@@ -146,9 +150,10 @@ class Rows:
         self._written[row] = max(self._written[row], length)
 
     def _reader(self, row: int) -> Forward:
-        if row not in self._readers:
-            self._readers[row] = Forward(self.weights, *self._of_rows(row, row + 1), self._kernels)
-        return self._readers[row]
+        key = row, self._bare[row]
+        if key not in self._readers:
+            self._readers[key] = Forward(self.weights, *self._of_rows(row, row + 1, key[1]), self._kernels)
+        return self._readers[key]
 
-    def _of_rows(self, first: int, end: int) -> OfRows:
-        return OfRows([], None) if self.adapters is None else self.adapters.of_rows(first, end)
+    def _of_rows(self, first: int, end: int, bare: bool) -> OfRows:
+        return OfRows([], None) if bare or self.adapters is None else self.adapters.of_rows(first, end)

@@ -6,8 +6,8 @@ The loop's side is `open`, `close` and the counts; what it knows of a request it
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
@@ -31,14 +31,17 @@ class EngineThread:
     """One engine, its thread, and what it has done so far: tokens, loads and loaded_bytes of adapters. `fault`: why it
     has ended, None while it serves."""
 
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop):
+    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, where: ThreadPoolExecutor | None = None):
+        """where: the one thread in which the engine was made, too. Had another one computed anything before, the
+        process would have two teams of OpenMP threads, more than processors, which then sleep at every barrier."""
         self.engine, self._loop = engine, loop
         self._inbox: SimpleQueue[tuple[str, Request | None]] = SimpleQueue()
         self._told: dict[Request, Told] = {}  # of the requests that are open; the loop's
         self._seen: dict[Request, int] = {}  # how many tokens of each were passed on; the thread's
         self.tokens, self.loads = 0, 0
         self.fault: str | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._where = where or ThreadPoolExecutor(1, "engine")
+        self._running: Future[None] | None = None
 
     @property
     def open_requests(self) -> int:
@@ -57,12 +60,13 @@ class EngineThread:
 
     def start(self) -> None:
         """Begins to serve."""
-        self._thread.start()
+        self._running = self._where.submit(self._run)
 
     def stop(self) -> None:
         """Ends after the turn that it is in; requests that are open get nothing more."""
         self._inbox.put(("stop", None))
-        self._thread.join()
+        if self._running is not None:
+            self._running.result()
 
     def open(self, request: Request, told: Told) -> None:
         """Submits a request; `told` is called in the loop with all that happens to it."""

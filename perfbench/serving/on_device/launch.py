@@ -6,6 +6,7 @@ import asyncio
 import signal
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -64,12 +65,12 @@ def _words(backbone: Backbone) -> tuple[Any, frozenset[int]]:
     return tokenizer, frozenset(token for token in (*ends, tokenizer.eos_token_id) if token is not None)
 
 
-async def _serve(served: Served, host: str, port: int, say: Say) -> str | None:
+async def _serve(served: Served, where: ThreadPoolExecutor, host: str, port: int, say: Say) -> str | None:
     """Until a signal comes, or the engine ends by a fault, which is returned."""
     loop, told = asyncio.get_running_loop(), asyncio.Event()
     for one in ENDING:
         loop.add_signal_handler(one, told.set)
-    server = Server(served, loop)
+    server = Server(served, loop, where)
     runner = web.AppRunner(server.application(), handler_cancellation=True, shutdown_timeout=0.5, access_log=None)
     await runner.setup()
     try:
@@ -115,8 +116,9 @@ def serve(
     case = chosen(scenario, method)
     count = tenants or most_tenants(scenario)
     say(f"loading {scenario.comparison.backbone}, {case.arm}, {count:,} tenants")
-    served = open_served(scenario, case, count, most_waiting)
-    fault = asyncio.run(_serve(served, host, port, say))
+    with ThreadPoolExecutor(1, "engine") as where:
+        served = where.submit(open_served, scenario, case, count, most_waiting).result()
+        fault = asyncio.run(_serve(served, where, host, port, say))
     if fault is not None:
         raise RuntimeError(f"the engine ended: {fault}")
     raise KeyboardInterrupt

@@ -11,6 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -44,9 +45,10 @@ class Served:
 class Server:
     """The handlers, and how many requests came to which end."""
 
-    def __init__(self, served: Served, loop: asyncio.AbstractEventLoop):
+    def __init__(self, served: Served, loop: asyncio.AbstractEventLoop, where: ThreadPoolExecutor | None = None):
+        """where: as EngineThread has it."""
         self.served = served
-        self.thread = EngineThread(served.engine, loop)
+        self.thread = EngineThread(served.engine, loop, where)
         self.ends: Counter[str] = Counter(dict.fromkeys(("answered", "refused", "failed", "cancelled"), 0))
         self.prompt_tokens, self._number = 0, 0
 
