@@ -140,3 +140,31 @@ def test_rows_and_places_run_out(base: backbone.Backbone) -> None:
 def test_beams_are_refused(base: backbone.Backbone) -> None:
     with pytest.raises(ValueError, match="expected 1 beam, got 2"):
         ContinuousArm(base, None, "eager").generate(make_batch(2))
+
+
+def test_rows_without_adapters_compute_none(base: backbone.Backbone) -> None:
+    """What they give is that of a cache without a bank, bit for bit, until a row has an adapter; and again after it."""
+    served, plain = Rows(base, make_bank(base, "lora"), "eager", 3, 16), Rows(base, None, "eager", 3, 16)
+    prompts = torch.randint(3, base.shape.vocab, (3, 5), generator=torch.Generator().manual_seed(0))
+
+    def logits(rows: Rows, slots: tuple[int, ...]) -> torch.Tensor:
+        with torch.inference_mode():
+            rows.lengths.clear()
+            for slot, prompt in zip(slots, prompts, strict=False):
+                rows.read(rows.enter(slot), prompt)
+            return rows.step(prompts[: len(slots), 0])
+
+    assert torch.equal(logits(served, (-1, -1)), logits(plain, (-1, -1)))
+    assert set(served._steps) == {(2, True)}
+    mixed = logits(served, (-1, 1))
+    assert set(served._steps) == {(2, True), (2, False)}
+    alone = logits(plain, (-1, -1))
+    assert not torch.allclose(mixed[1], alone[1]), "the tenant's adapter acts"
+    torch.testing.assert_close(mixed[0], alone[0])
+    with torch.inference_mode():
+        served.move(1, 0)  # the tenant's row takes the other's place
+        served.lengths.pop()
+        moved = served.step(prompts[:1, 0])
+    assert set(served._steps) == {(2, True), (2, False), (1, False)}
+    assert not torch.allclose(moved[0], alone[0])
+    assert torch.equal(logits(served, (-1, -1)), alone)
