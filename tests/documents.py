@@ -14,6 +14,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,18 @@ def _found(path: str, *keys: str) -> Any:
 
 
 ACCURACY = "results/cpu-accuracy/accuracy.json"
+COPA = "results/smollm2-copa/accuracy.json"
 _POLICY = policy.load(None)
+
+
+def _copa_paths(dtype: str) -> list[dict[str, Any]]:
+    return [row for row in _found(COPA, "verdict", "paths") if row["path"].endswith(dtype)]
+
+
+def _copa_loss(method: str, rate: str) -> str:
+    return f"{_found(COPA, 'sweeps', 'copa', method, rate):.2f}"
+
+
 FACTS: dict[str, Callable[[], str]] = {
     "least-effect": lambda: f"{_POLICY.primary[0].least_effect:.0%}",
     "least-processes": lambda: str(policy.LEAST_PROCESSES),
@@ -217,6 +229,16 @@ FACTS: dict[str, Callable[[], str]] = {
     "least-p95": lambda: f"{stats.TAILS['p95'][1]:,}",
     "least-p99": lambda: f"{stats.TAILS['p99'][1]:,}",
     "least-change": lambda: f"{store.LEAST_CHANGE:.0%}",
+    "copa-answers": lambda: str(sum(row["answers"] for row in _copa_paths("fp32"))),
+    "copa-changed-fp32": lambda: str(sum(row["changed"] for row in _copa_paths("fp32"))),
+    "copa-changed-bf16": lambda: str(sum(row["changed"] for row in _copa_paths("bf16"))),
+    "copa-items": lambda: str(_found(COPA, "verdict", "zero_shot", "copa")[1]["items"]),
+    "copa-bare": lambda: f"{_found(COPA, 'verdict', 'zero_shot', 'copa')[1]['seeds'][0]:.0%}",
+    **{
+        f"copa-{end}-{method}": partial(_copa_loss, method, rate)
+        for end, rate in (("low", "0.001"), ("high", "0.01"))
+        for method in ("ia3-all", "adalora")
+    },
     "accuracy-margin": lambda: f"{100 * _found(ACCURACY, 'config', 'margin'):.0f}",
 }
 

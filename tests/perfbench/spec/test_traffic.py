@@ -63,10 +63,13 @@ def test_a_range_of_lengths_a_search_and_a_set() -> None:
 
 def test_the_points_are_tenants_times_rates_or_their_own_rate() -> None:
     own = {**VALID["traffic"], "tenants": [2, 4], "rate": [1, 3]}
-    assert points_of(loaded(traffic=own).traffic) == [(2, 1.0), (2, 3.0), (4, 1.0), (4, 3.0)]
+    assert points_of(loaded(traffic=own).traffic) == [(2, 1.0, 0), (2, 3.0, 0), (4, 1.0, 0), (4, 3.0, 0)]
     own = {**VALID["traffic"], "tenants": [2, 4], "rate_per_tenant": 0.5}
     del own["rate"]
-    assert points_of(loaded(traffic=own).traffic) == [(2, 1.0), (4, 2.0)]
+    assert points_of(loaded(traffic=own).traffic) == [(2, 1.0, 0), (4, 2.0, 0)]
+    own = {**own, "arrivals": "closed", "in_flight": [3, 5]}
+    del own["rate_per_tenant"]
+    assert points_of(loaded(traffic=own).traffic) == [(2, 0.0, 3), (2, 0.0, 5), (4, 0.0, 3), (4, 0.0, 5)]
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
