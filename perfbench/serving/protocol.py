@@ -1,5 +1,5 @@
-"""OpenAI's completions as this server takes and gives them: what a request may say, and what goes back. Free of torch
-and of any web framework.
+"""OpenAI's completions, of texts and of chats, as this server takes and gives them: what a request may say, and what
+goes back. Free of torch and of any web framework.
 
 Whatever would change an answer and can't be done is refused: nothing is ignored silently.
 """
@@ -18,13 +18,15 @@ DEFAULT_MAX_TOKENS = 16
 
 # What many clients send along, and the only value besides null with which it changes nothing.
 _NEUTRAL: dict[str, Any] = {
-    "n": 1, "best_of": 1, "top_p": 1, "echo": False, "presence_penalty": 0, "frequency_penalty": 0,
+    "n": 1, "best_of": 1, "echo": False, "presence_penalty": 0, "frequency_penalty": 0,
     "stop": None, "suffix": None, "logprobs": None, "logit_bias": None,
 }  # fmt: skip
-# What changes nothing where generation is greedy.
-_FREE = ("user", "seed")
 _FLAGS = ("stream", "ignore_eos", "return_token_ids")
-_FIELDS = ("model", "prompt", "max_tokens", "temperature", "stream_options", *_FLAGS, *_NEUTRAL, *_FREE)
+_BOTH = ("model", "max_tokens", "temperature", "top_p", "seed", "user", "stream_options", *_FLAGS, *_NEUTRAL)
+_FIELDS = {False: ("prompt", *_BOTH), True: ("messages", "max_completion_tokens", *_BOTH)}
+_ROLES = ("system", "user", "assistant")
+# What OpenAI takes where nothing is said, and the largest temperature.
+DEFAULT_TEMPERATURE, MOST_TEMPERATURE = 1.0, 2.0
 
 
 class RefusedError(PerfbenchError):
@@ -42,42 +44,49 @@ class RefusedError(PerfbenchError):
 
 @dataclass(frozen=True)
 class Asked:
-    """A completion that was asked for. prompt: text, or the ids of its tokens; usage_alone: whether the last chunk of a
+    """A completion that was asked for. prompt: text, the ids of its tokens, or the messages of a chat, each with its
+    `role` and `content`; temperature 0: the likeliest token always; usage_alone: whether the last chunk of a
     stream has the usage and nothing else, as `stream_options` asks."""
 
     model: str
-    prompt: str | list[int]
+    prompt: str | list[int] | list[dict[str, str]]
+    chat: bool
     max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
     stream: bool
     ignore_eos: bool
     return_token_ids: bool
     usage_alone: bool
 
 
-def asked_for(body: Any, models: Collection[str], vocabulary: int) -> Asked:
-    """What the body of a request asks for. RefusedError with status 404 for an unknown model, else 400."""
+def asked_for(body: Any, models: Collection[str], vocabulary: int, *, chat: bool = False) -> Asked:
+    """What the body of a request asks for; chat: it is one of messages. RefusedError with status 404 for an unknown
+    model, else 400."""
     if not isinstance(body, dict):
         raise RefusedError(400, f"expected a JSON object, got {shown(body)}")
     for name in body:
-        if name not in _FIELDS:
-            raise RefusedError(400, f"unknown field; {nearest(name, _FIELDS)}", name)
+        if name not in _FIELDS[chat]:
+            raise RefusedError(400, f"unknown field; {nearest(name, _FIELDS[chat])}", name)
     model = body.get("model")
     if not isinstance(model, str):
         raise RefusedError(400, f"expected the name of a model, got {shown(model)}", "model")
     if model not in models:
         raise RefusedError(404, f"no model {shown(model)}; {nearest(model, models)}", "model")
-    temperature = body.get("temperature")
-    if isinstance(temperature, bool) or temperature != 0:
-        came = "none, which means 1" if temperature is None else shown(temperature)
-        raise RefusedError(400, f"expected 0, as generation is greedy only, got {came}", "temperature")
     for name, neutral in _NEUTRAL.items():
         if body.get(name) not in (None, neutral):
             raise RefusedError(400, f"expected {shown(neutral)}, the only one there is, got {shown(body[name])}", name)
     flags = {name: _flag(body, name) for name in _FLAGS}
+    most = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     return Asked(
         model=model,
-        prompt=_prompt(body.get("prompt"), vocabulary),
-        max_tokens=_max_tokens(body.get("max_tokens")),
+        prompt=_messages(body.get("messages")) if chat else _prompt(body.get("prompt"), vocabulary),
+        chat=chat,
+        max_tokens=_max_tokens(body.get(most), most),
+        temperature=_between(body, "temperature", 0, MOST_TEMPERATURE, DEFAULT_TEMPERATURE),
+        top_p=_between(body, "top_p", 1e-6, 1, 1.0),
+        seed=_seed(body.get("seed")),
         usage_alone=_usage_alone(body.get("stream_options")),
         **flags,
     )
@@ -90,11 +99,40 @@ def _flag(body: Mapping[str, Any], name: str) -> bool:
     raise RefusedError(400, f"expected true or false, got {shown(value)}", name)
 
 
-def _max_tokens(value: Any) -> int:
+def _max_tokens(value: Any, name: str) -> int:
     if value is None:
         return DEFAULT_MAX_TOKENS
     if type(value) is not int or value < 1:
-        raise RefusedError(400, f"expected an integer >= 1, got {shown(value)}", "max_tokens")
+        raise RefusedError(400, f"expected an integer >= 1, got {shown(value)}", name)
+    return value
+
+
+def _between(body: Mapping[str, Any], name: str, least: float, most: float, default: float) -> float:
+    value = body.get(name)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not least <= value <= most:
+        raise RefusedError(400, f"expected a number from {least:g} to {most:g}, got {shown(value)}", name)
+    return float(value)
+
+
+def _seed(value: Any) -> int | None:
+    if value is None or (type(value) is int and 0 <= value < 2**63):
+        return value
+    raise RefusedError(400, f"expected an integer from 0 to 2^63 - 1, got {shown(value)}", "seed")
+
+
+def _messages(value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise RefusedError(400, f"expected a list of messages, got {shown(value)}", "messages")
+    for place, one in enumerate(value):
+        if not isinstance(one, dict) or set(one) != {"role", "content"}:
+            raise RefusedError(400, f"expected an object of role and content, got {shown(one)}", f"messages.{place}")
+        if one["role"] not in _ROLES:
+            told = f"expected one of {', '.join(_ROLES)}, got {shown(one['role'])}"
+            raise RefusedError(400, told, f"messages.{place}.role")
+        if not isinstance(one["content"], str):
+            raise RefusedError(400, f"expected a text, got {shown(one['content'])}", f"messages.{place}.content")
     return value
 
 
@@ -128,7 +166,10 @@ class Answer:
 
     def part(self, text: str, tokens: Sequence[int], finish: str | None) -> dict[str, Any]:
         """A chunk of a stream, or the whole answer: `text` of `tokens`; finish: stop, length, or None for not yet."""
-        choice: dict[str, Any] = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+        said: dict[str, Any] = {"text": text}
+        if self.asked.chat:
+            said = {"delta" if self.asked.stream else "message": {"role": "assistant", "content": text}}
+        choice: dict[str, Any] = {"index": 0, **said, "logprobs": None, "finish_reason": finish}
         if self.asked.return_token_ids:
             choice["token_ids"] = list(tokens)
         return self._around([choice])
@@ -143,7 +184,10 @@ class Answer:
         return self._around([]) | {"usage": self.usage(new_tokens)}
 
     def _around(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": f"cmpl-{self.number}", "object": "text_completion", "created": int(time.time()),
+        kind, name = "text_completion", "cmpl"
+        if self.asked.chat:
+            kind, name = "chat.completion.chunk" if self.asked.stream else "chat.completion", "chatcmpl"
+        return {"id": f"{name}-{self.number}", "object": kind, "created": int(time.time()),
                 "model": self.asked.model, "choices": choices}  # fmt: skip
 
 

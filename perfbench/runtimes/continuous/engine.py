@@ -17,6 +17,7 @@ import torch
 
 from perfbench.runtimes.continuous.residency import Residency
 from perfbench.runtimes.continuous.rows import Rows
+from perfbench.runtimes.continuous.sampling import Sampling
 from perfbench.spec.traffic import NOBODY
 
 
@@ -25,14 +26,16 @@ class Request:
     """What is asked: `prompt` int64 [S], at most `new_tokens` tokens after it, the adapter of `tenant`; a token of
     `eos` ends it.
 
-    `tokens`: what it has got so far, `token_s`: when the host had each, by the engine's clock; `began_s`: when it got a
-    row; `loaded`: whether its adapter was loaded for it.
+    `sampling`: how its tokens are drawn, the likeliest always where it is None. `tokens`: what it has got so far,
+    `token_s`: when the host had each, by the engine's clock; `began_s`: when it got a row; `loaded`: whether its
+    adapter was loaded for it.
     """
 
     prompt: torch.Tensor
     new_tokens: int
     tenant: int = NOBODY
     eos: frozenset[int] = frozenset()
+    sampling: Sampling | None = None
     tokens: list[int] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
     began_s: float = math.nan
@@ -45,7 +48,7 @@ class Request:
 
 
 class Engine:
-    """Greedy generation for requests that come at any time, over rows and, where there are adapters, a residency."""
+    """Generation for requests that come at any time, over rows and, where there are adapters, a residency."""
 
     def __init__(
         self,
@@ -118,7 +121,7 @@ class Engine:
         logits = self.rows.read(row, piece)
         if done + len(piece) < len(request.prompt):
             return []
-        self._give(request, int(logits.argmax()))
+        self._give(request, int(logits.argmax()) if request.sampling is None else request.sampling.draw(logits))
         self.decoding.append(request)
         self.reading = None
         return [request]
@@ -149,9 +152,10 @@ class Engine:
         if not self.decoding:
             return []
         last = torch.tensor([request.tokens[-1] for request in self.decoding], device=self.rows.weights.device)
-        chosen: Sequence[int] = self.rows.step(last).argmax(dim=-1).tolist()
-        for request, token in zip(self.decoding, chosen, strict=True):
-            self._give(request, token)
+        logits = self.rows.step(last)
+        likeliest: Sequence[int] = logits.argmax(dim=-1).tolist()
+        for row, (request, token) in enumerate(zip(self.decoding, likeliest, strict=True)):
+            self._give(request, token if request.sampling is None else request.sampling.draw(logits[row]))
         return list(self.decoding)
 
     def _give(self, request: Request, token: int) -> None:

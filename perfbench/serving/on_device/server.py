@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 from aiohttp import web
+from jinja2 import TemplateError
 
 from perfbench.files import strict_json
 from perfbench.runtimes.continuous.engine import Engine, Request
+from perfbench.runtimes.continuous.sampling import Sampling
 from perfbench.serving.on_device.engine_thread import EngineThread, News
 from perfbench.serving.protocol import Answer, Asked, RefusedError, asked_for, model_list
 
@@ -57,7 +59,7 @@ class Server:
         app = web.Application(client_max_size=LARGEST_BODY, middlewares=[web.middleware(partial(_in_json, self.ends))])
         app.add_routes([
             web.get("/health", self.health), web.get("/metrics", self.metrics), web.get("/v1/models", self.models),
-            web.post("/v1/completions", self.completions),
+            web.post("/v1/completions", self.completions), web.post("/v1/chat/completions", self.chat),
         ])  # fmt: skip
         return app
 
@@ -89,13 +91,20 @@ class Server:
                             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})  # fmt: skip
 
     async def completions(self, http: web.Request) -> web.StreamResponse:
-        """One answer, whole or as it is made."""
+        """What follows a text, whole or as it is made."""
+        return await self._answer(http, chat=False)
+
+    async def chat(self, http: web.Request) -> web.StreamResponse:
+        """What follows the messages of a chat, in the words of the model's own template."""
+        return await self._answer(http, chat=True)
+
+    async def _answer(self, http: web.Request, *, chat: bool) -> web.StreamResponse:
         served, thread = self.served, self.thread
         try:
             body = strict_json.parse(await http.read())
         except ValueError as error:
             raise RefusedError(400, f"the body is no JSON ({error})") from None
-        asked = asked_for(body, served.models, served.vocabulary)
+        asked = asked_for(body, served.models, served.vocabulary, chat=chat)
         ids = self._ids(asked)
         if thread.fault is not None:
             raise RefusedError(503, f"the engine has ended: {thread.fault}")
@@ -108,6 +117,7 @@ class Server:
         request = Request(
             torch.tensor(ids, device=served.engine.rows.weights.device), asked.max_tokens, served.models[asked.model],
             frozenset() if asked.ignore_eos else served.eos,
+            Sampling(asked.temperature, asked.top_p, asked.seed) if asked.temperature else None,
         )  # fmt: skip
         answer, words = Answer(asked, self._number, len(ids)), Words(served.tokenizer)
         news: asyncio.Queue[News] = asyncio.Queue()
@@ -126,19 +136,35 @@ class Server:
 
     def _ids(self, asked: Asked) -> list[int]:
         """The tokens of a prompt. RefusedError where they can't be had, or are too many."""
-        ids = asked.prompt
-        if isinstance(ids, str):
-            if self.served.tokenizer is None:
-                message = "this backbone has random weights and no tokenizer; send a list of token ids"
-                raise RefusedError(400, message, "prompt")
-            ids = self.served.tokenizer(ids)["input_ids"]
-            if not ids:
-                raise RefusedError(400, "expected one token at least, got none", "prompt")
+        prompt: Any = asked.prompt
+        where = "messages" if asked.chat else "prompt"
+        if asked.chat or isinstance(prompt, str):
+            prompt = self._encoded(prompt, where)
+            if not prompt:
+                raise RefusedError(400, "expected one token at least, got none", where)
+        ids: list[int] = prompt
         room = self.served.engine.rows.capacity + 1
         if len(ids) + asked.max_tokens > room:
             message = f"{len(ids):,} tokens with max_tokens {asked.max_tokens:,}, expected at most {room:,} together"
-            raise RefusedError(400, message, "prompt")
+            raise RefusedError(400, message, where)
         return ids
+
+    def _encoded(self, prompt: Any, where: str) -> list[int]:
+        """The tokens of a text, or of messages. RefusedError where the backbone has no words for them."""
+        tokenizer = self.served.tokenizer
+        if tokenizer is None:
+            message = "this backbone has random weights and no tokenizer; send a list of token ids to /v1/completions"
+            raise RefusedError(400, message, where)
+        if isinstance(prompt, str):
+            found: list[int] = tokenizer(prompt)["input_ids"]
+            return found
+        if tokenizer.chat_template is None:
+            raise RefusedError(400, "this backbone has no chat template; send a text to /v1/completions", where)
+        try:
+            found = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        except (TemplateError, ValueError) as error:
+            raise RefusedError(400, f"the backbone's chat template refuses them ({error})", where) from None
+        return found
 
     async def _whole(
         self, _: web.Request, answer: Answer, words: Words, request: Request, news: asyncio.Queue[News]

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ import torch
 import yaml
 
 pytest.importorskip("aiohttp", reason="needs aiohttp: install the extra `serve`")
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from perfbench.cli import main
 from perfbench.errors import AdapterError
@@ -115,8 +119,11 @@ def test_tenants_and_the_bare_backbone_differ(up: Running) -> None:
         ({"prompt": [3] * 17, "max_tokens": 400}, 400, "prompt", "17 tokens with max_tokens 400, expected at most 416"),
         ({"max_tokens": 0}, 400, "max_tokens", "expected an integer >= 1, got 0"),
         ({"max_tokens": 2.5}, 400, "max_tokens", "expected an integer >= 1, got 2.5"),
-        ({"temperature": 0.7}, 400, "temperature", "expected 0, as generation is greedy only, got 0.7"),
-        ({"temperature": None}, 400, "temperature", "got none, which means 1"),
+        ({"temperature": 2.5}, 400, "temperature", "expected a number from 0 to 2, got 2.5"),
+        ({"temperature": True}, 400, "temperature", "expected a number from 0 to 2, got true"),
+        ({"top_p": 0}, 400, "top_p", "expected a number from 1e-06 to 1, got 0"),
+        ({"seed": -1}, 400, "seed", "expected an integer from 0 to 2^63 - 1, got -1"),
+        ({"messages": []}, 400, "messages", "unknown field"),
         ({"stream": "yes"}, 400, "stream", "expected true or false, got 'yes'"),
         ({"stream_options": 1}, 400, "stream_options", "expected an object with include_usage"),
         ({"n": 2}, 400, "n", "expected 1, the only one there is, got 2"),
@@ -277,3 +284,93 @@ def test_without_aiohttp_one_line_says_how_to_have_it(
     for command in (["serve", str(file)], ["traffic", str(file), "--out", str(tmp_path / "out"), "--set", target]):
         assert main(command) == 2
         assert "pip install 'adapter-perfbench[serve]'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_drawn_tokens_are_the_seeds(up: Running) -> None:
+    def drawn(**more: Any) -> list[int]:
+        status, found = up.complete("tenant-1", [3, 4, 5], 12, **more)
+        assert status == 200
+        tokens: list[int] = found["choices"][0]["token_ids"]
+        return tokens
+
+    greedy = drawn()
+    assert drawn(temperature=None, seed=5) == drawn(temperature=1, seed=5), "1 is what OpenAI takes where none is said"
+    assert drawn(temperature=2, seed=5) != drawn(temperature=2, seed=6)
+    assert drawn(temperature=2, seed=5) != greedy
+    assert drawn(temperature=2, top_p=1e-6, seed=5) == greedy, "of the likeliest alone"
+
+
+@pytest.fixture(scope="module")
+def chatting() -> Iterator[Running]:
+    """A server with a word for each small letter, and a template."""
+    letters = {"<unk>": 0, "<s>": 1, "</s>": 2, **{chr(97 + n): 3 + n for n in range(26)}, ":": 29, "|": 30}
+    made = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    made.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('late') }}{% endif %}"
+        "{{ m.role[0] }}:{{ m.content }}|{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    with running(replace(served(), tokenizer=tokenizer)) as found:
+        yield found
+
+
+CHAT = {"model": "tenant-2", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+SAID = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]
+
+
+def test_a_chat_is_the_completion_of_its_template(chatting: Running) -> None:
+    status, came = chatting.ask("/v1/chat/completions", {**CHAT, "messages": SAID})
+    found = json.loads(came)
+    assert (status, found["object"]) == (200, "chat.completion")
+    (choice,) = found["choices"]
+    _, plain = chatting.complete("tenant-2", list(chatting.server.served.tokenizer("s:be|u:hi|a:")["input_ids"]), 6)
+    assert choice["message"] == {"role": "assistant", "content": plain["choices"][0]["text"]}
+    assert found["usage"] == plain["usage"]
+    assert found["usage"]["prompt_tokens"] == len("s:be|u:hi|a:")
+
+
+def test_a_chat_is_streamed_in_deltas(chatting: Running) -> None:
+    body = {**CHAT, "messages": SAID, "stream": True, "max_completion_tokens": 4, "stream_options": None}
+    _, came = chatting.ask("/v1/chat/completions", body)
+    events = [line.removeprefix("data: ") for line in came.decode().split("\n\n") if line]
+    assert events.pop() == "[DONE]"
+    chunks = [json.loads(event) for event in events]
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    whole = json.loads(chatting.ask("/v1/chat/completions", {**CHAT, "messages": SAID, "max_tokens": 4})[1])
+    text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
+    assert text == whole["choices"][0]["message"]["content"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "said"),
+    [
+        ({"messages": None}, "messages", "expected a list of messages, got null"),
+        ({"messages": [{"role": "user"}]}, "messages.0", "expected an object of role and content"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}]},
+            "messages.0.role",
+            "expected one of system, user, assistant",
+        ),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content", "expected a text, got []"),
+        ({"messages": [*SAID, SAID[0]]}, "messages", "the backbone's chat template refuses them (late)"),
+        ({"messages": SAID, "prompt": "hi"}, "prompt", "unknown field"),
+        ({"messages": SAID, "max_completion_tokens": 0}, "max_completion_tokens", "expected an integer >= 1, got 0"),
+    ],
+)
+def test_a_chat_that_can_not_be_is_refused_by_its_field(
+    chatting: Running, change: dict[str, Any], field: str, said: str
+) -> None:
+    status, came = chatting.ask("/v1/chat/completions", {**CHAT, **change})
+    error = json.loads(came)["error"]
+    assert (status, error["param"]) == (400, field)
+    assert said in error["message"]
+
+
+def test_a_backbone_without_words_has_no_chats(up: Running, chatting: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {**CHAT, "messages": SAID}
+    assert "no tokenizer; send a list of token ids" in up.ask("/v1/chat/completions", body)[1].decode()
+    monkeypatch.setattr(chatting.server.served.tokenizer, "chat_template", None)
+    assert "has no chat template; send a text" in chatting.ask("/v1/chat/completions", body)[1].decode()
