@@ -229,6 +229,7 @@ def prepare_traffic(scenario: Given, *, set: Settings = (), say: Say = _to_stder
     found = spec.load(scenario, _settings(set), device_kind)
     for note in found.common.notes:
         say(printable(note))
+    spec.check_against_backbone(found)
     return found
 
 

@@ -57,7 +57,9 @@ def _traffic_summary(path: Path) -> str:
     for kind in scenario.DEVICE_KINDS if asked == "auto" else (asked,):
         found = traffic.load(path, [], lambda _, kind=kind: (kind, ""))  # type: ignore[misc]
         points = "a search" if found.traffic.tenants is None else f"{len(traffic.points_of(found.traffic))} points"
-        parts.append(f"{points} with each of {len(found.comparison.cases)} methods on {kind}")
+        backbone = found.comparison.backbone
+        unchecked = f", {backbone} not looked up" if traffic.is_hub_id(backbone) else ""
+        parts.append(f"{points} with each of {len(found.comparison.cases)} methods on {kind}{unchecked}")
     return "; ".join(parts)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from perfbench.errors import ScenarioError
+from perfbench.files.paths import expanded
 from perfbench.files.plain_text import shown
 from perfbench.files.yaml_source import Source, lay_over, of_values, read
 from perfbench.spec import cases, scenario, shipped
@@ -311,8 +312,24 @@ def _common(
     of_any = Source({**values, "runtime": "continuous", "workload": workload}, dict(source.origins))
     of_any.origins[("workload",)] = source.origin(("traffic",))
     found = scenario.of_source(of_any, path, kind, notes)
+    if not is_hub_id(found.backbone[0]):
+        _check_common(found)
+    return found
+
+
+def is_hub_id(backbone: str) -> bool:
+    """Whether its sizes stand on the hub, if anywhere."""
+    return "/" in backbone and not expanded(backbone).is_dir()
+
+
+def check_against_backbone(found: TrafficScenario) -> None:
+    """What the sizes of the backbone make impossible, which `load` tells too unless it is a hub id. Raises
+    ScenarioError, and BackboneError where the hub has no such model."""
+    _check_common(found.common)
+
+
+def _check_common(found: Scenario) -> None:
     try:
         scenario.check_against_backbone(found)
     except ScenarioError as error:
         raise ScenarioError(str(error).replace("workload.", "traffic.")) from None
-    return found

@@ -74,7 +74,7 @@ class Rows:
         self._turn = -1
         self._written = [capacity] * most  # how many places of each row may hold what another request has left
         self._bare = [True] * most  # which rows hold requests without an adapter
-        self._readers: dict[tuple[int, bool], Forward] = {}  # by row, and whether it is bare
+        self._readers: dict[int, Forward] = {}  # by row
         self._steps: dict[tuple[int, bool], Step] = {}  # by the number of rows, and whether all are bare
 
     def enter(self, slot: int) -> int:
@@ -122,7 +122,7 @@ class Rows:
         """The decode step of so many rows, made where nobody has asked for it before; bare: none of them has an
         adapter, so that none is computed."""
         if (count, bare) not in self._steps:
-            some = self._of_rows(0, count, bare)
+            some = self._of_rows(0, count, bare=bare)
             self._steps[count, bare] = Step(self.weights, some, count, self._kernels, self.cache.prompt)
         return self._steps[count, bare]
 
@@ -150,10 +150,11 @@ class Rows:
         self._written[row] = max(self._written[row], length)
 
     def _reader(self, row: int) -> Forward:
-        key = row, self._bare[row]
-        if key not in self._readers:
-            self._readers[key] = Forward(self.weights, *self._of_rows(row, row + 1, key[1]), self._kernels)
-        return self._readers[key]
+        # Also without an adapter a prompt is read with the row's: what the last one left in the vectors that a prompt
+        # makes goes with that.
+        if row not in self._readers:
+            self._readers[row] = Forward(self.weights, *self._of_rows(row, row + 1, bare=False), self._kernels)
+        return self._readers[row]
 
-    def _of_rows(self, first: int, end: int, bare: bool) -> OfRows:
+    def _of_rows(self, first: int, end: int, *, bare: bool) -> OfRows:
         return OfRows([], None) if bare or self.adapters is None else self.adapters.of_rows(first, end)

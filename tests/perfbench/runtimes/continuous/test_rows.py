@@ -143,7 +143,7 @@ def test_beams_are_refused(base: backbone.Backbone) -> None:
 
 
 def test_rows_without_adapters_compute_none(base: backbone.Backbone) -> None:
-    """What they give is that of a cache without a bank, bit for bit, until a row has an adapter; and again after it."""
+    """In their steps; what they give is that of a cache without a bank until a row has an adapter, and after it."""
     served, plain = Rows(base, make_bank(base, "lora"), "eager", 3, 16), Rows(base, None, "eager", 3, 16)
     prompts = torch.randint(3, base.shape.vocab, (3, 5), generator=torch.Generator().manual_seed(0))
 
@@ -154,7 +154,7 @@ def test_rows_without_adapters_compute_none(base: backbone.Backbone) -> None:
                 rows.read(rows.enter(slot), prompt)
             return rows.step(prompts[: len(slots), 0])
 
-    assert torch.equal(logits(served, (-1, -1)), logits(plain, (-1, -1)))
+    torch.testing.assert_close(logits(served, (-1, -1)), logits(plain, (-1, -1)))
     assert set(served._steps) == {(2, True)}
     mixed = logits(served, (-1, 1))
     assert set(served._steps) == {(2, True), (2, False)}
@@ -167,4 +167,20 @@ def test_rows_without_adapters_compute_none(base: backbone.Backbone) -> None:
         moved = served.step(prompts[:1, 0])
     assert set(served._steps) == {(2, True), (2, False), (1, False)}
     assert not torch.allclose(moved[0], alone[0])
-    assert torch.equal(logits(served, (-1, -1)), alone)
+    torch.testing.assert_close(logits(served, (-1, -1)), alone)
+
+
+def test_a_row_without_an_adapter_has_nothing_of_the_last_one_s(base: backbone.Backbone) -> None:
+    """Vectors that PARA has made of a prompt stay in the row, where a step with other tenants would find them."""
+    served, plain = Rows(base, make_bank(base, "para"), "eager", 2, 16), Rows(base, None, "eager", 2, 16)
+    prompts = torch.randint(3, base.shape.vocab, (2, 5), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        for slots in ((1, 0), (-1, 0)):
+            served.lengths.clear()
+            for slot, prompt in zip(slots, prompts, strict=True):
+                served.read(served.enter(slot), prompt)
+        for prompt in prompts:
+            plain.read(plain.enter(-1), prompt)
+        found, expected = served.step(prompts[:, 0]), plain.step(prompts[:, 0])
+    assert not torch.allclose(found[1], expected[1]), "the tenant's vectors act"
+    torch.testing.assert_close(found[0], expected[0])
