@@ -45,8 +45,8 @@ class RefusedError(PerfbenchError):
 @dataclass(frozen=True)
 class Asked:
     """A completion that was asked for. prompt: text, the ids of its tokens, or the messages of a chat, each with its
-    `role` and `content`; temperature 0: the likeliest token always; usage_alone: whether the last chunk of a
-    stream has the usage and nothing else, as `stream_options` asks."""
+    `role` and `content`; temperature 0: the likeliest token always; usage_alone: whether the last chunk of a stream has
+    the usage and nothing else, and usage_always: whether every chunk has it, so far, as `stream_options` asks."""
 
     model: str
     prompt: str | list[int] | list[dict[str, str]]
@@ -59,6 +59,7 @@ class Asked:
     ignore_eos: bool
     return_token_ids: bool
     usage_alone: bool
+    usage_always: bool
 
 
 def asked_for(body: Any, models: Collection[str], vocabulary: int, *, chat: bool = False) -> Asked:
@@ -87,7 +88,8 @@ def asked_for(body: Any, models: Collection[str], vocabulary: int, *, chat: bool
         temperature=_between(body, "temperature", 0, MOST_TEMPERATURE, DEFAULT_TEMPERATURE),
         top_p=_between(body, "top_p", 1e-6, 1, 1.0),
         seed=_seed(body.get("seed")),
-        usage_alone=_usage_alone(body.get("stream_options")),
+        usage_alone=_option(body.get("stream_options"), "include_usage"),
+        usage_always=_option(body.get("stream_options"), "continuous_usage_stats"),
         **flags,
     )
 
@@ -136,12 +138,13 @@ def _messages(value: Any) -> list[dict[str, str]]:
     return value
 
 
-def _usage_alone(options: Any) -> bool:
+def _option(options: Any, name: str) -> bool:
+    """One of `stream_options`: OpenAI's own, and vLLM's, which load generators ask for."""
     if options is None:
         return False
-    if not isinstance(options, dict) or set(options) - {"include_usage"}:
+    if not isinstance(options, dict) or set(options) - {"include_usage", "continuous_usage_stats"}:
         raise RefusedError(400, f"expected an object with include_usage, got {shown(options)}", "stream_options")
-    return _flag(options, "include_usage")
+    return _flag(options, name)
 
 
 def _prompt(value: Any, vocabulary: int) -> str | list[int]:

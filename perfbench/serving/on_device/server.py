@@ -198,7 +198,7 @@ class Server:
             ended = one.ended
             finish = _finish(request) if ended else None
             part = answer.part(words.more(one.tokens, last=ended), one.tokens, finish)
-            if ended and not answer.asked.usage_alone:
+            if answer.asked.usage_always or (ended and not answer.asked.usage_alone):
                 part["usage"] = answer.usage(len(request.tokens))
             await out.write(_event(part))
         if answer.asked.usage_alone:

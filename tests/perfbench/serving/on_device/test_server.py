@@ -332,7 +332,8 @@ def test_a_chat_is_the_completion_of_its_template(chatting: Running) -> None:
 
 
 def test_a_chat_is_streamed_in_deltas(chatting: Running) -> None:
-    body = {**CHAT, "messages": SAID, "stream": True, "max_completion_tokens": 4, "stream_options": None}
+    usage = {"include_usage": False, "continuous_usage_stats": True}
+    body = {**CHAT, "messages": SAID, "stream": True, "max_completion_tokens": 4, "stream_options": usage}
     _, came = chatting.ask("/v1/chat/completions", body)
     events = [line.removeprefix("data: ") for line in came.decode().split("\n\n") if line]
     assert events.pop() == "[DONE]"
@@ -342,6 +343,9 @@ def test_a_chat_is_streamed_in_deltas(chatting: Running) -> None:
     text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
     assert text == whole["choices"][0]["message"]["content"]
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    counted = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counted == sorted(counted)
+    assert counted[-1] == 4
 
 
 @pytest.mark.parametrize(
