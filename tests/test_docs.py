@@ -88,7 +88,7 @@ def test_every_marked_block_is_what_its_source_gives(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_no_number_of_a_sentence_starts_a_line(page: Path) -> None:
     """A comment at the start of a line ends the paragraph, in Markdown of every kind."""
-    assert re.findall(r"^<!-- fact: .*$", page.read_text(encoding="utf-8"), re.MULTILINE) == []
+    assert re.findall(r"^\s*<!-- fact: .*$", page.read_text(encoding="utf-8"), re.MULTILINE) == []
 
 
 def test_a_changed_digit_in_a_block_is_found() -> None:
