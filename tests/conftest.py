@@ -36,6 +36,19 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_disable = True
 
 
+@pytest.fixture
+def own_methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The test begins and ends with perfbench's own methods, whatever plugins it reads."""
+    from perfbench.methods.registry import METHODS
+    from perfbench.spec import method_plugins
+
+    monkeypatch.setattr(method_plugins, "_READ", {})
+    own = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(own)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped, with the reason, where torch finds no CUDA device; those marked `interpreter`
     where they would run in an interpreter of Triton's that is known to fail."""

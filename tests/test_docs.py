@@ -202,6 +202,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert configured["theme"]["font"] is False
 
 
+@pytest.mark.usefixtures("own_methods")
 def test_the_method_of_the_tutorial_passes_the_contract_tests(tmp_path: Path) -> None:
     testing = pytest.importorskip("perfbench.testing", reason="needs perfbench.testing")
     text = (ROOT / "docs" / "tutorials" / "extend.md").read_text(encoding="utf-8")

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from perfbench.methods.registry import METHODS
 from perfbench.profiling import profile, profile_table
-from perfbench.spec import cases, method_plugins, scenario
+from perfbench.spec import cases, scenario
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def own_methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The test begins and ends with perfbench's own methods, whatever plugins it reads."""
-    monkeypatch.setattr(method_plugins, "_READ", {})
-    own = dict(METHODS)
-    yield
-    METHODS.clear()
-    METHODS.update(own)
 
 
 @pytest.fixture(scope="session")
