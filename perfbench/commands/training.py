@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -148,20 +149,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     evaluation.json. Exit codes: 0, 1 where an adapter is not served as it was trained, 2 bad input."""
     from perfbench.finetune import evaluation
 
-    fields = (
-        "backbone",
-        "task",
-        "source",
-        "split",
-        "metric",
-        "examples",
-        "dtype",
-        "device",
-        "batch",
-        "beams",
-        "served",
-    )
-    chosen = {name: getattr(arguments, name) for name in fields}
+    names = [field.name for field in dataclasses.fields(evaluation.Asked) if field.name != "adapters"]
+    chosen = {name: getattr(arguments, name) for name in names}
     out = arguments.out or stamped(f"evaluate-{arguments.task}")
     results = evaluation.evaluate(evaluation.Asked(**chosen, adapters=tuple(arguments.adapter)), out)
     print(f"results: {out}", file=sys.stderr)

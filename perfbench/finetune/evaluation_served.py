@@ -11,23 +11,11 @@ import torch
 from perfbench.errors import AdapterError
 from perfbench.finetune.accuracy.identity import Identity, judge, probe
 from perfbench.finetune.accuracy.paths import ServingPath
-from perfbench.finetune.accuracy.serve import (
-    Tenant,
-    answer,
-    banks,
-    mixed,
-    predictions,
-    probes,
-    questions,
-    serve,
-    with_plan,
-)
+from perfbench.finetune.accuracy.serve import Tenant, ask_all, banks, probes, questions, serve, with_plan
 from perfbench.finetune.tasks.task import Example, Task
 from perfbench.methods.checkpoints import adapter_folder
 from perfbench.methods.registry import METHODS
 from perfbench.runtimes.backbone import Backbone
-
-SEED = 0  # of the order in which items and tenants are mixed
 
 
 def tenants_of(adapters: Sequence[str], backbone: Backbone) -> list[Tenant]:
@@ -65,12 +53,9 @@ def served_predictions(
         try:
             slot_of = {tenant.label: slot for tenant, slot in zip(group, slots, strict=True)}
             logits = probe(arm, probes(task, examples, tokenizer), slot_of, backbone)
-            given: list[tuple[Any, Any]] = []
-            for pairs in mixed(len(group), asked, batch, SEED):
-                given += zip(pairs, answer(arm, task, pairs, slots, backbone, tokenizer, beams), strict=True)
+            own = ask_all(arm, task, asked, slots, backbone, tokenizer, requests=batch, beams=beams)
         finally:
             arm.close()
-        own = predictions(given, task)
         for index, tenant in enumerate(group):
             identity = judge(logits, trained_logits, [tenant.label], exact=path.dtype == "fp32")
             found[tenant.label] = [own[index, example.id] for example in examples], identity

@@ -122,8 +122,9 @@ def problem_of_measurement(line: Any) -> str | None:
     """What is wrong with a line of measurements.jsonl; None where all is well."""
     if not isinstance(line, dict):
         return "expected an object"
+    counts = {"in_flight": 0, **line}  # older runs have open loops alone
     for name in ("tenants", "repetition", "sent", "in_flight"):
-        if type(line.get(name, 0 if name == "in_flight" else None)) is not int or line.get(name, 0) < 0:
+        if type(counts.get(name)) is not int or counts[name] < 0:
             return f"{name}: expected an integer >= 0"
     if not isinstance(line.get("arm"), str):
         return "arm: expected a string"

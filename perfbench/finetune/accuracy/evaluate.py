@@ -18,14 +18,11 @@ from perfbench.finetune.accuracy.accuracy_folder import AccuracyFolder, Item
 from perfbench.finetune.accuracy.identity import NONE, judge, probe
 from perfbench.finetune.accuracy.paths import ServingPath, as_trained, is_served
 from perfbench.finetune.accuracy.serve import (
-    Asked,
     AsTrained,
     Question,
     Tenant,
-    answer,
+    ask_all,
     banks,
-    mixed,
-    predictions,
     probes,
     questions,
     serve,
@@ -37,8 +34,6 @@ from perfbench.finetune.tasks.task_metrics import METRICS
 from perfbench.progress import RunProgress
 from perfbench.runtimes import backbone as backbones
 from perfbench.runtimes.backbone import Backbone
-
-SEED = 0  # of the order in which items and tenants are mixed
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ def evaluate_trained(
                 before = forgetting.loss(model, setting.tokenizer, setting.elsewhere, setting.requests)
                 tokens = setting.elsewhere.tokens
                 folder.manifest["forgetting"] = {"tokens": tokens, "loss_before": before}
-            folder.add(list(_answers_of(model, one, Tenant(ZERO_SHOT, "", SEED, Path()), path, setting)))
+            folder.add(list(_answers_of(model, one, Tenant(ZERO_SHOT, "", 0, Path()), path, setting)))
         progress.advance()
         asked = probes(one.task, one.examples["test"], setting.tokenizer)
         found[one.label] = probe(AsTrained(backbone.skeleton()), asked, {NONE: -1}, backbone)
@@ -180,14 +175,13 @@ def _serve_all(
             for method in dict.fromkeys(tenant.label for tenant in group):
                 own = [tenant.name for tenant in group if tenant.label == method]
                 identities[method] = asdict(judge(served, trained_logits, own, exact=exact))
-            given: list[tuple[Asked, Any]] = []
-            for pairs in mixed(len(group), _questions(one, setting, backbone), setting.requests, SEED):
-                results = answer(arm, one.task, pairs, slots, backbone, setting.tokenizer, setting.beams)
-                given += zip(pairs, results, strict=True)
-                progress.advance()
+            predicted = ask_all(
+                arm, one.task, _questions(one, setting, backbone), slots, backbone, setting.tokenizer,
+                requests=setting.requests, beams=setting.beams, advance=progress.advance,
+            )  # fmt: skip
         finally:
             arm.close()
-        for (index, identifier), prediction in predictions(given, one.task).items():
+        for (index, identifier), prediction in predicted.items():
             items.append(_item(one, group[index], path, "test", examples[identifier], prediction))
     folder.add(items, identities)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ WIDTH_TOKENS = 16
 # Batches' worth of requests of about the same length that are shuffled among each other.
 _SHUFFLED = 4
 PROBES = 4
+SEED = 0  # of the order in which items and tenants are mixed
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,27 @@ def answer(
     logits, _ = forced_logits(arm, pairs, slots, backbone)
     rows = zip(logits.log_softmax(dim=-1), (pair.question for pair in pairs), strict=True)
     return [scores_of(question.choices, row[: len(question.forced)]) for row, question in rows]
+
+
+def ask_all(
+    arm: Arm,
+    task: Task,
+    asked: Sequence[Question],
+    slots: Sequence[int],
+    backbone: Backbone,
+    tokenizer: Any,
+    *,
+    requests: int,
+    beams: int,
+    advance: Callable[[], object] = lambda: None,
+) -> dict[tuple[int, str], str]:
+    """The prediction of every tenant on every example, as `predictions` has them, in mixed batches of `requests`;
+    `advance` is called after each."""
+    given: list[tuple[Asked, Any]] = []
+    for pairs in mixed(len(slots), asked, requests, SEED):
+        given += zip(pairs, answer(arm, task, pairs, slots, backbone, tokenizer, beams), strict=True)
+        advance()
+    return predictions(given, task)
 
 
 def predictions(given: Sequence[tuple[Asked, Any]], task: Task) -> dict[tuple[int, str], str]:

@@ -22,10 +22,10 @@ from perfbench.traffic.requests import Due
 
 @dataclass(frozen=True)
 class Driven:
-    """What a measurement gave. requests: those that were sent, with what they got; due: when, in a closed loop, each of
-    them was; start: when the first moment was, by
-    the clock of their times; lag_ms: how late each was sent; failures: place of a request -> why it failed; the last
-    two only over HTTP. loaded_bytes: of adapters, None where nobody can say."""
+    """What a measurement gave. requests: those that were sent, with what they got; due: when each of them was, which in
+    a closed loop is known afterwards; start: when the first moment was, by the clock of their times; lag_ms: how late
+    each was sent; failures: place of a request -> why it failed; the last two only over HTTP. loaded_bytes: of
+    adapters, None where nobody can say."""
 
     requests: list[Request]
     due: list[Due]

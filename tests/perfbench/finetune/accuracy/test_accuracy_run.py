@@ -14,7 +14,7 @@ import torch
 
 from perfbench.cli import main
 from perfbench.finetune import recipe
-from perfbench.finetune.accuracy import accuracy_config, accuracy_folder, accuracy_run, evaluate
+from perfbench.finetune.accuracy import accuracy_config, accuracy_folder, accuracy_run, evaluate, serve
 from perfbench.finetune.accuracy.accuracy_folder import AccuracyFolder
 from perfbench.finetune.accuracy.serve import Tenant
 from perfbench.finetune.accuracy.verdict import Verdict
@@ -171,8 +171,8 @@ def test_a_wrong_prediction_in_fp32_is_seen_without_logits(
     finished: Finished, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The probes are sound and the batches that follow them are not."""
-    answer = evaluate.answer
-    monkeypatch.setattr(evaluate, "answer", lambda *args: ["?", *answer(*args)[1:]])
+    answer = serve.answer
+    monkeypatch.setattr(serve, "answer", lambda *args: ["?", *answer(*args)[1:]])
     verdict = served_again(finished, tmp_path, ("static-eager-fp32",))
     assert verdict.exit_code == 1
     assert any("predictions are not those of the trained model" in row.reason for row in verdict.paths)
