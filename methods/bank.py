@@ -102,6 +102,7 @@ class Bank:
         if len(plan) != len(self.layers):
             raise AdapterError(f"expected an adapter of {len(self.layers)} layers, got {len(plan)}")
         pairs = [pair for i, layer in enumerate(plan) for pair in _pairs(i, self.layers[i], layer)]
+        _expect_in_range(plan, self.rest.dtype)
         self._take_shared(_matrices(plan))
         slot = self.free.pop()
         if any(layer.shared for layer in plan):
@@ -113,6 +114,7 @@ class Bank:
     def share(self, plan: AdapterPlan) -> None:
         """Takes what an adapter shares with all others, for one whose own part is then written into a slot directly.
         AdapterError as `admit`."""
+        _expect_in_range(plan, self.rest.dtype)
         self._take_shared(_matrices(plan))
         if any(layer.shared for layer in plan):
             self._sharing.add(NO_SLOT)
@@ -243,6 +245,19 @@ def _pairs(index: int, stacked: LayerPlan, layer: LayerPlan) -> list[tuple[torch
         if stack[0].dim() != tensor.dim() or any(s < t for s, t in zip(stack.shape[1:], tensor.shape, strict=True)):
             raise AdapterError(f"layer {index}: expected at most {list(stack.shape[1:])}, got {list(tensor.shape)}")
     return pairs
+
+
+def _expect_in_range(plan: AdapterPlan, dtype: torch.dtype) -> None:
+    """AdapterError where a number of the adapter, finite as it is, is infinite in `dtype`: fp16 ends at 65,504."""
+    largest = torch.finfo(dtype).max
+    tensors = [(f"layer {i}", tensor) for i, layer in enumerate(plan) for tensor in layer.tensors()]
+    tensors += [("the shared pair", tensor) for tensor in _matrices(plan).values()]
+    for where, tensor in tensors:
+        if torch.finfo(tensor.dtype).max > largest and not tensor.to(dtype).isfinite().all():
+            raise AdapterError(
+                f"{where}: a number of the adapter is {tensor.abs().max().item():.3g}, more than "
+                f"{str(dtype).removeprefix('torch.')} holds ({largest:.3g}); choose bf16 or fp32"
+            )
 
 
 def _repeated(index: int, stack: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 The oracle of `perfbench.proof.oracle` is given the layer plan that our reader made of a folder. Were that wrong, every
 runtime would agree on the wrong adapter; so PEFT's forward pass is held against it, on weights that were loaded for
-this alone, since some adapters make PEFT write into them.
+this alone, since some adapters make PEFT write into them. Of the types that PEFT lacks it has `perfbench.peft`'s, with
+which they are trained: what reads the folder, finds the prompt's end and applies the adapter is then not what serves.
 """
 
 from __future__ import annotations
@@ -12,22 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from peft import PeftModel
 
-from perfbench.methods.checkpoints import adapter_folder
+import perfbench.peft  # noqa: F401  makes known to PEFT what it lacks
 from perfbench.proof import oracle
 from perfbench.proof.best_choices import PlanOf, served
 from perfbench.proof.check import NOISE_FACTORS, relative_difference
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Batch
-
-
-def is_known(folder: Path) -> bool:
-    """Whether PEFT has this kind of adapter of its own; others it knows from perfbench alone."""
-    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(adapter_folder.peft_type(folder))
-    return config is not None and config.__module__.startswith("peft.")
 
 
 def fault_of(
@@ -63,7 +57,11 @@ def _logits(fresh: Backbone, folder: Path, asked: oracle.Served) -> torch.Tensor
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
         model: Any = PeftModel.from_pretrained(fresh.skeleton(), str(folder), **options)
     model = model.eval().to(fresh.dtype)
-    tokens = torch.cat([asked.prompt, asked.chosen[:-1]])[None]
     with torch.inference_mode():
-        logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits[0, len(asked.prompt) - 1 :]
+        # The prompt by itself: PARA makes its vectors of where that ends.
+        read = model(input_ids=asked.prompt[None], use_cache=True)
+        logits: torch.Tensor = read.logits[0, -1:]
+        if len(asked.chosen) > 1:
+            rest = model(input_ids=asked.chosen[None, :-1], past_key_values=read.past_key_values, use_cache=True)
+            logits = torch.cat([logits, rest.logits[0]])
     return logits

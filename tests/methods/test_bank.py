@@ -187,6 +187,21 @@ def test_no_adapter_and_an_evicted_one_are_the_bare_backbone(tiny: backbone.Back
     assert torch.equal(logits(tiny, bank, (-1, -1, -1)), bare)
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_an_adapter_that_only_fp16_can_not_hold_is_refused_there(tiny: backbone.Backbone, dtype: str) -> None:
+    """Served, its infinities would make every logit NaN; nothing of it stays behind."""
+    plan = make_plan(tiny, "lora", LoraOptions(modules=("q",)), 1)
+    plan[1].low_rank["q"].a[0, 0] = 70000.0
+    bank = Bank(union_layout([plan]), 1, {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype], "cpu")
+    if dtype == "bf16":
+        assert bank.admit(plan) == 0
+        return
+    with pytest.raises(AdapterError, match=r"layer 1: a number of the adapter is 7e\+04, more than float16 holds"):
+        bank.admit(plan)
+    assert bank.free == [0]
+    assert not bank.shrinks.any()
+
+
 def test_slots_out_of_range_are_refused(tiny: backbone.Backbone) -> None:
     plan = make_plan(tiny, "lora", LoraOptions(), 1)
     bank = make_bank(tiny, [plan], capacity=2)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from perfbench.errors import AdapterError
 from perfbench.measure.on_device import conversion
 from perfbench.measure.on_device.adapter_folders import adapter_folders
 from perfbench.methods import parameters
@@ -170,6 +171,7 @@ def _build_plan(
         folders = adapter_folders(case.options.adapters, source.method, resident)
         read = [plan_of(tenant) for tenant in range(resident)]
         plans: Iterable[AdapterPlan] = read
+        names = list(map(str, folders))
         layout, cold = union_layout(read), folders[0] if source is case else scratch / "cold"
         if source is not case and wanted:
             first = made_values(case, backbone, resident, seed, 0)
@@ -184,12 +186,16 @@ def _build_plan(
             method.save(first, backbone.shape, one.options, cold, backbone.name)
         # Made one by one as they are admitted: not all of them at once, in fp32, beside the bank.
         plans = chain([_plan(one, backbone, first)], map(plan_of, range(1, resident)))
+        names = [f"tenant {tenant}" for tenant in range(resident)]
         sizes = [of_kinds[tenant % len(kinds)] for tenant in range(resident)]
         counts = [parameters.parameter_count(own.method, backbone.shape, own.options) for own in kinds]
         trained = [counts[tenant % len(kinds)] for tenant in range(resident)]
     bank = Bank(layout, resident, backbone.dtype, backbone.device)
-    for plan in plans:
-        bank.admit(plan)
+    for name, plan in zip(names, plans, strict=True):
+        try:
+            bank.admit(plan)
+        except AdapterError as error:
+            raise AdapterError(f"{name}: {error}") from None
     if not wanted:
         return BuiltArm(_plan_arm(case, backbone, bank, batch), batch, tuple(sizes), plan_of, {})
 

@@ -315,8 +315,7 @@ class Session:
             fresh = fresh or backbones.load(own.name, self.dtype, str(own.device), self.job["seed"])
             every = adapter_folders(case.options.adapters, case.method, self.resident)
             sampled = check.sample(self.batch.slots, self.job["seed"])[: check.SAMPLED_REQUESTS]
-            asked = {i: every[self.batch.slots[i]] for i in sampled if self.batch.slots[i] != -1}
-            folders = {i: folder for i, folder in asked.items() if by_peft.is_known(folder)}
+            folders = {i: every[self.batch.slots[i]] for i in sampled if self.batch.slots[i] != -1}
             plan_of = partial(arms.plan_of_tenant, case, own, self.resident, self.job["seed"])
             fault = by_peft.fault_of(fresh, own, self.batch, folders, plan_of)
             self.emit("proved", case=case.id, rounds=[], read_by_peft=len(folders), reason=fault)
