@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -109,13 +110,13 @@ def check(
     # Beam search keeps the logits of its own path; teacher forcing puts every run on the batch's tokens.
     logits = together.logits if greedy else forced_logits(arm, batch, together.tokens)
     assert logits is not None
-    runs = _runs(arm, batch, together.tokens, logits, sampled, resident, ask, plan_of)
-    worst = max(map(relative_difference, runs.served, runs.expected))
-    noise = max(map(relative_difference, runs.rounded, runs.expected))
+    runs = _runs(batch, together.tokens, logits, partial(forced_logits, arm), sampled, resident, ask, plan_of)
+    turns = [runs]
     if batch.follow_up is not None:
-        second = _second_turn(arm, batch, together.tokens, sampled, ask, plan_of)
-        worst, noise = max(worst, second[0]), max(noise, second[1])
-    shares = _shares(runs) if plan_of is not None else None
+        turns.append(_second_turn(arm, batch, together.tokens, sampled, resident, ask, plan_of))
+    worst = max(relative_difference(*two) for turn in turns for two in zip(turn.served, turn.expected, strict=True))
+    noise = max(relative_difference(*two) for turn in turns for two in zip(turn.rounded, turn.expected, strict=True))
+    shares = None if plan_of is None else _worst_shares([_shares(turn) for turn in turns])
     tolerance = NOISE_FACTORS[backbone.dtype] * noise
     parted: list[int] = []
     ties = searched = 0
@@ -177,23 +178,30 @@ def _shares(runs: Runs) -> Shares:
     return Shares(max(map(abs, served)), max(map(abs, rounded)), min(shifted))
 
 
+def _worst_shares(turns: list[Shares]) -> Shares:
+    wrong, noise, shifted = zip(*turns, strict=True)
+    return Shares(max(wrong), max(noise), min(shifted))
+
+
 def _runs(
-    arm: Arm,
     batch: Batch,
     tokens: torch.Tensor,
     logits: torch.Tensor,
+    forced: Callable[[Batch, torch.Tensor], torch.Tensor],
     sampled: list[int],
     resident: int,
     ask: Oracle,
     plan_of: PlanOf | None,
 ) -> Runs:
+    """Of `batch`, for which the arm gave `tokens` int64 [Q, N] and their logits [Q, N, V]; `forced`: the arm's logits
+    of another batch that is made to choose these tokens."""
     wider = oracle.WIDER[ask.backbone.dtype]
     right = [served(batch, i, tokens[i], plan_of) for i in sampled]
     expected, rounded = (ask.logits(right, dtype) for dtype in (wider, ask.backbone.dtype))
     found, shifted, next_expected = [logits[i] for i in sampled], [], []
     if plan_of is not None:
         wrong = replace(batch, slots=shift_slots(batch.slots, resident))
-        wrong_logits = forced_logits(arm, wrong, tokens)
+        wrong_logits = forced(wrong, tokens)
         shifted = [wrong_logits[i] for i in sampled]
         few = [served(wrong, i, tokens[i], plan_of) for i in sampled[:SAMPLED_REQUESTS]]
         # To tell an adapter from the next tenant's takes no fp64, which is four times the work.
@@ -206,18 +214,22 @@ def _second_turn(
     batch: Batch,
     generated: torch.Tensor,
     sampled: list[int],
+    resident: int,
     ask: Oracle,
     plan_of: PlanOf | None,
-) -> tuple[float, float]:
-    """(difference, noise) of the second turn's first logits, after `generated` int64 [Q, N]. The oracle reads the
-    whole conversation as one prompt."""
-    arm.generate(batch, forced=generated)
-    found = arm.follow_up(generated, with_logits=True).logits[:, :1]
-    conversation = batch.conversation(generated)
-    asked = [served(conversation, i, found[i].argmax(-1), plan_of) for i in sampled]
-    expected, rounded = (ask.logits(asked, dtype) for dtype in (oracle.WIDER[ask.backbone.dtype], ask.backbone.dtype))
-    worst = max(relative_difference(found[i], own) for i, own in zip(sampled, expected, strict=True))
-    return worst, max(map(relative_difference, rounded, expected))
+) -> Runs:
+    """Of the second turn, after `generated` int64 [Q, N]. The oracle reads the whole conversation as one prompt."""
+
+    def second(slots: tuple[int, ...], tokens: torch.Tensor | None) -> Any:
+        arm.generate(replace(batch, slots=slots), forced=generated)
+        return arm.follow_up(generated, forced=tokens, with_logits=True)
+
+    def forced(other: Batch, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = second(other.slots, tokens).logits
+        return logits
+
+    own, conversation = second(batch.slots, None), batch.conversation(generated)
+    return _runs(conversation, own.tokens, own.logits, forced, sampled, resident, ask, plan_of)
 
 
 def sample(slots: tuple[int, ...], seed: int) -> list[int]:

@@ -302,6 +302,29 @@ def test_a_second_turn_on_a_cache_that_is_not_the_first_s_fails(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part", ["whole turn", "decode steps"])
+def test_a_second_turn_with_the_next_tenant_s_adapters_fails_in_every_dtype(
+    backbones: dict[str, backbone.Backbone], dtype: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16 bits the second turn's logits are as far off by rounding as by another adapter."""
+    base = backbones[dtype]
+    arm = StaticArm(base, make_bank(base, "lora"), "eager")
+    batch = replace(make_batch(), follow_up=torch.full((5, 3), 9))
+    assert run(arm, base, "lora", batch).status == "ok"
+    own = Decoder.prefill_follow_up
+
+    def swapped(self: Decoder, generated: torch.Tensor) -> torch.Tensor:
+        assert self.adapters is not None
+        logits = own(self, generated) if part == "decode steps" else None
+        self.adapters.take(shift_slots(self.batch.slots, RESIDENT))
+        return own(self, generated) if logits is None else logits
+
+    monkeypatch.setattr(Decoder, "prefill_follow_up", swapped)
+    found = run(arm, base, "lora", batch)
+    assert found.status == "check_failed", found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_greedy_token_that_is_far_from_the_best_choice_fails_in_every_dtype(
     backbones: dict[str, backbone.Backbone], dtype: str
 ) -> None:
