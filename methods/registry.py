@@ -47,6 +47,16 @@ class Method:
         found: type[Any] = importlib.import_module(self.module).Options
         return found
 
+    @property
+    def in_bank(self) -> bool:
+        """Whether its adapters are layer plans, which lie in one bank and which our own runtimes serve."""
+        return self.served_by in ("plan", "mixed", "converted")
+
+    @property
+    def has_one_size(self) -> bool:
+        """Whether its options alone say what a tenant's adapter in the bank holds."""
+        return self.in_bank and self.served_by != "mixed"
+
     def expect_fit(self, shape: BackboneShape, options: Any) -> None:
         """ValueError where the sizes of a backbone exclude these options."""
         if self.module is not None and hasattr(module := importlib.import_module(self.module), "shapes"):

@@ -32,7 +32,7 @@ def _row(method: str, backbone: str, dtype: str) -> tuple[str, str, str, str] | 
     from perfbench.methods import parameters
 
     entry = METHODS[method]
-    if entry.module is None or entry.served_by not in ("plan", "converted"):
+    if entry.module is None or not entry.has_one_size:
         return None
     shape, options = shape_of(backbone), entry.options()
     count = parameters.parameter_count(method, shape, options)

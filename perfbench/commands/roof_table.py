@@ -51,7 +51,7 @@ def bounds(question: Question, requests: int) -> dict[str, tuple[Work, Work]]:
         raise PerfbenchError(f"--tenants: expected at most the {requests} requests, got {tenants}; lower it")
     found = {}
     for name, method in METHODS.items():
-        if method.served_by not in ("plan", "converted"):
+        if not method.has_one_size:
             continue
         served = [request % tenants for request in range(requests)]
         adapters = [] if name == "none" else [(parameters.meta_plan(name, shape, method.options()), served)]

@@ -12,14 +12,11 @@ from perfbench.spec.backbone_config import windows
 STATIC_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 
-# Runtime -> what runs a method on it, as the registry's `served_by` says; all else needs transformers: PEFT brings its
-# own modules, which only Hugging Face's model takes. Weights into which one tenant is merged serve no mixed traffic.
-_SERVED_BY = {"static": ("plan", "mixed", "converted", "merged"), "continuous": ("plan", "mixed", "converted")}
-
-
 def serves(runtime: str, method: str) -> bool:
-    """Whether `runtime` can serve `method`."""
-    return runtime == "transformers" or METHODS[method].served_by in _SERVED_BY[runtime]
+    """Whether `runtime` can serve `method`. PEFT brings its own modules, which only Hugging Face's model takes; weights
+    into which one tenant is merged serve no mixed traffic."""
+    merged = METHODS[method].served_by == "merged"
+    return runtime == "transformers" or METHODS[method].in_bank or (merged and runtime == "static")
 
 
 def kernels_problem(kernels: str, device_kind: str) -> str | None:

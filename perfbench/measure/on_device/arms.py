@@ -71,13 +71,13 @@ def build(
     `scratch`: an empty folder for the checkpoints that PEFT, or the measured admission, reads. `figures`: whether to
     measure what an adapter takes and how long its admission lasts, which for PEFT takes longer than to build the arm.
     """
-    served_by = METHODS[case.method].served_by
+    method = METHODS[case.method]
     if case.method == "none":
         bare = _plan_arm(case, backbone, None, batch)
         return BuiltArm(bare, batch, None, None, dict.fromkeys(_figures([0], [0], 0, 0.0)))
-    if served_by in ("plan", "mixed", "converted"):
+    if method.in_bank:
         return _build_plan(case, backbone, batch, resident, seed, scratch, figures)
-    if served_by == "merged":
+    if method.served_by == "merged":
         return _build_merged(case, backbone, batch, resident, seed, figures)
     return _build_peft(case, backbone, batch, resident, seed, scratch, figures)
 
