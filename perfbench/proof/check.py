@@ -280,8 +280,8 @@ def verdict(
         )
     if not tolerance <= LARGEST_TOLERANCE:
         return "check_void", (
-            f"rounding alone moves the logits by {noise:.1e} of their size, too much to prove "
-            f"anything by them; choose a wider dtype"
+            f"rounding alone moves the logits by {noise:.1e} of their size, too much to prove anything by them; choose "
+            f"a wider dtype, or for a trained backbone prompts of words: random tokens are the worst for it"
         )
     if shares is None:
         return "ok", None
