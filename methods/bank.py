@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from perfbench.errors import AdapterError
-from perfbench.methods.plan import AdapterPlan, LayerPlan, LowRank
+from perfbench.methods.plan import AdapterPlan, LayerPlan, LinearOf, LowRank
 
 # What a module can get -> the field of LayerPlan that says so.
 OPERATIONS = {
@@ -40,14 +41,23 @@ MOST_GROUPED_RANKS = 1024
 class Bank:
     """Adapters of resident tenants, admitted to and evicted from slots without allocating."""
 
-    def __init__(self, layout: AdapterPlan, capacity: int, dtype: torch.dtype, device: torch.device | str):
-        """`layout`: a plan whose tensors (on any device, meta too) have the largest sizes to be admitted.
+    def __init__(
+        self,
+        layout: AdapterPlan,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        linear_of: LinearOf | None = None,
+    ):
+        """`layout`: a plan whose tensors (on any device, meta too) have the largest sizes to be admitted. `linear_of`:
+        the backbone's linear of a layer and a module, without which no magnitudes are admitted.
 
         `layers` holds one LayerPlan for each layer, each tensor with a leading dimension of capacity + 1 slots.
         """
         self.capacity = capacity
         self.free = list(range(capacity))[::-1]
-        self.layout: AdapterPlan = tuple(layer.in_order().map(_size_of, _size_of) for layer in layout)
+        self.linear_of = linear_of
+        self.layout: AdapterPlan = tuple(layer.with_scales().in_order().map(_size_of, _size_of) for layer in layout)
         shrinks = [pair.a.numel() for layer in self.layout for pair in layer.low_rank.values()]
         rest = [t.numel() for layer in self.layout for t in _without_shrinks(layer)]
         self._sizes = (shrinks, rest)
@@ -101,6 +111,7 @@ class Bank:
             raise AdapterError(f"the bank is full: all {self.capacity} slots are taken; evict one or raise `resident`")
         if len(plan) != len(self.layers):
             raise AdapterError(f"expected an adapter of {len(self.layers)} layers, got {len(plan)}")
+        plan = tuple(map(self._with_scales, range(len(plan)), plan))
         pairs = [pair for i, layer in enumerate(plan) for pair in _pairs(i, self.layers[i], layer)]
         _expect_in_range(plan, self.rest.dtype)
         self._take_shared(_matrices(plan))
@@ -110,6 +121,16 @@ class Bank:
         for stack, tensor in pairs:
             _write(stack[slot], tensor)
         return slot
+
+    def _with_scales(self, index: int, layer: LayerPlan) -> LayerPlan:
+        if not layer.magnitude:
+            return layer
+        if self.linear_of is None:
+            raise ValueError("a bank that admits magnitudes is made with the backbone's linears")
+        try:
+            return layer.with_scales(partial(self.linear_of, index))
+        except AdapterError as error:
+            raise AdapterError(f"layer {index}: {error}") from None
 
     def share(self, plan: AdapterPlan) -> None:
         """Takes what an adapter shares with all others, for one whose own part is then written into a slot directly.
@@ -162,6 +183,7 @@ def union_layout(plans: Sequence[AdapterPlan]) -> AdapterPlan:
 
 
 def _union(layers: Sequence[LayerPlan], grouped_rank: int) -> LayerPlan:
+    layers = [layer.with_scales() for layer in layers]
     low_rank: dict[str, LowRank] = {}
     for layer in layers:
         for module, pair in layer.low_rank.items():

@@ -79,28 +79,31 @@ def randomise(name: str, tensor: torch.Tensor, generator: torch.Generator) -> No
 
 
 def plan(parameters: Parameters, shape: BackboneShape, options: LoraOptions) -> AdapterPlan:
-    """Low-rank pairs with alpha / rank folded into b, where the rank is that of the pair itself."""
+    """Low-rank pairs with alpha / rank folded into b, where the rank is that of the pair itself; with DoRA's magnitudes
+    where there are any."""
     layers = []
     for index in range(shape.layers):
-        low_rank = {}
+        low_rank, magnitude = {}, {}
         for module in MODULES:
             a = parameters.get(f"layers.{index}.{module}.a")
             if a is not None:
                 b = parameters[f"layers.{index}.{module}.b"]
                 alpha = a.shape[0] if options.alpha is None else options.alpha
                 low_rank[module] = LowRank(a, b.t() * (alpha / a.shape[0]))
-        layers.append(LayerPlan(low_rank=low_rank))
+                if (length := parameters.get(f"layers.{index}.{module}.magnitude")) is not None:
+                    magnitude[module] = length
+        layers.append(LayerPlan(low_rank=low_rank, magnitude=magnitude))
     return tuple(layers)
 
 
 def save(parameters: Parameters, shape: BackboneShape, options: LoraOptions, folder: Path, backbone: str) -> None:
-    """Writes a PEFT LoRA checkpoint folder."""
+    """Writes a PEFT LoRA checkpoint folder; with magnitudes one of DoRA."""
     lora_checkpoint.save(parameters, options.alpha, folder, backbone)
 
 
 def load(folder: Path, shape: BackboneShape, options: LoraOptions) -> AdapterPlan:
     """The plan of a PEFT LoRA checkpoint folder. Raises AdapterError.
 
-    Ranks, modules and alpha are the checkpoint's own, whatever `options` say.
+    Ranks, modules, alpha and use_dora are the checkpoint's own, whatever `options` say.
     """
     return plan(lora_checkpoint.load(folder, shape), shape, LoraOptions())

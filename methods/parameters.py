@@ -7,6 +7,8 @@ A method file is a module with
 - `initialise(name, tensor, generator)`: fills one of them with the papers' initial values, `generator` being on the
   tensor's device;
 - `randomise(name, tensor, generator)`: fills one with values as a trained adapter might have, likewise;
+- `measure_by(parameters, linear_of)`, only where the method counts in lengths of the backbone's weights: turns both
+  kinds of values into ones for the backbone that has these linears;
 - `fit(parameters, options, input_rms)`, only where the method reads the residual stream: changes random parameters
   so that they suit a backbone whose layers' inputs have these root mean squares;
 - `plan(parameters, shape, options) -> AdapterPlan`;
@@ -23,7 +25,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from perfbench.methods.plan import AdapterPlan
+from perfbench.methods.plan import AdapterPlan, LinearOf
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
 from perfbench.methods.sizes import Sized
@@ -79,12 +81,14 @@ def make(
     initial: bool = False,
     input_rms: Sequence[float] | None = None,
     device: torch.device | str = "cpu",
+    linear_of: LinearOf | None = None,
 ) -> Parameters:
     """One adapter's parameters, fp32 on `device`: the papers' initial values, or random ones as after training.
 
     The same seed gives the same adapter on every machine with the same kind of device, and another one on another
     kind, since each has a generator of its own; different seeds differ. input_rms: root mean square of each layer's
-    input in the backbone that random ones are for (`Backbone.input_rms`); None: 1.
+    input in the backbone that random ones are for (`Backbone.input_rms`); None: 1. linear_of: that backbone's linears;
+    None: rows of length 1.
     """
     import torch
 
@@ -95,6 +99,8 @@ def make(
     for name, size in module.shapes(shape, options).items():
         parameters[name] = torch.empty(size, device=device)
         fill(name, parameters[name], generator)
+    if linear_of is not None and hasattr(module, "measure_by"):
+        module.measure_by(parameters, linear_of)
     if input_rms is not None and not initial and hasattr(module, "fit"):
         module.fit(parameters, options, input_rms)
     return parameters

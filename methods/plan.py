@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from perfbench.errors import AdapterError
 from perfbench.methods.shape import MODULES
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ class LayerPlan:
     grouped sum of the input, h_j = the sum of all x_k with k % R = j, or by a shared pair; then the output's scale and
     its rotation; and a scale of the input [D_in], which what is added does not see. A scale on down's input is one on
     up's output. l - 1 is kept of scales ([D_out]) because bf16's step just above 1 is 2^-7, while near 0 it keeps 8
-    bits of any difference. All of them are zero where they change nothing."""
+    bits of any difference. All of them are zero where they change nothing, but for `magnitude` [D_out], DoRA's: the
+    length that each row of the weight gets together with what its pair adds to it. A bank holds a scale in its place.
+    """
 
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     scale_minus_one: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -78,6 +81,7 @@ class LayerPlan:
     input_scale_minus_one: dict[str, torch.Tensor] = field(default_factory=dict)
     grouped: dict[str, torch.Tensor] = field(default_factory=dict)
     shared: dict[str, SharedPair] = field(default_factory=dict)
+    magnitude: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of the plan that is a tenant's own."""
@@ -102,6 +106,7 @@ class LayerPlan:
                 module: SharedPair(make_shared(p.a), make_shared(p.b), make(p.of_ranks), make(p.of_columns))
                 for module, p in self.shared.items()
             },
+            {module: make(length) for module, length in self.magnitude.items()},
         )
 
     def in_order(self) -> LayerPlan:
@@ -113,12 +118,36 @@ class LayerPlan:
         }
         return replace(self, **ordered)
 
+    def with_scales(self, linear_of: Callable[[str], Any] | None = None) -> LayerPlan:
+        """The same with a scale in the place of each magnitude. linear_of: a module's linear in the backbone; without
+        it the sizes alone are right. AdapterError where that one has a bias, which DoRA leaves as it is."""
+        scales = dict(self.scale_minus_one)
+        for module, length in self.magnitude.items():
+            scales[module] = length
+            if linear_of is not None:
+                scales[module] = length / row_lengths(linear_of(module), module, self.low_rank.get(module)) - 1
+        return replace(self, scale_minus_one=scales, magnitude={})
+
     @property
     def modules(self) -> set[str]:
         """Those that get anything."""
         found = set(self.generator.modules) if self.generator else set()
         return found.union(*(own for own in vars(self).values() if isinstance(own, dict)))
 
+
+def row_lengths(linear: Any, module: str, pair: LowRank | None) -> torch.Tensor:
+    """fp32 [D_out]: how long each row of a linear's weight is together with what `pair`, on any device, adds to it."""
+    if linear.bias is not None:
+        raise AdapterError(f"{module}: DoRA scales no bias, and this backbone's has one: it can't be served there")
+    weight = linear.weight.detach().float()
+    if pair is not None:
+        weight = weight + (pair.b.T.to(weight) @ pair.a.to(weight))
+    lengths: torch.Tensor = weight.norm(dim=1)
+    return lengths if pair is None else lengths.to(pair.a.device)
+
+
+# (layer, module) -> the linear of a backbone.
+LinearOf = Callable[[int, str], Any]
 
 # One LayerPlan for each layer of the backbone.
 AdapterPlan = tuple[LayerPlan, ...]

@@ -71,6 +71,11 @@ METHODS: dict[str, Method] = {
         trained_by=LOW_RANK,
         peft_types=("LORA", "ADALORA"),
     ),
+    "dora": Method(
+        "perfbench.methods.dora",
+        "DoRA: LoRA whose result has a trained length, row by row; a pair and a scale when it is served",
+        trained_by="perfbench.peft.low_rank:dora_config",
+    ),
     "fanlora": Method(
         "perfbench.methods.fanlora", "FanLoRA: LoRA on at most two modules of a layer, rank 12", trained_by=LOW_RANK
     ),

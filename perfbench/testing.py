@@ -63,7 +63,7 @@ def options_are_a_scenarios(method: str) -> None:
 def counts_are_the_tensors(method: str) -> None:
     """The number of parameters, and that of what is served, are those of the tensors themselves."""
     shape, options = _backbone().shape, METHODS[method].options()
-    values = parameters.make(method, shape, options, seed=1)
+    values = parameters.make(method, shape, options, seed=1, linear_of=_backbone().linear)
     count = sum(tensor.numel() for tensor in values.values())
     assert count > 0, f"{method}: expected parameters, got none"
     told = parameters.parameter_count(method, shape, options)
@@ -117,7 +117,7 @@ def a_batch_equals_each_alone(method: str) -> None:
 def tenants_come_and_go(method: str) -> None:
     """An adapter that leaves the bank and comes back serves as before; its bytes are those of its plan."""
     base, plans = _backbone(), [_plan(method, seed=seed) for seed in range(2)]
-    bank = Bank(union_layout(plans), 1, base.dtype, base.device)
+    bank = Bank(union_layout(plans), 1, base.dtype, base.device, base.linear)
     assert bank.bytes_per_slot == plan_bytes(plans[0], base.dtype), f"{method}: the bank holds more than the plan"
 
     def contents() -> list[torch.Tensor]:
@@ -136,7 +136,7 @@ def tenants_come_and_go(method: str) -> None:
 def a_folder_gives_it_back(method: str) -> None:
     """What `save` writes, `load` reads: the same plan."""
     shape, options = _backbone().shape, METHODS[method].options()
-    values = parameters.make(method, shape, options, seed=1)
+    values = parameters.make(method, shape, options, seed=1, linear_of=_backbone().linear)
     with tempfile.TemporaryDirectory() as folder:
         parameters.implementation(method).save(values, shape, options, Path(folder), BACKBONE)
         read = parameters.implementation(method).load(Path(folder), shape, options)
@@ -195,7 +195,7 @@ def _backbone() -> Backbone:
 def _plan(method: str, seed: int, *, initial: bool = False) -> AdapterPlan:
     shape: BackboneShape = _backbone().shape
     options: Any = METHODS[method].options()
-    values = parameters.make(method, shape, options, seed=seed, initial=initial)
+    values = parameters.make(method, shape, options, seed=seed, initial=initial, linear_of=_backbone().linear)
     plan: AdapterPlan = parameters.implementation(method).plan(values, shape, options)
     return plan
 
@@ -207,7 +207,7 @@ def _prompts(rows: int) -> torch.Tensor:
 
 def _bank(plans: Sequence[AdapterPlan]) -> Bank:
     base = _backbone()
-    bank = Bank(union_layout(plans), len(plans), base.dtype, base.device)
+    bank = Bank(union_layout(plans), len(plans), base.dtype, base.device, base.linear)
     for plan in plans:
         bank.admit(plan)
     return bank

@@ -20,6 +20,9 @@ from perfbench.methods.shape import BackboneShape
 DEFAULT_RANK = DEFAULT_ALPHA = 8
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 
+# Ours -> PEFT's name; the last is DoRA's alone.
+_STORED = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
 if TYPE_CHECKING:
     import torch
 
@@ -27,12 +30,12 @@ Parameters: TypeAlias = "dict[str, torch.Tensor]"
 
 
 def save(parameters: Parameters, alpha: float | None, folder: Path, backbone: str) -> None:
-    """Writes `layers.<i>.<module>.a|b` as a PEFT LoRA checkpoint; every adapted linear is named in full."""
+    """Writes `layers.<i>.<module>.a|b|magnitude` as a PEFT LoRA checkpoint; every adapted linear is named in full."""
     tensors, targets, ranks = {}, [], set()
     for name, tensor in parameters.items():
         _, layer, module, matrix = name.split(".")
         target = module_name(int(layer), module)
-        tensors[f"{PEFT_PREFIX}{target}.lora_{matrix.upper()}.weight"] = tensor
+        tensors[f"{PEFT_PREFIX}{target}.{_STORED[matrix]}"] = tensor
         if matrix == "a":
             targets.append(target)
             ranks.add(tensor.shape[0])
@@ -48,13 +51,15 @@ def save(parameters: Parameters, alpha: float | None, folder: Path, backbone: st
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": targets,
+        "use_dora": any(name.endswith(".magnitude") for name in parameters),
         "inference_mode": True,
     }
     adapter_folder.write(folder, config, tensors)
 
 
 def load(folder: Path, shape: BackboneShape) -> Parameters:
-    """`layers.<i>.<module>.a` [R, D_in] and `.b` [D_out, R], with PEFT's scale folded into b. Raises AdapterError.
+    """`layers.<i>.<module>.a` [R, D_in] and `.b` [D_out, R], with PEFT's scale folded into b; of DoRA `.magnitude`
+    [D_out] too. Raises AdapterError.
 
     A checkpoint of AdaLoRA is read as well: its pairs are of uneven rank, and modules without a rank are not there.
     """
@@ -64,23 +69,28 @@ def load(folder: Path, shape: BackboneShape) -> Parameters:
     path, described = folder / WEIGHTS, folder / CONFIG
     peft_fields.check(config, described, peft_fields.LORA)
     peft_fields.check_initialisation(config, described)
+    dora = peft_fields.flag(config, described, "use_dora")
+    kinds = {stored: own for own, stored in _STORED.items() if dora or own != "magnitude"}
     parameters: Parameters = {}
+    magnitudes: Parameters = {}
     for name, tensor in tensors.items():
         layer, module, rest = adapter_folder.place_of(name, path, shape)
-        matrix = {"lora_A.weight": "a", "lora_B.weight": "b"}.get(rest)
-        if matrix is None:
-            raise AdapterError(f"{path}: {name}: expected lora_A.weight or lora_B.weight, got {rest}")
-        parameters[f"layers.{layer}.{module}.{matrix}"] = tensor
+        if rest not in kinds:
+            raise AdapterError(f"{path}: {name}: expected {' or '.join(kinds)}, got {rest}")
+        kind = kinds[rest]
+        (magnitudes if kind == "magnitude" else parameters)[f"layers.{layer}.{module}.{kind}"] = tensor
     places = list(_places(parameters, path))
     for layer, module in places:
         _check_sizes(parameters, layer, module, path, shape)
+    if dora:
+        _check_magnitudes(magnitudes, places, path, shape)
     scales = _scales(config, described, path, places, parameters, shape)
     for (layer, module), scale in scales.items():
         name = f"layers.{layer}.{module}.b"
         parameters[name] = parameters[name] * scale
         if not parameters[name].isfinite().all():
             raise AdapterError(f"{described}: lora_alpha: expected a finite adapter, got {scale:g} times {name}")
-    return parameters
+    return parameters | magnitudes
 
 
 def _places(parameters: Parameters, path: Path) -> Iterator[tuple[int, str]]:
@@ -115,6 +125,20 @@ def _check_sizes(parameters: Parameters, layer: int, module: str, path: Path, sh
             f"{path}: {module_name(layer, module)}.lora_B.weight: expected size {[d_out, a.shape[0]]}, which its "
             f"lora_A.weight has, got {list(b.shape)}; the file is damaged"
         )
+
+
+def _check_magnitudes(magnitudes: Parameters, places: list[tuple[int, str]], path: Path, shape: BackboneShape) -> None:
+    """AdapterError unless there is one of the right size for each pair, and none besides."""
+    named = {f"layers.{layer}.{module}.magnitude": (layer, module) for layer, module in places}
+    missing = [(layer, f"{module_name(layer, module)}.{_STORED['magnitude']}") for layer, module in places
+               if f"layers.{layer}.{module}.magnitude" not in magnitudes]  # fmt: skip
+    adapter_folder.expect_places(path, missing, [layer for layer, _ in places], shape)
+    for name, tensor in magnitudes.items():
+        if name not in named:
+            raise AdapterError(f"{path}: {name}: expected the pair that belongs to it, got none")
+        layer, module = named[name]
+        stored = f"{module_name(layer, module)}.{_STORED['magnitude']}"
+        adapter_folder.expect_size(path, stored, tensor, (shape.features(module)[1],), magnitudes.values())
 
 
 def _scales(

@@ -41,6 +41,7 @@ LORA = Fields(
             "r",
             "lora_alpha",
             "use_rslora",
+            "use_dora",
             "rank_pattern",
             "alpha_pattern",
             "target_modules",
@@ -78,7 +79,6 @@ LORA = Fields(
         "monteclora_config": None,
         "trainable_token_indices": None,
         "use_bdlora": None,
-        "use_dora": False,
         "use_qalora": False,
         "velora_config": None,
     },
@@ -99,7 +99,7 @@ ADALORA = Fields(
     without_effect=LORA.without_effect
     | {"r", "use_rslora", "alpha_pattern", "init_lora_weights", "lora_dropout"}
     | {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"},
-    fixed={**LORA.fixed, "target_parameters": None},
+    fixed={**LORA.fixed, "target_parameters": None, "use_dora": False},
 )
 IA3 = Fields(
     served=frozenset({"target_modules", "exclude_modules", "feedforward_modules"}),

@@ -6,6 +6,7 @@ which PEFT loads without perfbench and the method's `load` serves.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from peft import LoraConfig
@@ -14,7 +15,7 @@ from perfbench.methods.checkpoints.adapter_folder import module_name
 from perfbench.methods.shape import MODULE_PATHS, BackboneShape
 
 
-def config(method: Any, shape: BackboneShape, options: Any) -> LoraConfig:
+def config(method: Any, shape: BackboneShape, options: Any, *, use_dora: bool = False) -> LoraConfig:
     """The configuration for `peft.get_peft_model`. `method`: a module with `setting_of(shape, options)`, the modules of
     each layer; `options` have `rank` and `alpha` (None: the rank). ValueError where the setting has another depth."""
     setting = method.setting_of(shape, options)
@@ -23,4 +24,9 @@ def config(method: Any, shape: BackboneShape, options: Any) -> LoraConfig:
     else:
         targets = [module_name(layer, module) for layer, modules in enumerate(setting) for module in modules]
     alpha: Any = options.rank if options.alpha is None else options.alpha
-    return LoraConfig(task_type="CAUSAL_LM", r=options.rank, lora_alpha=alpha, target_modules=targets)
+    return LoraConfig(
+        use_dora=use_dora, task_type="CAUSAL_LM", r=options.rank, lora_alpha=alpha, target_modules=targets
+    )
+
+
+dora_config = partial(config, use_dora=True)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn.functional import gelu
 from transformers.activations import ACT2FN
 
-from perfbench.methods.plan import AdapterPlan, LayerPlan
+from perfbench.methods.plan import AdapterPlan, LayerPlan, LowRank
 from perfbench.methods.shape import MODULE_PATHS, BackboneShape
 from perfbench.runtimes.backbone import Backbone
 
@@ -113,6 +113,8 @@ def _layer(
                 found[i] = found[i] + torch.stack([x[:, j :: len(b)].sum(dim=1) for j in range(len(b))], dim=1) @ b
             if (shared := plan.shared.get(module)) is not None:
                 found[i] = found[i] + ((x @ shared.a.T) * shared.of_ranks) @ shared.b * shared.of_columns
+            if (length := plan.magnitude.get(module)) is not None:
+                found[i] = _of_length(found[i], length, own, plan.low_rank.get(module))
             if module in scale or module in plan.rotation:
                 turned = found[i] * scale.get(module, 1.0)
                 if (rotation := plan.rotation.get(module)) is not None:
@@ -128,6 +130,15 @@ def _layer(
     activation = ACT2FN[config.hidden_act]
     gated = [activation(g) * u for g, u in zip(linear("gate", inputs), linear("up", inputs), strict=True)]
     return [stream + out for stream, out in zip(streams, linear("down", gated), strict=True)]
+
+
+def _of_length(y: torch.Tensor, length: torch.Tensor, linear: Any, pair: LowRank | None) -> torch.Tensor:
+    """y [L, D_out], what a linear and a pair made, as if each row of their sum had this length; the bias stays."""
+    rows = _at_least_fp32(linear.weight).to(length.dtype)
+    if pair is not None:
+        rows = rows + (pair.b.T @ pair.a).to(length.dtype)
+    bias = 0.0 if linear.bias is None else linear.bias.to(y.dtype)
+    return (y - bias) * (length / rows.norm(dim=1)).to(y.dtype) + bias
 
 
 def _scaled_input(x: torch.Tensor, plan: LayerPlan, module: str) -> torch.Tensor:
@@ -213,7 +224,9 @@ def _rounded(plan: LayerPlan, backbone: Backbone, dtype: torch.dtype) -> LayerPl
     def rounded(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(backbone.device, backbone.dtype).to(dtype)
 
-    return plan.map(rounded, rounded)
+    wide = torch.promote_types(dtype, torch.float32)  # a magnitude is not served, but what is made of it
+    magnitude = {module: length.to(backbone.device, wide) for module, length in plan.magnitude.items()}
+    return replace(plan.map(rounded, rounded), magnitude=magnitude)
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:

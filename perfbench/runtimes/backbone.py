@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from perfbench.errors import BackboneError
 from perfbench.methods import dtypes
-from perfbench.methods.shape import BackboneShape
+from perfbench.methods.shape import MODULE_PATHS, BackboneShape
 from perfbench.runtimes.packed_linear import address, unpack
 from perfbench.spec.backbone_config import BESIDE_AN_ADAPTER, find_config, is_named
 
@@ -52,6 +52,10 @@ class Backbone:
             out = self.model.model(ids.to(self.device), output_hidden_states=True, use_cache=False)
         found = [states[:, -1].float().square().mean().sqrt().item() for states in out.hidden_states[:-1]]
         return tuple(2.0 ** round(math.log2(rms)) for rms in found)
+
+    def linear(self, layer: int, module: str) -> Any:
+        """The linear of a module (a key of MODULE_PATHS): its `weight` [D_out, D_in], packed or not, and `bias`."""
+        return self.model.model.layers[layer].get_submodule(MODULE_PATHS[module])
 
     def skeleton(self) -> Any:
         """A model of its own modules over the same weights, so that an arm can replace modules without a trace.

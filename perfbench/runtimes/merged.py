@@ -41,6 +41,8 @@ def merged(
         found = found + b.T @ grouped_sum.matrix(len(b), weight)
     if (shared := plan.shared.get(module)) is not None:
         found = found + (shared.of_columns[:, None] * shared.b.T) @ (shared.of_ranks[:, None] * shared.a)
+    if (length := plan.magnitude.get(module)) is not None:
+        found = found * (length / found.norm(dim=1))[:, None]
     rows = found if bias is None else torch.cat([found, bias[:, None]], dim=1)
     turned = rows
     if (scale := plan.scale_minus_one.get(module)) is not None:

@@ -71,7 +71,7 @@ def make_bank(base: backbone.Backbone, method: str, residents: int = REQUESTS) -
     if method == "none":
         return None
     options, module = METHODS[method].options(), parameters.implementation(method)
-    bank = Bank(parameters.meta_plan(method, base.shape, options), residents, base.dtype, base.device)
+    bank = Bank(parameters.meta_plan(method, base.shape, options), residents, base.dtype, base.device, base.linear)
     for seed in range(residents):
         bank.admit(module.plan(parameters.make(method, base.shape, options, seed=seed), base.shape, options))
     return bank

@@ -35,7 +35,7 @@ def make_plan(tiny: backbone.Backbone, method: str, options: Any, seed: int) -> 
 
 
 def make_bank(tiny: backbone.Backbone, plans: Sequence[AdapterPlan], capacity: int) -> Bank:
-    return Bank(union_layout(plans), capacity, tiny.dtype, tiny.device)
+    return Bank(union_layout(plans), capacity, tiny.dtype, tiny.device, tiny.linear)
 
 
 def logits(
@@ -125,6 +125,11 @@ MIXED = {
         ("fanlora", FanLoraOptions(rank=3, setting=(("q",), (), ("gate", "down")))),
         ("fanlora", FanLoraOptions(rank=2, setting=((), ("k", "o"), ()))),
     ],
+    "magnitudes": [
+        ("dora", METHODS["dora"].options(rank=3, modules=("q", "down"))),
+        ("lora", LoraOptions(rank=2, modules=("q", "gate"))),
+        ("ia3", METHODS["ia3"].options()),
+    ],
     "generators": [("para", ParaOptions(rank=rank)) for rank in (2, 7, 4)],
     # Scales on the same outputs, stored for one tenant and generated for another, beside low-rank pairs.
     "scales": [("ia3", METHODS["ia3"].options()), ("para", ParaOptions()), ("lora", LoraOptions())],
@@ -200,6 +205,19 @@ def test_an_adapter_that_only_fp16_can_not_hold_is_refused_there(tiny: backbone.
         bank.admit(plan)
     assert bank.free == [0]
     assert not bank.shrinks.any()
+
+
+def test_a_magnitude_needs_a_linear_and_one_without_a_bias(tiny: backbone.Backbone) -> None:
+    """DoRA leaves the bias as it is, which a scale of the output would not."""
+    plan = make_plan(tiny, "dora", METHODS["dora"].options(rank=2), 1)
+    with pytest.raises(ValueError, match="made with the backbone's linears"):
+        Bank(union_layout([plan]), 1, tiny.dtype, "cpu").admit(plan)
+    bank = Bank(
+        union_layout([plan]), 1, tiny.dtype, "cpu", lambda _, module: torch.nn.Linear(*tiny.shape.features(module))
+    )
+    with pytest.raises(AdapterError, match="layer 0: q: DoRA scales no bias, and this backbone's has one"):
+        bank.admit(plan)
+    assert bank.free == [0]
 
 
 def test_slots_out_of_range_are_refused(tiny: backbone.Backbone) -> None:

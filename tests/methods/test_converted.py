@@ -40,7 +40,7 @@ def test_modules_that_the_other_method_leaves_alone_get_no_pair(tiny: BackboneSh
 @pytest.mark.parametrize(
     ("of", "message"),
     [
-        ("para", "got 'para', whose scales are made from the prompt: no weights stand for them; known: fanlora, "),
+        ("para", "got 'para', whose scales are made from the prompt: no weights stand for them; known: dora, "),
         ("rod", "expected a method that changes weights, got 'rod'; did you mean 'road'?"),
         ("converted", "expected a method that changes weights, got 'converted'; known: "),
     ],

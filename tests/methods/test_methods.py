@@ -98,7 +98,7 @@ def test_fanlora_takes_a_setting_with_an_empty_layer(tiny: backbone.Backbone) ->
     values = parameters.make("fanlora", tiny.shape, options, seed=3)
     plan = fanlora.plan(values, tiny.shape, options)
     assert [tuple(layer.low_rank) for layer in plan] == [("q",), (), ("gate", "down")]
-    bank = Bank(parameters.meta_plan("fanlora", tiny.shape, options), 1, tiny.dtype, tiny.device)
+    bank = Bank(parameters.meta_plan("fanlora", tiny.shape, options), 1, tiny.dtype, tiny.device, tiny.linear)
     bank.admit(plan)
     assert not torch.equal(logits(tiny, bank), logits(tiny, None))
 

@@ -125,7 +125,13 @@ def banks(tenants: Sequence[Tenant]) -> list[list[Tenant]]:
 
 def serve(path: ServingPath, backbone: Backbone, tenants: Sequence[Tenant]) -> tuple[Arm, list[int]]:
     """An arm of `path` over one bank with all of `tenants`, and the slot that each of them got."""
-    bank = Bank(union_layout([_plan(tenant) for tenant in tenants]), len(tenants), backbone.dtype, backbone.device)
+    bank = Bank(
+        union_layout([_plan(tenant) for tenant in tenants]),
+        len(tenants),
+        backbone.dtype,
+        backbone.device,
+        backbone.linear,
+    )
     slots = [bank.admit(_plan(tenant)) for tenant in tenants]
     return PLAN_ARMS[path.runtime](backbone, bank, path.kernels), slots
 

@@ -158,6 +158,7 @@ def made_values(case: Case, backbone: Backbone, resident: int, seed: int, tenant
         seed=seed * 1_000_003 + tenant,
         input_rms=backbone.input_rms,
         device=backbone.device,
+        linear_of=backbone.linear,
     )
 
 
@@ -190,7 +191,7 @@ def _build_plan(
         sizes = [of_kinds[tenant % len(kinds)] for tenant in range(resident)]
         counts = [parameters.parameter_count(own.method, backbone.shape, own.options) for own in kinds]
         trained = [counts[tenant % len(kinds)] for tenant in range(resident)]
-    bank = Bank(layout, resident, backbone.dtype, backbone.device)
+    bank = Bank(layout, resident, backbone.dtype, backbone.device, backbone.linear)
     for name, plan in zip(names, plans, strict=True):
         try:
             bank.admit(plan)

@@ -17,7 +17,7 @@ from perfbench.errors import AdapterError
 from perfbench.methods.converted import expect_rank
 from perfbench.methods.parameters import Parameters
 from perfbench.methods.plan import AdapterPlan
-from perfbench.methods.shape import MODULE_PATHS, MODULES
+from perfbench.methods.shape import MODULES
 from perfbench.proof import oracle
 from perfbench.proof.best_choices import served
 from perfbench.proof.check import relative_difference
@@ -92,8 +92,7 @@ def _changes(plan: AdapterPlan, backbone: Backbone) -> Iterator[tuple[int, str, 
     for index, layer in enumerate(plan):
         own = layer.map(wide, wide)
         for module in sorted(layer.modules, key=MODULES.index):
-            linear = backbone.model.model.layers[index].get_submodule(MODULE_PATHS[module])
-            weight = linear.weight.detach().float()
+            weight = backbone.linear(index, module).weight.detach().float()
             yield index, module, merged(weight, None, own, module)[0] - weight
 
 

@@ -32,7 +32,7 @@ class Store:
         """plan_of: tenant -> its adapter."""
         self._bank, self._plan_of = bank, plan_of
         self._pinned = bank.rest.device.type == "cuda"
-        self._table = Bank(bank.layout, 1, bank.rest.dtype, "cpu")
+        self._table = Bank(bank.layout, 1, bank.rest.dtype, "cpu", bank.linear_of)
         self._stored: dict[int, Stored] = {}
 
     def of(self, tenant: int) -> Stored:

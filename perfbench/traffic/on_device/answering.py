@@ -59,7 +59,7 @@ class OnEngine:
                 layouts = [plan_of(tenant) for tenant in range(tenants)]
             else:
                 layouts = arms.random_layouts(case, backbone.shape)
-            bank = Bank(union_layout(layouts), server["resident"], backbone.dtype, backbone.device)
+            bank = Bank(union_layout(layouts), server["resident"], backbone.dtype, backbone.device, backbone.linear)
             self.residency = Residency(bank, Store(bank, plan_of))
         self.rows = Rows(backbone, bank, case.kernels, server["rows"], server["capacity"])
         self._chunk = server["chunk"]

@@ -83,7 +83,7 @@ class Served:
         bank = None
         if method != "none":
             layout = parameters.meta_plan(method, base.shape, METHODS[method].options(**options))
-            bank = Bank(layout, tenants, base.dtype, base.device)
+            bank = Bank(layout, tenants, base.dtype, base.device, base.linear)
         with standing_in():  # the weights stay as they lie: a CPU alone has a form of its own for them
             self._arm = StaticArm(base, bank, "triton", self._captured)
         self._launches: list[Launch] = []

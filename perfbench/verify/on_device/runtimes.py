@@ -34,7 +34,7 @@ RUNTIMES: dict[str, Callable[..., Any]] = {"transformers": PlanArm, "static": St
 def make_plan(base: backbone.Backbone, method: str, tenant: int, options: Any = None) -> AdapterPlan:
     """The adapter of that tenant of `method`, its seed its number; options None: the method's default ones."""
     options, module = options or METHODS[method].options(), parameters.implementation(method)
-    values = parameters.make(method, base.shape, options, seed=tenant, input_rms=base.input_rms)
+    values = parameters.make(method, base.shape, options, seed=tenant, input_rms=base.input_rms, linear_of=base.linear)
     plan: AdapterPlan = module.plan(values, base.shape, options)
     return plan
 
@@ -44,7 +44,7 @@ def make_bank(base: backbone.Backbone, method: str, options: Any = None) -> Bank
     if method == "none":
         return None
     layout = parameters.meta_plan(method, base.shape, options or METHODS[method].options())
-    bank = Bank(layout, RESIDENT, base.dtype, base.device)
+    bank = Bank(layout, RESIDENT, base.dtype, base.device, base.linear)
     for tenant in range(RESIDENT):
         bank.admit(make_plan(base, method, tenant, options))
     return bank

@@ -33,6 +33,8 @@ TINY = BackboneShape.of_config(find_config("llama-tiny"))
 CASES: dict[str, tuple[str, Any]] = {
     "lora": ("lora", LoraOptions()),
     "lora-alpha": ("lora", LoraOptions(rank=3, alpha=7.0, modules=("v", "down"))),
+    "dora": ("dora", METHODS["dora"].options()),
+    "dora-alpha": ("dora", METHODS["dora"].options(rank=3, alpha=7.0, modules=("v", "down"))),
     "fanlora": ("fanlora", FanLoraOptions()),
     "fanlora-empty-layer": ("fanlora", FanLoraOptions(rank=2, setting=(("k", "gate"), (), ("o",)))),
     "ia3": ("ia3", METHODS["ia3"].options()),
@@ -70,7 +72,7 @@ def load(method: str, folder: Path) -> AdapterPlan:
 
 def logits(tiny: backbone.Backbone, plan: AdapterPlan) -> torch.Tensor:
     """[1, N, V] of our own arm, teacher-forced."""
-    bank = Bank(union_layout([plan]), 1, tiny.dtype, tiny.device)
+    bank = Bank(union_layout([plan]), 1, tiny.dtype, tiny.device, tiny.linear)
     bank.admit(plan)
     ids = torch.arange(3, 12).unsqueeze(0)
     batch = Batch(ids[:, :6], torch.ones_like(ids[:, :6]), (0,), beams=1, new_tokens=4)
@@ -227,7 +229,7 @@ def test_a_faulty_folder_is_refused_in_one_line_that_names_it(method: str, fault
 
 
 LORA_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "dora": ({"use_dora": True}, "use_dora: expected False, got True"),
+    "dora without magnitudes": ({"use_dora": True}, "lora_magnitude_vector and 20 more: expected by"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "bias": ({"bias": "all"}, "bias: expected 'none', got 'all'"),
 }
@@ -243,10 +245,29 @@ def test_a_lora_that_is_more_than_a_low_rank_pair_is_refused(fault: str, tmp_pat
     assert str(tmp_path) in str(raised.value)
 
 
-def test_a_real_dora_is_refused(tiny: backbone.Backbone, tmp_path: Path) -> None:
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], use_dora=True)
-    peft.get_peft_model(tiny.skeleton(), config).save_pretrained(str(tmp_path))
-    with pytest.raises(AdapterError, match="use_dora"):
+DORA_FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor], str], Any], str]] = {
+    "one is missing": (lambda tensors, name: tensors.pop(name), "q_proj.lora_magnitude_vector: expected by"),
+    "one too many": (
+        lambda tensors, name: [tensors.pop(name.replace("magnitude_vector", f"{half}.weight")) for half in "AB"],
+        "layers.0.q.magnitude: expected the pair that belongs to it, got none",
+    ),
+    "another size": (lambda tensors, name: tensors.update({name: torch.ones(3)}), r"expected size \[64\], got \[3\]"),
+}
+
+
+@pytest.mark.parametrize("fault", DORA_FAULTS)
+def test_magnitudes_that_do_not_fit_their_pairs_are_refused(fault: str, tmp_path: Path) -> None:
+    edit, message = DORA_FAULTS[fault]
+    write("dora", tmp_path)
+    edit_tensors(tmp_path, lambda t: edit(t, "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"))
+    with pytest.raises(AdapterError, match=message):
+        load("dora", tmp_path)
+
+
+def test_magnitudes_of_a_plain_lora_are_refused(tmp_path: Path) -> None:
+    write("dora", tmp_path)
+    edit_config(tmp_path, use_dora=False)
+    with pytest.raises(AdapterError, match=r"expected lora_A.weight or lora_B.weight, got lora_magnitude_vector"):
         load("lora", tmp_path)
 
 

@@ -56,7 +56,7 @@ def assert_served_as_by_peft(folder: Path, plan: AdapterPlan) -> None:
         expected = peft.PeftModel.from_pretrained(fresh().model, str(folder)).eval()(ids).logits[:, 5:]
         bare = fresh().model(ids).logits[:, 5:]
     base = fresh()
-    bank = Bank(union_layout([plan]), 1, base.dtype, base.device)
+    bank = Bank(union_layout([plan]), 1, base.dtype, base.device, base.linear)
     bank.admit(plan)
     batch = Batch(ids[:, :6], torch.ones_like(ids[:, :6]), (0,), beams=1, new_tokens=4)
     forced = torch.cat([ids[:, 6:], ids[:, :1]], dim=1)
@@ -97,6 +97,8 @@ SERVED: dict[str, Callable[[], Any]] = {
     ),
     "gaussian": lambda: lora(init_lora_weights="gaussian"),
     "orthogonal": lambda: lora(init_lora_weights="orthogonal"),
+    "dora": lambda: lora(use_dora=True),
+    "dora of unlike ranks": lambda: lora(use_dora=True, use_rslora=True, rank_pattern={"down_proj": 8}),
     "default modules": lambda: lora(target_modules=None),
 }
 
@@ -156,13 +158,13 @@ def test_adaloras_and_loras_of_other_ranks_share_a_bank(tmp_path: Path) -> None:
     plans = [load("lora", folder) for folder in folders]
     base = fresh()
     ids = torch.arange(3, 9).unsqueeze(0)
-    together = Bank(union_layout(plans), 3, base.dtype, base.device)
+    together = Bank(union_layout(plans), 3, base.dtype, base.device, base.linear)
     slots = tuple(together.admit(plan) for plan in plans)
     batch = Batch(ids.expand(3, -1), torch.ones(3, 6, dtype=torch.int64), slots, beams=1, new_tokens=4)
     forced = ids[:, :4].expand(3, -1)
     found = PlanArm(base, together, "eager").generate(batch, forced=forced, with_logits=True).logits
     for row, plan in enumerate(plans):
-        own = Bank(union_layout([plan]), 1, base.dtype, base.device)
+        own = Bank(union_layout([plan]), 1, base.dtype, base.device, base.linear)
         single = Batch(ids, torch.ones(1, 6, dtype=torch.int64), (own.admit(plan),), beams=1, new_tokens=4)
         alone = PlanArm(base, own, "eager").generate(single, forced=forced[:1], with_logits=True).logits
         torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-4, atol=1e-5)

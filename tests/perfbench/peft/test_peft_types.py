@@ -359,7 +359,7 @@ def as_trained(tiny: backbone.Backbone, folders: list[Path], batch: Batch) -> tu
 def served(tiny: backbone.Backbone, name: str, folders: list[Path], runtime: str) -> Any:
     module, options = parameters.implementation(name), METHODS[name].options()
     plans = [module.load(folder, tiny.shape, options) for folder in folders]
-    bank = Bank(union_layout(plans), len(plans), tiny.dtype, tiny.device)
+    bank = Bank(union_layout(plans), len(plans), tiny.dtype, tiny.device, tiny.linear)
     for plan in plans:
         bank.admit(plan)
     return PLAN_ARMS[runtime](tiny, bank, "eager")

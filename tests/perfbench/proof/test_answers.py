@@ -60,7 +60,13 @@ def checked(
     base: Backbone, runtime: type, method: str, ask: Oracle, beams: int = 1, wrong_seed: int = 0
 ) -> check.Check:
     plans = [plan_of(base, method, slot, wrong_seed) for slot in range(RESIDENT)]
-    bank = Bank(parameters.meta_plan(method, base.shape, METHODS[method].options()), RESIDENT, base.dtype, base.device)
+    bank = Bank(
+        parameters.meta_plan(method, base.shape, METHODS[method].options()),
+        RESIDENT,
+        base.dtype,
+        base.device,
+        base.linear,
+    )
     for plan in plans:
         bank.admit(plan)
     arm = runtime(base, bank, "eager")

@@ -43,13 +43,13 @@ def make_batch(beams: int = 1) -> Batch:
 
 def make_plan(base: backbone.Backbone, method: str, strength: float, slot: int) -> AdapterPlan:
     options, module = METHODS[method].options(), parameters.implementation(method)
-    values = parameters.make(method, base.shape, options, seed=slot, input_rms=base.input_rms)
+    values = parameters.make(method, base.shape, options, seed=slot, input_rms=base.input_rms, linear_of=base.linear)
     return tuple(layer.map(lambda tensor: tensor * strength) for layer in module.plan(values, base.shape, options))
 
 
 def make_bank(base: backbone.Backbone, method: str, strength: float = 1.0) -> Bank:
     layout = parameters.meta_plan(method, base.shape, METHODS[method].options())
-    bank = Bank(layout, RESIDENT, base.dtype, base.device)
+    bank = Bank(layout, RESIDENT, base.dtype, base.device, base.linear)
     for slot in range(RESIDENT):
         bank.admit(make_plan(base, method, strength, slot))
     return bank
@@ -268,7 +268,7 @@ def test_one_request_of_every_tenant_is_sampled() -> None:
 def test_one_wrong_tenant_in_64_fails(backbones: dict[str, backbone.Backbone], dtype: str) -> None:
     base = backbones[dtype]
     layout = parameters.meta_plan("lora", base.shape, METHODS["lora"].options())
-    bank = Bank(layout, 64, base.dtype, base.device)
+    bank = Bank(layout, 64, base.dtype, base.device, base.linear)
     for slot in range(64):
         bank.admit(make_plan(base, "lora", 1.0, slot))
     ids = torch.randint(3, 256, (64, 5), generator=torch.Generator().manual_seed(4))

@@ -43,7 +43,7 @@ def check_of(base: backbone.Backbone, method: str, held: tuple[int, ...]) -> che
     bank, plan_of = None, None
     if method != "none":
         layout = parameters.meta_plan(method, base.shape, METHODS[method].options())
-        bank, plan_of = Bank(layout, TENANTS, base.dtype, base.device), partial(make_plan, base, method)
+        bank, plan_of = Bank(layout, TENANTS, base.dtype, base.device, base.linear), partial(make_plan, base, method)
         for tenant in held:
             bank.admit(plan_of(tenant))
     ids = torch.randint(3, 1000, (TENANTS, 6), generator=torch.Generator().manual_seed(1))

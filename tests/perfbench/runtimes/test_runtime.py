@@ -85,7 +85,7 @@ def make_arm(tiny: backbone.Backbone, tenants: Tenants, scratch: Path, runtime: 
     method = parameters.implementation(tenants.method)
     if METHODS[tenants.method].served_by == "plan":
         layout = parameters.meta_plan(tenants.method, tiny.shape, tenants.options)
-        bank = Bank(layout, RESIDENT, tiny.dtype, tiny.device)
+        bank = Bank(layout, RESIDENT, tiny.dtype, tiny.device, tiny.linear)
         for values in tenants.values:
             bank.admit(method.plan(values, tiny.shape, tenants.options))
         return PLAN_ARMS[runtime](tiny, bank, "eager")

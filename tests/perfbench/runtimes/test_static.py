@@ -155,14 +155,14 @@ def test_tenants_of_unlike_methods_share_a_bank(kernels: str, captured: bool, mo
         options = METHODS[method].options()
         values = parameters.make(method, base.shape, options, seed=1)
         plans.append(parameters.implementation(method).plan(values, base.shape, options))
-    bank = Bank(union_layout(plans), len(plans), base.dtype, base.device)
+    bank = Bank(union_layout(plans), len(plans), base.dtype, base.device, base.linear)
     slots = [bank.admit(plan) for plan in plans]
     ids = torch.randint(3, 256, (len(plans) + 2, 3), generator=torch.Generator().manual_seed(4))
     batch = Batch(ids, torch.ones_like(ids), (*slots, -1, slots[1]), 1, new_tokens=2)
     arm = StaticArm(base, bank, kernels, capture=(lambda step: step) if captured else None)
     found = arm.generate(batch, forced=ids[:, :2], with_logits=True).logits
     for request, slot in enumerate(batch.slots):
-        own = None if slot == -1 else Bank(union_layout([plans[slot]]), 1, base.dtype, base.device)
+        own = None if slot == -1 else Bank(union_layout([plans[slot]]), 1, base.dtype, base.device, base.linear)
         if own is not None:
             own.admit(plans[slot])
         alone = replace(batch.alone(request), slots=(-1 if own is None else 0,))

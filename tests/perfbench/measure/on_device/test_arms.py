@@ -65,7 +65,7 @@ def test_every_slot_holds_its_tenant_after_the_timed_admissions(
     bank = built.arm.bank
     assert bank is not None
     assert built.sizes is not None
-    alone = Bank(built.sizes[0], RESIDENT, base.dtype, base.device)
+    alone = Bank(built.sizes[0], RESIDENT, base.dtype, base.device, base.linear)
     for tenant in range(RESIDENT):
         assert alone.admit(built.plan_of(tenant)) == tenant
     assert torch.equal(bank.shrinks, alone.shrinks)

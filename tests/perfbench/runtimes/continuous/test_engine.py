@@ -46,7 +46,7 @@ class Served(NamedTuple):
 def served() -> Served:
     base = backbone.load("llama-tiny", "fp32", "cpu", seed=0)
     plans = [make_plan(base, METHODS[tenant % 4], tenant) for tenant in range(TENANTS)]
-    bank = Bank(union_layout(plans), TENANTS, base.dtype, base.device)
+    bank = Bank(union_layout(plans), TENANTS, base.dtype, base.device, base.linear)
     for plan in plans:
         bank.admit(plan)
     alone, draw, pool = PlanArm(base, bank, "eager"), random.Random(0), []
@@ -60,7 +60,7 @@ def served() -> Served:
 
 
 def make_engine(served: Served, rows: int = 4, chunk: int | None = None) -> Engine:
-    bank = Bank(union_layout(served.plans), SLOTS, served.base.dtype, served.base.device)
+    bank = Bank(union_layout(served.plans), SLOTS, served.base.dtype, served.base.device, served.base.linear)
     residency = Residency(bank, Store(bank, served.plans.__getitem__))
     return Engine(Rows(served.base, bank, "eager", rows, CAPACITY), residency, chunk)
 
@@ -203,7 +203,7 @@ def test_what_no_row_can_hold_is_refused(served: Served) -> None:
 
 
 def test_the_adapter_that_was_used_longest_ago_goes(served: Served) -> None:
-    bank = Bank(union_layout(served.plans), 2, served.base.dtype, served.base.device)
+    bank = Bank(union_layout(served.plans), 2, served.base.dtype, served.base.device, served.base.linear)
     residency = Residency(bank, Store(bank, served.plans.__getitem__))
     assert (residency.take(0), residency.take(1)) == ((0, True), (1, True))
     assert residency.take(0) == (0, False)
@@ -218,7 +218,7 @@ def test_an_adapter_that_can_t_be_had_changes_nothing(served: Served) -> None:
             raise AdapterError("it is damaged")
         return served.plans[tenant]
 
-    bank = Bank(union_layout(served.plans), 2, served.base.dtype, served.base.device)
+    bank = Bank(union_layout(served.plans), 2, served.base.dtype, served.base.device, served.base.linear)
     residency = Residency(bank, Store(bank, plan_of))
     residency.take(0)
     residency.take(1)
@@ -230,7 +230,7 @@ def test_an_adapter_that_can_t_be_had_changes_nothing(served: Served) -> None:
 
 def test_the_store_lets_go_of_whom_nobody_asks_for(served: Served) -> None:
     made: list[int] = []
-    bank = Bank(union_layout(served.plans), 2, served.base.dtype, served.base.device)
+    bank = Bank(union_layout(served.plans), 2, served.base.dtype, served.base.device, served.base.linear)
     store = Store(bank, lambda tenant: made.append(tenant) or served.plans[tenant])  # type: ignore[func-returns-value]
     store.keep({1, 2})
     store.keep({2, 3})

@@ -54,7 +54,7 @@ def test_every_method_generates_what_transformers_does(method: str, base: backbo
 
 def test_tenants_of_all_methods_share_a_batch(base: backbone.Backbone) -> None:
     plans = [make_plan(base, method, tenant) for tenant, method in enumerate(METHOD_NAMES[1:])]
-    bank = Bank(union_layout(plans), len(plans), base.dtype, base.device)
+    bank = Bank(union_layout(plans), len(plans), base.dtype, base.device, base.linear)
     for plan in plans:
         bank.admit(plan)
     batch = make_batch(1)
