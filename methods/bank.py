@@ -64,6 +64,7 @@ class Bank:
         self.shrinks, self.rest = (torch.zeros(capacity + 1, sum(n), dtype=dtype, device=device) for n in self._sizes)
         # What all tenants share, once for each size: zeros until the first of them brings it.
         self._sharing: set[int] = set()
+        self._activated: set[int] = set()
         self._shared = {
             key: torch.zeros(t.shape, dtype=dtype, device=device) for key, t in _matrices(self.layout).items()
         }
@@ -118,6 +119,8 @@ class Bank:
         slot = self.free.pop()
         if any(layer.shared for layer in plan):
             self._sharing.add(slot)
+        if any(layer.activated for layer in plan):
+            self._activated.add(slot)
         for stack, tensor in pairs:
             _write(stack[slot], tensor)
         return slot
@@ -160,7 +163,13 @@ class Bank:
         self.shrinks[slot].zero_()
         self.rest[slot].zero_()
         self._sharing.discard(slot)
+        self._activated.discard(slot)
         self.free.append(slot)
+
+    def is_activated(self, slot: int) -> bool:
+        """Whether the adapter in a slot acts on its request's own tokens alone, as the bare backbone (-1) does in a
+        way."""
+        return slot == -1 or slot in self._activated
 
     def rows(self, slots: Sequence[int]) -> torch.Tensor:
         """int64 [Q] on the bank's device: where each request's adapter lies. ValueError on a slot out of range."""
@@ -260,7 +269,9 @@ def _pairs(index: int, stacked: LayerPlan, layer: LayerPlan) -> list[tuple[torch
     layer = replace(
         layer, grouped={module: _repeated(index, stacked.grouped[module], b) for module, b in layer.grouped.items()}
     )
-    only = {field: {m: getattr(stacked, field)[m] for m in getattr(layer, field)} for field in OPERATIONS.values()}
+    only: dict[str, Any] = {
+        field: {m: getattr(stacked, field)[m] for m in getattr(layer, field)} for field in OPERATIONS.values()
+    }
     places = replace(stacked, **only, generator=stacked.generator if layer.generator is not None else None)
     pairs = list(zip(places.tensors(), layer.tensors(), strict=True))
     for stack, tensor in pairs:

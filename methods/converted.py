@@ -32,9 +32,9 @@ class ConvertedOptions(MethodOptions):
     def __post_init__(self) -> None:
         """ValueError on a method that does not change weights."""
         served = {name: known for name, known in METHODS.items() if known.served_by == "plan" and known.module}
-        fitting = [name for name, known in served.items() if not known.reads_prompt]
+        fitting = [name for name, known in served.items() if known.in_weights]
         if self.of not in fitting:
-            why = ", whose scales are made from the prompt: no weights stand for them" if self.of in served else ""
+            why = ", which does not change all tokens alike: no weights stand for it" if self.of in served else ""
             raise ValueError(
                 f"of: expected a method that changes weights, got {self.of!r}{why}; {nearest(self.of, fitting)}"
             )

@@ -72,6 +72,7 @@ class LayerPlan:
     up's output. l - 1 is kept of scales ([D_out]) because bf16's step just above 1 is 2^-7, while near 0 it keeps 8
     bits of any difference. All of them are zero where they change nothing, but for `magnitude` [D_out], DoRA's: the
     length that each row of the weight gets together with what its pair adds to it. A bank holds a scale in its place.
+    `activated`: the pairs act on a request's own tokens and on what it generates, not on what all requests share.
     """
 
     low_rank: dict[str, LowRank] = field(default_factory=dict)
@@ -82,6 +83,7 @@ class LayerPlan:
     grouped: dict[str, torch.Tensor] = field(default_factory=dict)
     shared: dict[str, SharedPair] = field(default_factory=dict)
     magnitude: dict[str, torch.Tensor] = field(default_factory=dict)
+    activated: bool = False
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of the plan that is a tenant's own."""
@@ -107,6 +109,7 @@ class LayerPlan:
                 for module, p in self.shared.items()
             },
             {module: make(length) for module, length in self.magnitude.items()},
+            self.activated,
         )
 
     def in_order(self) -> LayerPlan:

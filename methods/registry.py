@@ -28,8 +28,8 @@ class Method:
     `module` is imported only when the method is used, and its `Options` are the method's; `served_by` names what runs
     it; `trained_by` is None, or `module:function` of a function (the method's module, BackboneShape, options) that
     returns the PeftConfig with which `perfbench finetune` trains the method; `peft_types`: what its `load` reads, by
-    the `peft_type` of adapter folders; `reads_prompt`: its scales are made from the prompt, so that no weights stand
-    for them.
+    the `peft_type` of adapter folders; `in_weights`: whether other weights of the backbone would do what the
+    adapter does.
     """
 
     module: str | None
@@ -37,7 +37,7 @@ class Method:
     served_by: str = "plan"
     trained_by: str | None = None
     peft_types: tuple[str, ...] = ()
-    reads_prompt: bool = False
+    in_weights: bool = True
 
     @property
     def options(self) -> type[Any]:
@@ -76,6 +76,11 @@ METHODS: dict[str, Method] = {
         "DoRA: LoRA whose result has a trained length, row by row; a pair and a scale when it is served",
         trained_by="perfbench.peft.low_rank:dora_config",
     ),
+    "alora": Method(
+        "perfbench.methods.alora",
+        "activated LoRA: LoRA from a request's own tokens on, so that one cache of a shared context serves all tenants",
+        in_weights=False,
+    ),
     "fanlora": Method(
         "perfbench.methods.fanlora", "FanLoRA: LoRA on at most two modules of a layer, rank 12", trained_by=LOW_RANK
     ),
@@ -96,7 +101,7 @@ METHODS: dict[str, Method] = {
         "PARA: scales on Q, V and Up, made from the prompt once",
         trained_by="perfbench.peft.para:config",
         peft_types=("PARA",),
-        reads_prompt=True,
+        in_weights=False,
     ),
     "road": Method(
         "perfbench.methods.road",

@@ -65,15 +65,17 @@ class Oracle:
 
     def beam_search(self, asked: Served, beams: int, new_tokens: int, dtype: torch.dtype) -> torch.Tensor:
         """As `oracle.beam_search`, for the prompt and the adapter of `asked`."""
-        question = (self.adapters, asked.slot, _words(asked.prompt), beams, new_tokens, dtype)
+        question = (self.adapters, asked.slot, asked.shared_tokens, _words(asked.prompt), beams, new_tokens, dtype)
         found = self.kept.get(question, self.backbone.device)
         if found is None:
-            found = oracle.beam_search(self.backbone, asked.prompt, asked.plan, beams, new_tokens, dtype)
+            found = oracle.beam_search(
+                self.backbone, asked.prompt, asked.plan, beams, new_tokens, dtype, asked.shared_tokens
+            )
             self.kept.put(question, found)
         return found
 
     def _question(self, asked: Served, dtype: torch.dtype) -> Hashable:
-        return (self.adapters, asked.slot, _words(asked.prompt), _words(asked.chosen), dtype)
+        return (self.adapters, asked.slot, asked.shared_tokens, _words(asked.prompt), _words(asked.chosen), dtype)
 
 
 def _words(tokens: torch.Tensor) -> tuple[int, ...]:

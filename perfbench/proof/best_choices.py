@@ -30,7 +30,7 @@ def served(batch: Batch, request: int, tokens: torch.Tensor, plan_of: PlanOf | N
     prompt = batch.input_ids[request][batch.attention_mask[request].bool()]
     if plan_of is None or slot == -1:
         return Served(prompt, tokens, None)
-    return Served(prompt, tokens, plan_of(slot), slot)
+    return Served(prompt, tokens, plan_of(slot), slot, batch.shared_tokens)
 
 
 def forced_logits(arm: Arm, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:

@@ -32,12 +32,14 @@ LARGEST_SCORES = 2**24
 class Served:
     """One request as it went: its prompt's tokens [S], the tokens chosen after it [N], and its adapter, None for the
     bare backbone, as it is before it is rounded to the dtype in which it is served; `slot`: where that one lies, -1
-    for the bare backbone."""
+    for the bare backbone; `shared_tokens`: so many first ones of the prompt are before the invocation of an activated
+    adapter."""
 
     prompt: torch.Tensor
     chosen: torch.Tensor
     plan: AdapterPlan | None
     slot: int = -1
+    shared_tokens: int = 0
 
 
 def logits(backbone: Backbone, sequences: Sequence[Served], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -62,14 +64,22 @@ def logits(backbone: Backbone, sequences: Sequence[Served], dtype: torch.dtype) 
                 for plan, stream, one in zip(plans, streams, sequences, strict=True)
             ]
             window = _window(model.config, index)
-            streams = _layer(layer, streams, plans, scales, angles, window, shape, model.config)
+            # An activated pair sees nothing of the tokens before its invocation.
+            late = [one.shared_tokens if plan.activated else 0 for one, plan in zip(sequences, plans, strict=True)]
+            streams = _layer(layer, streams, plans, scales, late, angles, window, shape, model.config)
         head = model.get_output_embeddings().weight.to(dtype)
         last = [stream[len(one.prompt) - 1 :] for stream, one in zip(streams, sequences, strict=True)]
         return [_norm(stream, model.model.norm, model.config) @ head.T for stream in last]
 
 
 def beam_search(
-    backbone: Backbone, prompt: torch.Tensor, plan: AdapterPlan | None, beams: int, new_tokens: int, dtype: torch.dtype
+    backbone: Backbone,
+    prompt: torch.Tensor,
+    plan: AdapterPlan | None,
+    beams: int,
+    new_tokens: int,
+    dtype: torch.dtype,
+    shared_tokens: int = 0,
 ) -> torch.Tensor:
     """int64 [new_tokens]: the best of `beams` continuations of a prompt [S] kept alive at each step, by the sum of
     their log-probabilities. Every step reads every continuation again from the start."""
@@ -78,7 +88,7 @@ def beam_search(
     scores = torch.zeros(1, dtype=torch.float64, device=device)
     unchosen = torch.zeros(1, dtype=torch.int64, device=device)
     for _ in range(new_tokens):
-        asked = [Served(prompt, torch.cat([path, unchosen]), plan) for path in paths]
+        asked = [Served(prompt, torch.cat([path, unchosen]), plan, shared_tokens=shared_tokens) for path in paths]
         chances = torch.stack([found[-1] for found in logits(backbone, asked, dtype)]).double().log_softmax(dim=-1)
         scores, best = (scores[:, None] + chances).flatten().topk(beams)
         parent, token = best // chances.shape[1], best % chances.shape[1]
@@ -91,12 +101,14 @@ def _layer(
     streams: list[torch.Tensor],
     plans: list[LayerPlan],
     scales: list[dict[str, torch.Tensor]],
+    late: list[int],
     angles: tuple[torch.Tensor, torch.Tensor],
     window: int | None,
     shape: BackboneShape,
     config: Any,
 ) -> list[torch.Tensor]:
-    """One decoder layer on streams [L, hidden] of several sequences, each with its own plan."""
+    """One decoder layer on streams [L, hidden] of several sequences, each with its own plan, whose pairs act from its
+    token `late` on."""
 
     def linear(module: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """(x s) W^T + bias, plus what is added of x, then scaled and rotated, each sequence by its own plan."""
@@ -108,7 +120,7 @@ def _layer(
         found = list(outputs.split([len(x) for x in inputs]))
         for i, (x, plan, scale) in enumerate(zip(inputs, plans, scales, strict=True)):
             if (pair := plan.low_rank.get(module)) is not None:
-                found[i] = found[i] + (x @ pair.a.T) @ pair.b
+                found[i][late[i] :] += (x[late[i] :] @ pair.a.T) @ pair.b
             if (b := plan.grouped.get(module)) is not None:
                 found[i] = found[i] + torch.stack([x[:, j :: len(b)].sum(dim=1) for j in range(len(b))], dim=1) @ b
             if (shared := plan.shared.get(module)) is not None:

@@ -13,7 +13,7 @@ from perfbench.report.columns import MAIN, arm_name, metrics_of
 from perfbench.report.rows import ENDS, WORKLOAD, Row
 from perfbench.run_folder.run_schema import Manifest
 
-_RARE = {"follow_up_tokens": "second turn"}
+_RARE = {"follow_up_tokens": "second turn", "own_tokens": "own tokens"}
 _LEGEND = (
     "kept: the share of the bare backbone's decode speed that is left with the adapters in, the median over "
     "rounds with its 95% interval. ttft: the time until the first token. a tenant: the size of one adapter as "

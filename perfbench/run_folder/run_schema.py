@@ -125,7 +125,7 @@ _WORKLOAD = _object(
     {
         "requests": _COUNT,
         **dict.fromkeys(("new_tokens", "beams", "tenants"), _COUNT),
-        **dict.fromkeys(("prompt_tokens", "resident", "follow_up_tokens"), _MAYBE_COUNT),
+        **dict.fromkeys(("prompt_tokens", "resident", "follow_up_tokens", "own_tokens"), _MAYBE_COUNT),
         **dict.fromkeys(("zipf_exponent", "without_adapter"), _FIGURE),
         **dict.fromkeys(("tenant_mix", "prompts"), _MAYBE_TEXT),
     },

@@ -21,7 +21,8 @@ class Batch:
     input_ids, attention_mask: int64 [Q, S] on the device, padded on the left; slots: the bank slot of each request,
     -1 for the bare backbone; rows of the model are Q x beams. eos: the tokens that end a request; none in latency
     work, where every request makes exactly new_tokens. follow_up: int64 [Q, F], what each request says next, once it
-    has its new tokens; None where the conversation ends there.
+    has its new tokens; None where the conversation ends there. shared_tokens: so many of each prompt's first tokens are
+    the same for all requests, and none of them is padded.
     """
 
     input_ids: torch.Tensor
@@ -31,6 +32,7 @@ class Batch:
     new_tokens: int
     eos: tuple[int, ...] = ()
     follow_up: torch.Tensor | None = None
+    shared_tokens: int = 0
 
     def conversation(self, generated: torch.Tensor) -> Batch:
         """The second turn as a batch that reads all from the start: prompt, `generated` int64 [Q, N], follow-up."""

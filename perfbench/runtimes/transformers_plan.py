@@ -15,6 +15,7 @@ from perfbench.methods.plan import Generator, Rotation, SharedPair
 from perfbench.methods.shape import MODULE_PATHS
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Batch, Generation, generate
+from perfbench.runtimes.shared_context import acting
 
 
 class AdaptedLinear(torch.nn.Module):
@@ -22,7 +23,7 @@ class AdaptedLinear(torch.nn.Module):
 
     While a batch is bound, of G groups of rows: pair = (a [G, R, D_in], b [G, R, D_out]), scale_minus_one [G, D_out],
     rotation with sine [G, D_out], input_scale_minus_one [G, D_in], grouped [G, R, D_out], shared with vectors [G, any];
-    each None without one.
+    each None without one. acts: [rows, S, 1] of a prompt, 0 on the tokens on which the pair does not act.
     """
 
     def __init__(self, base: torch.nn.Linear, kernels: str):
@@ -30,6 +31,7 @@ class AdaptedLinear(torch.nn.Module):
         self.weight, self.bias = base.weight, base.bias
         self.pair: tuple[torch.Tensor, torch.Tensor] | None = None
         self.scale_minus_one: torch.Tensor | None = None
+        self.acts: torch.Tensor | None = None
         self.rotation: Rotation | None = None
         self.input_scale_minus_one: torch.Tensor | None = None
         self.grouped: torch.Tensor | None = None
@@ -47,7 +49,9 @@ class AdaptedLinear(torch.nn.Module):
         if self.pair is not None:
             a, b = self.pair
             groups = a.shape[0]
-            self._low_rank(y.view(groups, -1, y.shape[-1]), x.reshape(groups, -1, x.shape[-1]), a, b)
+            # More than one token is a prompt.
+            seen = x if self.acts is None or x.shape[1] == 1 else x * self.acts
+            self._low_rank(y.view(groups, -1, y.shape[-1]), seen.reshape(groups, -1, x.shape[-1]), a, b)
         if self.grouped is not None:
             groups, rank, _ = self.grouped.shape
             h = self._grouped_sum(x.reshape(-1, x.shape[-1]), rank, groups)
@@ -77,7 +81,7 @@ class AdaptedLinear(torch.nn.Module):
     def release(self) -> None:
         """The linear is the backbone's own again."""
         self.pair = self.scale_minus_one = self.rotation = self.input_scale_minus_one = None
-        self.grouped = self.shared = None
+        self.grouped = self.shared = self.acts = None
 
 
 class PromptVectors:
@@ -140,10 +144,12 @@ class PlanArm:
             return
         # Where all requests have one adapter, one group of rows reads it once.
         slots = batch.slots[:1] if len(set(batch.slots)) == 1 else batch.slots
-        taken = self.bank.take(slots)
+        taken, acts = self.bank.take(slots), acting(batch, self.bank)
+        if acts is not None:
+            acts = acts.repeat_interleave(batch.beams, dim=0).unsqueeze(2).to(self.model.dtype)
         for own, linears in zip(taken, self._linears, strict=True):
             for name, pair in own.low_rank.items():
-                linears[name].pair = (pair.a, pair.b)
+                linears[name].pair, linears[name].acts = (pair.a, pair.b), acts
             for name, scale in own.scale_minus_one.items():
                 linears[name].scale_minus_one = scale
             for name, turned in own.rotation.items():

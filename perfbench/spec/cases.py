@@ -43,6 +43,12 @@ class Workload:
     zipf_exponent: float | None
     without_adapter: float
     follow_up_tokens: int = 0
+    own_tokens: int = 0
+
+    @property
+    def shared_tokens(self) -> int:
+        """So many first tokens of each prompt are the same for all requests."""
+        return self.prompt_tokens - self.own_tokens if self.own_tokens and self.prompt_tokens else 0
 
 
 @dataclass(frozen=True)
@@ -167,37 +173,24 @@ def _case_from_json(data: dict[str, Any]) -> Case:
 def count_points(axes: WorkloadAxes) -> int:
     """How many workloads these axes make, none of which is made for it."""
     mixes = sum(len(axes.zipf_exponent) if mix == "zipf" else 1 for mix in axes.tenant_mix)
-    lists = (axes.prompt_tokens, axes.new_tokens, axes.beams, axes.requests, axes.tenants, axes.resident)
-    return mixes * math.prod(map(len, (*lists, axes.without_adapter, axes.follow_up_tokens)))
+    return mixes * math.prod(len(getattr(axes, axis)) for axis in _AXES if axis != "zipf_exponent")
+
+
+# The axes of a workload, in the order in which their product is taken.
+_AXES = (
+    "prompt_tokens", "new_tokens", "beams", "requests", "tenants", "resident", "zipf_exponent", "without_adapter",
+    "follow_up_tokens", "own_tokens",
+)  # fmt: skip
 
 
 def _points(axes: WorkloadAxes) -> Iterator[Workload]:
     """The product of the axes; the exponent is one of them only where the mix is zipf."""
     for mix in axes.tenant_mix:
-        for prompt, new_tokens, beams, requests, tenants, resident, exponent, without, follow_up in itertools.product(
-            axes.prompt_tokens,
-            axes.new_tokens,
-            axes.beams,
-            axes.requests,
-            axes.tenants,
-            axes.resident,
-            axes.zipf_exponent if mix == "zipf" else (None,),
-            axes.without_adapter,
-            axes.follow_up_tokens,
-        ):
-            yield Workload(
-                prompts=axes.prompts,
-                prompt_tokens=prompt,
-                new_tokens=new_tokens,
-                beams=beams,
-                requests=requests,
-                tenants=tenants,
-                resident=tenants if resident is None else resident,
-                tenant_mix=mix,
-                zipf_exponent=exponent,
-                without_adapter=without,
-                follow_up_tokens=follow_up,
-            )
+        own = {axis: getattr(axes, axis) for axis in _AXES} | ({} if mix == "zipf" else {"zipf_exponent": (None,)})
+        for values in itertools.product(*own.values()):
+            point = dict(zip(_AXES, values, strict=True))
+            resident = point["tenants"] if point["resident"] is None else point["resident"]
+            yield Workload(**{**point, "prompts": axes.prompts, "tenant_mix": mix, "resident": resident})
 
 
 def _comparison(scenario: Scenario, backbone: str, dtype: str, runtime: str, workload: Workload) -> Comparison:
@@ -240,6 +233,8 @@ def _workload_part(workload: Workload) -> str:
         parts.append(f"w{_number(workload.without_adapter)}")
     if workload.follow_up_tokens:
         parts.append(f"f{workload.follow_up_tokens}")
+    if workload.own_tokens:
+        parts.append(f"own{workload.own_tokens}")
     return "-".join(parts)
 
 

@@ -60,6 +60,7 @@ class WorkloadAxes:
     zipf_exponent: tuple[float, ...]
     without_adapter: tuple[float, ...]
     follow_up_tokens: tuple[int, ...] = (0,)
+    own_tokens: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -319,6 +320,8 @@ def _axes(source: Source, place: Place, path: Path) -> WorkloadAxes:
             refuse(source, f"{message}; raise resident or lower tenants", *field_name)
     if any(_axis(values.get("follow_up_tokens", 0))):
         _check_second_turn(source, place, values)
+    if any(_axis(values.get("own_tokens", 0))):
+        _check_shared_context(source, place, values)
     if "continuous" in _axis(source.values.get("runtime", ())) and _axis(values.get("beams", 1)) != (1,):
         message = "runtime continuous has no beams; choose beams 1, or leave that runtime out"
         refuse(source, message, *_last_set(source, (*place, "beams"), ("runtime",)))
@@ -335,7 +338,24 @@ def _axes(source: Source, place: Place, path: Path) -> WorkloadAxes:
         zipf_exponent=tuple(map(float, _axis(values.get("zipf_exponent", DEFAULT_ZIPF_EXPONENT)))),
         without_adapter=tuple(map(float, _axis(values.get("without_adapter", 0)))),
         follow_up_tokens=_axis(values.get("follow_up_tokens", 0)),
+        own_tokens=_axis(values.get("own_tokens", 0)),
     )
+
+
+def _check_shared_context(source: Source, place: Place, values: dict[str, Any]) -> None:
+    """Refuses a shared context where there is none, or where it would not be read as one."""
+    own = max(_axis(values["own_tokens"]))
+    if values.get("prompts") is not None:
+        message = "prompts of a file share nothing; leave own_tokens out, or choose random prompts by prompt_tokens"
+    elif any(_axis(values.get("follow_up_tokens", 0))):
+        message = "a shared context has one turn; leave follow_up_tokens out"
+    elif "continuous" in _axis(source.values.get("runtime", ())):
+        message = "runtime continuous reads every prompt by itself; choose static or transformers"
+    elif own >= (shortest := min(_axis(values["prompt_tokens"]))):
+        message = f"expected fewer than the {shortest} prompt_tokens, the others being shared, got {own}; lower it"
+    else:
+        return
+    refuse(source, message, *place, "own_tokens")
 
 
 def _check_second_turn(source: Source, place: Place, values: dict[str, Any]) -> None:

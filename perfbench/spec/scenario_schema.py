@@ -117,6 +117,12 @@ _WORKLOAD_FIELDS: Schema = {
         "there is no second turn. It needs runtime static and beams 1",
         default=0,
     ),
+    "own_tokens": _axis(
+        _integer(0),
+        "so many last tokens of each random prompt are its own, while those before are the same for all requests, such "
+        "as a document that all tenants ask about; 0: all are its own",
+        default=0,
+    ),
     "beams": _axis(_integer(1), "how many beams each request searches with; 1 is greedy search", default=1),
     "requests": _axis(_integer(1), "how many prompts share a batch, which has requests x beams rows"),
     "tenants": _axis(_integer(1), "how many tenants the requests of a batch belong to"),

@@ -21,7 +21,8 @@ def tiny() -> BackboneShape:
 @pytest.mark.parametrize("method", [name for name, own in METHODS.items() if own.served_by == "plan" and own.module])
 def test_the_table_says_which_methods_read_the_prompt(tiny: BackboneShape, method: str) -> None:
     plan = parameters.meta_plan(method, tiny, METHODS[method].options())
-    assert METHODS[method].reads_prompt == any(layer.generator is not None for layer in plan)
+    alike = not any(layer.generator is not None or layer.activated for layer in plan)
+    assert METHODS[method].in_weights == alike
 
 
 def test_it_takes_what_lora_of_its_rank_takes_and_trained_what_it_was_before(tiny: BackboneShape) -> None:
@@ -40,7 +41,8 @@ def test_modules_that_the_other_method_leaves_alone_get_no_pair(tiny: BackboneSh
 @pytest.mark.parametrize(
     ("of", "message"),
     [
-        ("para", "got 'para', whose scales are made from the prompt: no weights stand for them; known: dora, "),
+        ("para", "got 'para', which does not change all tokens alike: no weights stand for it; known: dora, "),
+        ("alora", "got 'alora', which does not change all tokens alike: no weights stand for it; did you"),
         ("rod", "expected a method that changes weights, got 'rod'; did you mean 'road'?"),
         ("converted", "expected a method that changes weights, got 'converted'; known: "),
     ],

@@ -31,6 +31,7 @@ def make(workload: Workload, backbone: Backbone, seed: int) -> Batch:
         generator = torch.Generator().manual_seed(seed)
         size = (workload.requests, workload.prompt_tokens)
         ids = torch.randint(3, backbone.shape.vocab, size, generator=generator)
+        ids[:, : workload.shared_tokens] = ids[:1, : workload.shared_tokens]
         mask = torch.ones_like(ids)
     else:
         places, texts = zip(*read_records(Path(workload.prompts)), strict=True)
@@ -59,6 +60,7 @@ def make(workload: Workload, backbone: Backbone, seed: int) -> Batch:
         workload.beams,
         workload.new_tokens,
         follow_up=follow_up,
+        shared_tokens=workload.shared_tokens,
     )
 
 
@@ -72,7 +74,9 @@ def fresh(batch: Batch, seed: int, turn: int) -> Batch:
         return pool[torch.randint(len(pool), size, generator=generator).to(pool.device)]
 
     follow_up = None if batch.follow_up is None else drawn(batch.follow_up.shape)
-    return replace(batch, input_ids=drawn(batch.input_ids.shape) * batch.attention_mask, follow_up=follow_up)
+    ids = drawn(batch.input_ids.shape)
+    ids[:, : batch.shared_tokens] = ids[:1, : batch.shared_tokens].clone()
+    return replace(batch, input_ids=ids * batch.attention_mask, follow_up=follow_up)
 
 
 def assign_slots(workload: Workload, seed: int) -> tuple[int, ...]:

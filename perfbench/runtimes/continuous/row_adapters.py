@@ -31,10 +31,10 @@ class RowAdapters(Adapters):
 
     def put(self, row: int, slot: int) -> None:
         """Copies the adapter in the bank's `slot`, -1 being none, to `row`. ValueError on a slot out of range."""
-        if not -1 <= slot < self._bank.capacity:
-            raise ValueError(f"slot {slot}: expected -1 (no adapter) to {self._bank.capacity - 1}")
-        source = self._bank.capacity if slot == -1 else slot  # the empty slot is the last
-        self._rest[row].copy_(self._bank.rest[source])
+        if not -1 <= slot < self.bank.capacity:
+            raise ValueError(f"slot {slot}: expected -1 (no adapter) to {self.bank.capacity - 1}")
+        source = self.bank.capacity if slot == -1 else slot  # the empty slot is the last
+        self._rest[row].copy_(self.bank.rest[source])
         for to, resident in self._shrinks:
             to[row].copy_(resident[source])
         for to, mine in self._copies:

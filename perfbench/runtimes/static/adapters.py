@@ -123,7 +123,7 @@ class Adapters:
     """
 
     def __init__(self, bank: Bank, weights: Weights, requests: int, adapters: int, kernels: str, *, tails: bool = True):
-        self._bank = bank
+        self.bank = bank
         self._kernels = kernels
         self._tails = tails
         self._rest = bank.rest.new_empty(adapters, bank.rest.shape[1])
@@ -143,8 +143,8 @@ class Adapters:
     def take(self, slots: Sequence[int]) -> None:
         """Copies the adapters of a batch of requests in these bank slots out of the bank, -1 being none."""
         stacked, own = stacked_slots(slots, self._kernels)
-        rows = self._bank.rows(stacked)
-        torch.index_select(self._bank.rest, 0, rows, out=self._rest)
+        rows = self.bank.rows(stacked)
+        torch.index_select(self.bank.rest, 0, rows, out=self._rest)
         for to, source in self._shrinks:
             torch.index_select(source, 0, rows, out=to)
         for to, source in (*self._copies, *self._constants):
@@ -205,7 +205,7 @@ class Adapters:
             bound.weight, bound.bias = projection.with_tail(used)
             tail = bound.weight[len(bound.weight) - used :]
         else:
-            tail = self._bank.shrinks.new_empty(adapters * ranks, projection.weight.shape[1])
+            tail = self.bank.shrinks.new_empty(adapters * ranks, projection.weight.shape[1])
         parts, alike = self._pairs(mine, paired, columns)
         if paired:
             own = tail[: adapters * ranks]

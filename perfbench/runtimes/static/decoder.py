@@ -8,6 +8,7 @@ import torch
 
 from perfbench.kernels import decode_attention
 from perfbench.runtimes.generation import Batch
+from perfbench.runtimes.shared_context import acting, reusable
 from perfbench.runtimes.static.adapters import Adapters
 from perfbench.runtimes.static.cache import KVCache
 from perfbench.runtimes.static.capture import Step, weak
@@ -36,6 +37,7 @@ class Decoder(Forward):
     ):
         super().__init__(weights, adapters.layers if adapters else None, adapters.own if adapters else None, kernels)
         self.adapters, self.cache = adapters, cache
+        self._bare = Forward(weights, None, None, kernels)
         self.steps = 0
         size, device = cache.size, weights.device
         rows = size.requests * size.beams
@@ -69,8 +71,20 @@ class Decoder(Forward):
         self._at.fill_(place)
 
     def prefill(self) -> torch.Tensor:
-        """Reads the prompts; logits [Q, V] of what follows them."""
-        return self._read(self.batch.input_ids, 0, self.batch.attention_mask)
+        """Reads the prompts; logits [Q, V] of what follows them.
+
+        What all of them begin with is read once, by the bare backbone, where no adapter of the batch acts on it.
+        """
+        batch, bank = self.batch, self.adapters.bank if self.adapters else None
+        if not reusable(batch, bank):
+            acts = None if bank is None else acting(batch, bank)
+            return self._read(batch.input_ids, 0, batch.attention_mask, acts)
+        shared = batch.shared_tokens
+        first = [entry[:1] for entry in self.cache.prompt]
+        self._bare.read(batch.input_ids[:1, :shared], 0, batch.attention_mask[:1, :shared], first, None)
+        for entry in self.cache.prompt:
+            entry[1:, :, :, :shared] = entry[:1, :, :, :shared]
+        return self._read(batch.input_ids[:, shared:], shared, batch.attention_mask)
 
     def prefill_follow_up(self, generated: torch.Tensor) -> torch.Tensor:
         """Reads the second turn, after `generated` int64 [Q, N] of the first; logits [Q, V] of what follows it.
@@ -89,8 +103,11 @@ class Decoder(Forward):
         self._begin(size.new_tokens + batch.follow_up.shape[1])
         return self._read(whole.input_ids[:, past:], past, whole.attention_mask)
 
-    def _read(self, ids: torch.Tensor, past: int, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.read(ids, past, attention_mask, self.cache.prompt, self._allowed(past, past + ids.shape[1]))
+    def _read(
+        self, ids: torch.Tensor, past: int, attention_mask: torch.Tensor, acts: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        allowed = self._allowed(past, past + ids.shape[1])
+        return self.read(ids, past, attention_mask, self.cache.prompt, allowed, acts)
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Takes one more token of each row, int64 [rows]; logits [rows, V] of what follows, until the next step."""

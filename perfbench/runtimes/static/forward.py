@@ -72,14 +72,17 @@ class Forward:
         attention_mask: torch.Tensor,
         cache: Sequence[torch.Tensor],
         allowed: torch.Tensor | None,
+        acts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Reads ids int64 [Q, C] after `past` tokens; logits [Q, V] of what follows them.
 
         attention_mask [Q, past + C], for all tokens; cache: [Q, 2, H_kv, >= past + C, D] of each layer, which takes
-        their keys and values; allowed: bool [Q or 1, 1, C, past + C], or None for the plain causal mask.
+        their keys and values; allowed: bool [Q or 1, 1, C, past + C], or None for the plain causal mask; acts: bool
+        [Q, C], the tokens on which the low-rank pairs act, the last ones among them, or None for all.
         """
         weights = self.weights
         requests, length = ids.shape
+        acts = None if acts is None else acts.flatten().unsqueeze(1)
         end = past + length
         cos, sin = self._rotation(attention_mask, past)
         residual = weights.embed(ids).view(requests * length, -1)
@@ -92,7 +95,7 @@ class Forward:
                 stream = normed if bound.generator.stacked.normalised else residual
                 self._generate_scales(bound.generator, stream.view(requests, length, -1)[every, last])
             seen = cache[i][:, :, :, :end]
-            qkv, h = self._product(normed, i, "qkv", prefill=True)
+            qkv, h = self._product(normed, i, "qkv", prefill=True, acts=acts)
             q = self._finish_qkv(i, qkv, h, cos, sin, seen[:, :, :, past:].permute(0, 3, 1, 2, 4), None)
             keys, values = seen.unbind(1)
             if group > 1:
@@ -102,8 +105,8 @@ class Forward:
             attended = attended.transpose(1, 2).reshape(requests * length, -1)
             if i == len(self.layers) - 1:  # nothing but the last token of each prompt is needed from here on
                 residual = residual.view(requests, length, -1)[:, -1].contiguous()
-                attended = attended.view(requests, length, -1)[:, -1].contiguous()
-            normed = self._finish_layer(i, residual, attended, prefill=True)
+                attended, acts = attended.view(requests, length, -1)[:, -1].contiguous(), None
+            normed = self._finish_layer(i, residual, attended, prefill=True, acts=acts)
         return product(normed, weights.head)
 
     def run(self, tokens: torch.Tensor, view: View) -> torch.Tensor:
@@ -120,17 +123,20 @@ class Forward:
         return product(normed, weights.head)
 
     def _product(
-        self, x: torch.Tensor, i: int, name: str, *, prefill: bool = False
+        self, x: torch.Tensor, i: int, name: str, *, prefill: bool = False, acts: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The fused product `name` of layer i, and h as the fused operations take it, None without a low-rank pair."""
+        """The fused product `name` of layer i, and h as the fused operations take it, None without a low-rank pair.
+        acts: bool [rows, 1] of a prefill, as `read` has it."""
         projection, bound = self.weights.layers[i].projections[name], self.layers[i].projections[name]
         of_rows = product if prefill else self._few_rows
         if bound.inputs:
             return self._of_scaled_inputs(x, projection, bound, of_rows, prefill=prefill)
         if bound.expansion is None:
             return of_rows(x, projection.weight, projection.bias), None
-        if bound.weight is None or not takes_tail(x) or (prefill and len(x) > MOST_ROWS_WITH_TAIL):
-            return self._beside(of_rows(x, projection.weight, projection.bias), x, bound, prefill=prefill)
+        apart = acts is not None or (prefill and len(x) > MOST_ROWS_WITH_TAIL)
+        if bound.weight is None or not takes_tail(x) or apart:
+            seen = x if acts is None else x * acts
+            return self._beside(of_rows(x, projection.weight, projection.bias), seen, bound, prefill=prefill)
         own, adapters = 0 if bound.a is None else bound.a.shape[0] * bound.a.shape[1], bound.expansion.adapters
         shared = bound.expansion.shared
         both = of_rows(x, bound.weight, bound.bias)
@@ -186,17 +192,23 @@ class Forward:
         return self._qkv(qkv, h, bound.expansion, bound.scale, cos, sin, entry, at, bound.rotation)
 
     def _finish_layer(
-        self, i: int, residual: torch.Tensor, attended: torch.Tensor, *, prefill: bool = False
+        self,
+        i: int,
+        residual: torch.Tensor,
+        attended: torch.Tensor,
+        *,
+        prefill: bool = False,
+        acts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """From the attention's output to the normed input of the next layer (or of the head); residual in place."""
         weights, bound = self.weights, self.layers[i].projections
         o, both, down = bound["o"], bound["gate_up"], bound["down"]
-        y, h = self._product(attended, i, "o", prefill=prefill)
+        y, h = self._product(attended, i, "o", prefill=prefill, acts=acts)
         post_norm = weights.layers[i].post_norm
         normed = self._norm(residual, y, h, o.expansion, post_norm, weights.eps, o.scale, o.rotation)
-        gate_up, h = self._product(normed, i, "gate_up", prefill=prefill)
+        gate_up, h = self._product(normed, i, "gate_up", prefill=prefill, acts=acts)
         inner = self._swiglu(gate_up, h, both.expansion, both.scale, weights.activation, both.rotation)
-        y, h = self._product(inner, i, "down", prefill=prefill)
+        y, h = self._product(inner, i, "down", prefill=prefill, acts=acts)
         following = weights.layers[i + 1].input_norm if i + 1 < len(weights.layers) else weights.norm
         return self._norm(residual, y, h, down.expansion, following, weights.eps, down.scale, down.rotation)
 

@@ -56,6 +56,8 @@ def test_ids_are_readable():
         (["workload.tenant_mix=zipf", "workload.zipf_exponent=2"], "p8-n4-b1-q3-t2-r2-zipf2"),
         (["workload.without_adapter=0.25"], "p8-n4-b1-q3-t2-r2-distinct-w0.25"),
         (["workload.without_adapter=1"], "p8-n4-b1-q3-t2-r2-distinct-w1"),
+        (["workload.own_tokens=0"], "p8-n4-b1-q3-t2-r2-distinct"),
+        (["workload.own_tokens=3"], "p8-n4-b1-q3-t2-r2-distinct-own3"),
         (["workload.follow_up_tokens=0"], "p8-n4-b1-q3-t2-r2-distinct"),
         (["workload.prompts=mt bench.txt"], "mt-bench-p8-n4-b1-q3-t2-r2-distinct"),
     ],

@@ -96,6 +96,7 @@ def test_these_scenarios_are_shipped():
         "para_table4",
         "real_135m",
         "rivals",
+        "shared_context",
         "smoke",
         "tenant_sweep",
         "verify_7b",
@@ -263,7 +264,7 @@ def test_not_a_file():
             "[lora]",
             "[mixed: {of: [lora, peft]}]",
             "x.yaml:3: methods.0.mixed: of: expected methods that a bank serves, got 'peft'; known: "
-            "fanlora, ia3, ia3-original, lora, miss, para, road, vera",
+            "alora, dora, fanlora, ia3, ia3-original, lora, miss, para, road, vera",
         ),
         (
             "[lora]",
@@ -329,6 +330,10 @@ def test_a_key_with_a_line_break_still_makes_one_line():
         ("  follow_up_tokens: 4\n  beams: 2\nruntime: static", "x.yaml:9: workload.follow_up_tokens: a second turn follows greedy search only; choose beams 1"),
         ("  follow_up_tokens: 4\nruntime: [static, continuous]", "x.yaml:9: workload.follow_up_tokens: a second turn needs runtime static, the others read everything again; choose runtime static alone"),
         ("  beams: [1, 3]\nruntime: [static, continuous]", "x.yaml:9: workload.beams: runtime continuous has no beams; choose beams 1, or leave that runtime out"),
+        ("  own_tokens: 8", "x.yaml:9: workload.own_tokens: expected fewer than the 8 prompt_tokens, the others being shared, got 8; lower it"),
+        ("  own_tokens: 4\nruntime: continuous", "x.yaml:9: workload.own_tokens: runtime continuous reads every prompt by itself; choose static or transformers"),
+        ("  own_tokens: 4\n  follow_up_tokens: 4\nruntime: static", "x.yaml:9: workload.own_tokens: a shared context has one turn; leave follow_up_tokens out"),
+        ("  own_tokens: 4\n  prompts: p.txt", "x.yaml:9: workload.own_tokens: prompts of a file share nothing; leave own_tokens out, or choose random prompts by prompt_tokens"),
         ("device: cuda", "x.yaml:9: device: asks for cuda, but the device here is cpu; choose auto or cpu"),
     ],
 )  # fmt: skip

@@ -102,4 +102,5 @@ def test_these_are_shipped() -> None:
         "llama2_7b_large",
         "smollm2",
         "smollm2_boolq",
+        "smollm2_rivals",
     }
