@@ -379,9 +379,9 @@ def test_only_generated_scales_make_the_second_turn_read_everything(monkeypatch:
     read: list[tuple[int, int]] = []
     own = Decoder._read
 
-    def noted(self: Decoder, ids: torch.Tensor, past: int, mask: torch.Tensor) -> torch.Tensor:
+    def noted(self: Decoder, ids: torch.Tensor, past: int, *rest: Any) -> torch.Tensor:
         read.append((past, ids.shape[1]))
-        return own(self, ids, past, mask)
+        return own(self, ids, past, *rest)
 
     monkeypatch.setattr(Decoder, "_read", noted)
     for method, second in (("lora", (16, 5)), ("ia3", (16, 5)), ("fanlora", (16, 5)), ("para", (0, 21))):
