@@ -64,6 +64,7 @@ def add(commands: Any) -> None:
     params = commands.add_parser("params", help="adapter sizes on a backbone", description=_params.__doc__)
     params.add_argument("backbone", nargs="?", default="llama2-7b", help="a named shape, folder or hub id")
     params.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="type in which the bytes are counted")
+    add_format(params, "table")
     add_plugin(params)
     params.set_defaults(command=_params)
 
@@ -81,6 +82,7 @@ def add(commands: Any) -> None:
     roof.add_argument("--new-tokens", type=positive, default=32, metavar="N", help=about)
     about = "beams of each request; 1 is greedy search (default: 1)"
     roof.add_argument("--beams", type=positive, default=1, metavar="N", help=about)
+    add_format(roof, "table")
     add_plugin(roof)
     roof.set_defaults(command=_roof)
 
@@ -237,16 +239,18 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _params(arguments: argparse.Namespace) -> int:
     """Prints parameters and bytes of one tenant's adapter for every method, beside the papers'; allocates nothing."""
-    from perfbench.commands.params import render
+    from perfbench.commands.params import table
+    from perfbench.report.formats import put
 
-    render(arguments.backbone, arguments.dtype)
+    put(table(arguments.backbone, arguments.dtype), arguments.format)
     return 0
 
 
 def _roof(arguments: argparse.Namespace) -> int:
     """Prints what each method could reach at most, from bytes and operations over a device's speeds; runs nothing."""
-    from perfbench.commands.roof_table import Question, render
+    from perfbench.commands.roof_table import Question, table
     from perfbench.figures.roof import find_device
+    from perfbench.report.formats import put
 
     if arguments.device == "here":
         from perfbench.measure.on_device.measured_roof import measure_here
@@ -254,18 +258,16 @@ def _roof(arguments: argparse.Namespace) -> int:
         device = measure_here(arguments.dtype)
     else:
         device = find_device(arguments.device)
-    render(
-        Question(
-            backbone=arguments.backbone,
-            dtype=arguments.dtype,
-            requests=tuple(arguments.requests),
-            tenants=arguments.tenants,
-            prompt_tokens=arguments.prompt_tokens,
-            new_tokens=arguments.new_tokens,
-            beams=arguments.beams,
-        ),
-        device,
+    asked = Question(
+        backbone=arguments.backbone,
+        dtype=arguments.dtype,
+        requests=tuple(arguments.requests),
+        tenants=arguments.tenants,
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.new_tokens,
+        beams=arguments.beams,
     )
+    put(table(asked, device), arguments.format)
     return 0
 
 

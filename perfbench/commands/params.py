@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import Any
 
 from perfbench.figures.papers import PARAMETERS
 from perfbench.methods.dtypes import DTYPES
 from perfbench.methods.registry import METHODS
+from perfbench.report.plain_tables import PlainTables
+from perfbench.report.tables import Column
 from perfbench.spec.backbone_config import find_config, shape_of
 
+COLUMNS = (
+    Column("method", lambda row: row["method"], text=True),
+    Column("trained\nparameters", lambda row: f"{row['trained_parameters']:,}"),
+    Column("served\nMiB", lambda row: f"{row['served_bytes'] / 2**20:,.2f}"),
+    Column("papers, on llama2-7b", lambda row: _papers(row["method"]), text=True),
+)
 
-def render(backbone: str, dtype: str, console: Console | None = None) -> None:
-    """Prints the table; nothing is allocated. BackboneError where there is no such backbone."""
+
+def table(backbone: str, dtype: str) -> PlainTables:
+    """A row for each method; nothing is allocated. BackboneError where there is no such backbone."""
     find_config(backbone)
     rows = [row for method in METHODS if (row := _row(method, backbone, dtype)) is not None]
-    title = Text(f"One tenant's adapter on {backbone}, served in {dtype}", "table.title")
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    table.add_column("method", no_wrap=True)
-    for heading in ("trained parameters", "served MiB", "papers, on llama2-7b"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    (console or Console()).print(table)
+    return PlainTables(COLUMNS, [(f"One tenant's adapter on {backbone}, served in {dtype}", rows)])
 
 
-def _row(method: str, backbone: str, dtype: str) -> tuple[str, str, str, str] | None:
+def _row(method: str, backbone: str, dtype: str) -> dict[str, Any] | None:
     """One line, or None for the arms that serve another method's adapters."""
     from perfbench.methods import parameters
 
@@ -35,9 +34,14 @@ def _row(method: str, backbone: str, dtype: str) -> tuple[str, str, str, str] | 
     if entry.module is None or not entry.has_one_size:
         return None
     shape, options = shape_of(backbone), entry.options()
-    count = parameters.parameter_count(method, shape, options)
-    served = parameters.served_count(method, shape, options) * DTYPES[dtype].bytes
-    return method, f"{count:,}", f"{served / 2**20:,.2f}", _papers(method)
+    return {
+        "backbone": backbone,
+        "dtype": dtype,
+        "method": method,
+        "trained_parameters": parameters.parameter_count(method, shape, options),
+        "served_bytes": parameters.served_count(method, shape, options) * DTYPES[dtype].bytes,
+        "printed_in_paper": PARAMETERS[method].printed if method in PARAMETERS else None,
+    }
 
 
 def _papers(method: str) -> str:

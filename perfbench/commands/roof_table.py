@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import Any
 
 from perfbench.errors import PerfbenchError
 from perfbench.figures.roof import Device, Work, decode_step, least_s_of_step
 from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
+from perfbench.report.plain_tables import PlainTables
+from perfbench.report.tables import Column
 from perfbench.spec.backbone_config import find_config
 
 _MIB = 2**20
+COLUMNS = (
+    Column("method", lambda row: row["method"], text=True),
+    Column("weight\nMiB", lambda row: f"{row['weight_bytes'] / _MIB:,.0f}"),
+    Column("cache\nMiB", lambda row: f"{row['cache_bytes'] / _MIB:,.0f}"),
+    Column("adapter\nMiB", lambda row: f"{row['adapter_bytes'] / _MIB:,.1f}"),
+    Column("first\nms", lambda row: f"{row['first_step_ms']:,.2f}"),
+    Column("last\nms", lambda row: f"{row['last_step_ms']:,.2f}"),
+    Column("tokens/s\nat most", lambda row: f"{row['most_tokens_per_s']:,.0f}"),
+    Column("kept\nmax %", lambda row: f"{row['most_kept'] * 100:.1f}"),
+    Column("bound by", lambda row: row["bound_by"], text=True),
+)
 
 
 @dataclass(frozen=True)
@@ -70,60 +79,44 @@ def bounds(question: Question, requests: int) -> dict[str, tuple[Work, Work]]:
     return found
 
 
-def render(question: Question, device: Device, console: Console | None = None) -> None:
-    """Prints a table for each number of requests."""
-    console = console or Console()
-    for requests in question.requests:
-        work = bounds(question, requests)
-        console.print(_table(question, device, requests, work))
-    console.print(
-        Text(
-            f"{device.name}: {device.bytes_per_s / 1e9:,.0f} GB/s, "
-            f"{device.flops_per_s[question.dtype] / 1e12:,.1f} TFLOP/s in {question.dtype} ({device.source}).\n"
-            "Bytes: of the last decode step. A step's least time grows with the cache, from the first to the last; "
-            "tokens/s and kept, the share of the bare backbone's speed, are those of all decode steps together. Bytes "
-            "are read once, operations overlap them; nothing that runs can be faster.",
-            "dim",
-        )
+def table(question: Question, device: Device) -> PlainTables:
+    """A table for each number of requests. PerfbenchError and BackboneError as `bounds`."""
+    note = (
+        f"{device.name}: {device.bytes_per_s / 1e9:,.0f} GB/s, "
+        f"{device.flops_per_s[question.dtype] / 1e12:,.1f} TFLOP/s in {question.dtype} ({device.source}).\n"
+        "Bytes: of the last decode step. A step's least time grows with the cache, from the first to the last; "
+        "tokens/s and kept, the share of the bare backbone's speed, are those of all decode steps together. Bytes "
+        "are read once, operations overlap them; nothing that runs can be faster."
     )
+    return PlainTables(COLUMNS, [_part(question, device, requests) for requests in question.requests], note)
 
 
-def _table(question: Question, device: Device, requests: int, work: dict[str, tuple[Work, Work]]) -> Table:
+def _part(question: Question, device: Device, requests: int) -> tuple[str, list[dict[str, Any]]]:
     tenants = requests if question.tenants is None else question.tenants
     title = (
         f"{question.backbone} {question.dtype} on {device.name}; prompt {question.prompt_tokens}, new "
         f"{question.new_tokens}, beams {question.beams}, requests {requests}, tenants {tenants}"
     )
-    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
-    heads = (
-        "weight\nMiB",
-        "cache\nMiB",
-        "adapter\nMiB",
-        "first\nms",
-        "last\nms",
-        "tokens/s\nat most",
-        "kept\nmax %",
-    )
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("bound\nby", no_wrap=True)
-    steps = max(question.new_tokens - 1, 1)
+    work, steps = bounds(question, requests), max(question.new_tokens - 1, 1)
     least = {
         name: [least_s_of_step(first, last, step, steps, device, question.dtype) for step in range(steps)]
         for name, (first, last) in work.items()
     }
-    for name, (_, last) in work.items():
-        steps_s = least[name]
-        table.add_row(
-            name,
-            f"{last.weight_bytes / _MIB:,.0f}",
-            f"{last.cache_bytes / _MIB:,.0f}",
-            f"{last.adapter_bytes / _MIB:,.1f}",
-            f"{steps_s[0] * 1e3:,.2f}",
-            f"{steps_s[-1] * 1e3:,.2f}",
-            f"{requests * len(steps_s) / sum(steps_s):,.0f}",
-            f"{sum(least['none']) / sum(steps_s) * 100:.1f}",
-            last.bound_by(device, question.dtype),
-        )
-    return table
+    asked = {"backbone": question.backbone, "dtype": question.dtype, "device": device.name, "requests": requests,
+             "tenants": tenants}  # fmt: skip
+    rows = [
+        {
+            **asked,
+            "method": name,
+            "weight_bytes": last.weight_bytes,
+            "cache_bytes": last.cache_bytes,
+            "adapter_bytes": last.adapter_bytes,
+            "first_step_ms": least[name][0] * 1e3,
+            "last_step_ms": least[name][-1] * 1e3,
+            "most_tokens_per_s": requests * steps / sum(least[name]),
+            "most_kept": sum(least["none"]) / sum(least[name]),
+            "bound_by": last.bound_by(device, question.dtype),
+        }
+        for name, (_, last) in work.items()
+    ]
+    return title, rows

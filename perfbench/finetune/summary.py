@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from perfbench.files.plain_text import format_bytes, printable_tree
+from perfbench.report.tables import Column, grid
 from perfbench.report.words import machine
 
 
@@ -22,14 +21,10 @@ def render(manifest: Mapping[str, Any], console: Console | None = None) -> None:
         console.print(config["question"], markup=False, highlight=False)
     task, examples = config["task"]["name"], manifest["examples"]
     title = f"{config['method']} on {task}: {config['backbone']} {config['dtype']}, {examples['train']} examples"
-    table = Table(title=Text(title, "table.title"), title_justify="left", box=box.HORIZONTALS, show_edge=False)
-    table.collapse_padding, table.pad_edge = True, False
     metric = test["metric"] if test else "test"
-    for name in ("seed", metric, "dev loss", "best step", "of", "to best", "tokens/s", "peak"):
-        table.add_column(Text(name), justify="right", no_wrap=True)
-    for seed, found in seeds.items():
-        table.add_row(*map(Text, (seed, *_cells(found))))
-    console.print(table)
+    heads = ("seed", metric, "dev loss", "best step", "of", "to best", "tokens/s", "peak")
+    columns = [Column(head, itemgetter(place)) for place, head in enumerate(heads)]
+    console.print(grid(columns, [(seed, *_cells(found)) for seed, found in seeds.items()], title))
     console.print(conclusion(manifest), markup=False, highlight=False, soft_wrap=True)
     here = machine(manifest["environment"], manifest["environment"]["device_kind"])
     console.print(

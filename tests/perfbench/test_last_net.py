@@ -53,7 +53,7 @@ def test_a_fault_of_our_own_is_one_line_and_a_file(
     def planted(*_: Any) -> None:
         raise fault
 
-    monkeypatch.setattr(params, "render", planted)
+    monkeypatch.setattr(params, "table", planted)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert main(["params"]) == 4
     line = said(capsys)
@@ -70,7 +70,7 @@ def test_a_fault_whose_traceback_can_not_be_kept_is_told_all_the_same(
     def planted(*_: Any) -> None:
         raise KeyError("type")
 
-    monkeypatch.setattr(params, "render", planted)
+    monkeypatch.setattr(params, "table", planted)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
     assert main(["params"]) == 4
     assert "traceback can't be kept (No such file or directory)" in said(capsys)
@@ -83,7 +83,7 @@ def test_what_the_system_refuses_is_the_users_to_mend(
     def planted(*_: Any) -> None:
         raise OSError(number, "No", "some/\x1bfile")
 
-    monkeypatch.setattr(params, "render", planted)
+    monkeypatch.setattr(params, "table", planted)
     assert main(["params"]) == 2
     assert "some/\N{REPLACEMENT CHARACTER}file: No" in said(capsys)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from perfbench.commands.roof_table import Question, bounds, render
+from perfbench.commands.roof_table import Question, bounds, table
 from perfbench.errors import PerfbenchError
 from perfbench.figures.roof import (
     DEVICES,
@@ -190,7 +190,7 @@ def test_this_machine_is_measured() -> None:
 
 def test_the_table_names_the_device_and_every_method() -> None:
     out = io.StringIO()
-    render(QUESTION, DEVICES["a40"], Console(file=out, width=80))
+    table(QUESTION, DEVICES["a40"]).print(Console(file=out, width=80))
     text = out.getvalue()
     assert "…" not in text, "a terminal of 80 columns shows every figure"
     for word in ("NVIDIA A40", "datasheet", "requests 64", "fanlora", "kept", "memory"):
@@ -252,7 +252,7 @@ def test_the_bound_of_a_run_is_that_of_all_its_steps() -> None:
     assert found_s == pytest.approx(ideal_s)
     assert last.least_s(device, "bf16") / (sum(ideal_s) / steps) == pytest.approx(1.56, abs=0.01), "the old bound"
     out = io.StringIO()
-    render(question, device, Console(file=out, width=80))
+    table(question, device).print(Console(file=out, width=80))
     none = next(line for line in out.getvalue().splitlines() if line.strip().startswith("none"))
     assert f"{64 * steps / sum(ideal_s):,.0f}" in none.split()
     exact = {
