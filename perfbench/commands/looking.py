@@ -74,7 +74,8 @@ def _report(arguments: argparse.Namespace) -> int:
         )
     if traffic:
         manifest = printable_tree(traffic_folder.read_manifest(traffic[0]))
-        put(traffic_report.TrafficReport(manifest), arguments.format, arguments.out, filed="report")
+        measured = traffic_folder.read_measured(traffic[0]) if arguments.format == "html" else {}
+        put(traffic_report.TrafficReport(manifest, measured), arguments.format, arguments.out, filed="report")
         return exit_codes.OK
     judged = [path for path in arguments.runs if stored.is_accuracy(path)]
     if judged and len(arguments.runs) > 1:

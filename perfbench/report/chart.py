@@ -9,8 +9,9 @@ from typing import Any
 # How charts.js draws it. bars: from zero, [name, value, low, high]; dots: the same on an axis that need not start at
 # zero; stack: [name, one value for each part]; lines: [series, x, value, low, high]; histogram and drift: one small
 # panel for each row, drawn from `data`; history: [order, name, value, low, high, mark]; scatter: [name, x, y, lowest y,
-# highest y, size or None, "yes" on the front], `data.x` says what the other axis shows.
-KINDS = ("bars", "dots", "stack", "lines", "histogram", "drift", "history", "scatter")
+# highest y, size or None, "yes" on the front], `data.x` says what the other axis shows; heat: [name, from, to, value],
+# of which those above `data.target` stand out.
+KINDS = ("bars", "dots", "stack", "lines", "histogram", "drift", "history", "scatter", "heat")
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,26 @@
     });
   }
 
-  const KINDS = { bars, dots: bars, stack, lines, histogram, drift, history, scatter };
+  // A cell for each row and stretch of time; beyond the target in another colour.
+  function heat(chart, width) {
+    const cells = chart.rows.map(([name, from, to, value]) => ({ name, from, to, value }));
+    const margin = names(chart.rows, width), target = chart.data.target;
+    const rows = [...new Set(cells.map((cell) => cell.name))];
+    const over = (cell) => cell.value > target, most = Math.max(...cells.map((cell) => cell.value), 2 * target);
+    return Plot.plot({
+      ...base(chart, width), ...margin, height: rows.length * 17 + 60, y: { ...margin.y, domain: rows },
+      x: axis(chart.axis, { ticks: width < 420 ? 4 : 6, grid: false, nice: false }),
+      color: { type: "identity" },
+      opacity: { type: "identity" },
+      marks: [Plot.barX(cells, {
+        x1: "from", x2: "to", y: "name", inset: 0.5, fill: (cell) => over(cell) ? "var(--c2)" : "var(--c1)",
+        fillOpacity: (cell) => over(cell) ? 0.5 + 0.5 * (cell.value - target) / (most - target) : 0.12 + 0.7 * cell.value / target,
+        title: (cell) => `${cell.name}, ${number(cell.from)} s: ${number(cell.value)} ms`,
+      })],
+    });
+  }
+
+  const KINDS = { bars, dots: bars, stack, lines, histogram, drift, history, scatter, heat };
 
   const element = (tag, text, into, attributes = {}) => {
     const made = document.createElement(tag);

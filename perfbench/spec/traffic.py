@@ -28,7 +28,7 @@ from perfbench.spec.traffic_schema import SEARCH, schema
 # The tenant of a request without an adapter.
 NOBODY = -1
 
-OWN = ("traffic", "server", "target", "targets", "repetitions")
+OWN = ("traffic", "server", "target", "targets", "repetitions", "price_per_hour")
 DEFAULT_ZIPF_EXPONENT = 1.0
 DEFAULT_RESIDENT = 16
 # What `perfbench serve` calls the model of a tenant; and how long an answer over HTTP may take.
@@ -117,6 +117,7 @@ class TrafficScenario:
     target: Target | None
     targets: Targets
     repetitions: int
+    price_per_hour: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What was asked for, resolved, as plain JSON data."""
@@ -131,6 +132,7 @@ class TrafficScenario:
             "target": None if self.target is None else asdict(self.target),
             "targets": asdict(self.targets),
             "repetitions": self.repetitions,
+            "price_per_hour": self.price_per_hour,
         }
         plain: dict[str, Any] = json.loads(json.dumps(data))
         return plain
@@ -211,7 +213,8 @@ def _build(source: Source, path: Path, kind: str, notes: tuple[str, ...]) -> Tra
     (comparison,) = cases.expand(common)
     target = _target(source, comparison)
     repetitions = source.values.get("repetitions", 2)
-    return TrafficScenario(common, comparison, traffic, server, target, targets, repetitions)
+    price = source.values.get("price_per_hour")
+    return TrafficScenario(common, comparison, traffic, server, target, targets, repetitions, price)
 
 
 def _target(source: Source, comparison: Comparison) -> Target | None:

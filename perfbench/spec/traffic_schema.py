@@ -209,6 +209,12 @@ def schema() -> Schema:
             "description": "how often each point is measured, with other requests each; all have to hold the targets",
             "default": 2,
         },
+        "price_per_hour": {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "description": "what an hour of the machine costs, in any currency: the table then says what a million new "
+            "tokens cost",
+        },
     }
     override = {"type": "object", "properties": fields, "additionalProperties": False}
     required = {name: {**fields[name], "required": names} for name, names in _REQUIRED.items()}

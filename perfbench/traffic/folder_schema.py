@@ -44,9 +44,11 @@ _SCENARIO = _object(
         "target": _object({"openai": _TEXT}, null=True),
         "targets": _object(dict.fromkeys(("ttft_ms", "itl_ms", "share"), _SIZE)),
         "repetitions": _COUNT,
+        "price_per_hour": {"type": ["number", "null"], "exclusiveMinimum": 0},
     }
 )
-_SCENARIO["required"].remove("target")
+for _later in ("target", "price_per_hour"):  # earlier runs lack them
+    _SCENARIO["required"].remove(_later)
 _TAILS = _object(dict.fromkeys(("median", "p95", "p99"), _MAYBE_SIZE), required=())
 _FIGURES = _object(
     {

@@ -68,21 +68,9 @@ class TrafficFolder:
     def open(cls, path: Path) -> TrafficFolder:
         """The run in a folder. RunDirectoryError where there is none, or it is damaged."""
         manifest = _manifest(path)
-        file, measured = path / MEASUREMENTS, {}
-        try:
-            lines = file.read_bytes().split(b"\n")
-        except OSError as error:
-            raise RunDirectoryError(f"{file}: can't be read ({error.strerror})") from None
-        for number, line in enumerate(lines[:-1], start=1):
-            try:
-                key, found = _parse(strict_json.parse(line))
-                if key in measured:
-                    raise ValueError("the same measurement stands there twice")
-            except ValueError as error:
-                raise RunDirectoryError(f"{file}:{number}: is damaged ({error}); restore it, or measure anew") from None
-            measured[key] = found
+        lines, measured = _read(path / MEASUREMENTS)
         if lines[-1]:  # what follows the last line end was torn
-            _write(file, b"\n".join([*lines[:-1], b""]), "wb")
+            _write(path / MEASUREMENTS, b"\n".join([*lines[:-1], b""]), "wb")
         return cls(path, manifest, measured)
 
     def add(self, key: Key, found: Measured) -> None:
@@ -107,6 +95,29 @@ def _write(file: Path, content: bytes, mode: str) -> None:
             out.write(content)
     except OSError as error:
         raise RunDirectoryError(f"{file}: can't be written ({error.strerror})") from None
+
+
+def read_measured(path: Path) -> dict[Key, Measured]:
+    """Every measurement of a run, which may still be going on. RunDirectoryError where one is damaged."""
+    return _read(path / MEASUREMENTS)[1]
+
+
+def _read(file: Path) -> tuple[list[bytes], dict[Key, Measured]]:
+    """The lines of measurements.jsonl, the last of them empty or torn, and what the others hold. RunDirectoryError."""
+    measured: dict[Key, Measured] = {}
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RunDirectoryError(f"{file}: can't be read ({error.strerror})") from None
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            key, found = _parse(strict_json.parse(line))
+            if key in measured:
+                raise ValueError("the same measurement stands there twice")
+        except ValueError as error:
+            raise RunDirectoryError(f"{file}:{number}: is damaged ({error}); restore it, or measure anew") from None
+        measured[key] = found
+    return lines, measured
 
 
 def is_traffic(path: Path) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from perfbench import exit_codes
 from perfbench.report import formats, tables, words
 from perfbench.report.chart import Chart
 from perfbench.report.tables import Column
+from perfbench.traffic import over_time
+from perfbench.traffic.traffic_folder import Key, Measured
 
 LEGEND = (
     "tenants: how many send requests, on average at the same rate. of bare: as a share of the bare backbone's. seen: "
@@ -22,6 +24,7 @@ LEGEND = (
 )
 # So far apart, with other seeds, searches on one server have ended.
 TIE = 1.2
+_PRICED = " cost of a million: of new tokens at this load, by what an hour of the machine costs, {price:g}."
 _SEARCHED = (
     "Which number is the largest hangs on a few late requests: with other seeds a search may end a fifth higher or "
     "lower, so that methods closer than that are equal."
@@ -55,9 +58,11 @@ def exit_code(manifest: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class TrafficReport:
-    """What traffic.json holds as a Subject of formats. `manifest` has to be printable."""
+    """What traffic.json holds as a Subject of formats. `manifest` has to be printable. `measured`: every request, of
+    which the page shows how things went over time."""
 
     manifest: Mapping[str, Any]
+    measured: Mapping[Key, Measured] = field(default_factory=dict)
 
     @property
     def searched(self) -> bool:
@@ -68,6 +73,11 @@ class TrafficReport:
     def _closed(self) -> bool:
         """Whether a request was sent when another had ended."""
         return bool(self.manifest["scenario"]["traffic"].get("in_flight"))
+
+    @property
+    def _targets(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.manifest["scenario"]["targets"]
+        return found
 
     def rows(self) -> list[Row]:
         """One for each line of the table."""
@@ -96,6 +106,7 @@ class TrafficReport:
             Column("seen", lambda row: _count(row.figures.get("tenants_seen"))),
             Column("kept\n%", lambda row: _share(row.figures.get("kept_share"))),
             Column("tokens\n/s", lambda row: _count(row.figures.get("tokens_per_s"))),
+            Column("cost of\na million", lambda row: _number(self._cost_of_a_million(row))),
             Column("ttft\nms", lambda row: _number(_tail(row, "ttft_ms", "median"))),
             Column("p95", lambda row: _number(_tail(row, "ttft_ms", "p95"))),
             Column("itl\nms", lambda row: _number(_tail(row, "itl_ms", "median"))),
@@ -157,7 +168,8 @@ class TrafficReport:
         from perfbench.report.page import page
 
         names = list(self.manifest["arms"])
-        charts = list(self._charts())
+        shown = over_time.points(self.rows())
+        charts = [*self._charts(), *over_time.charts(self.measured, shown, self._targets["ttft_ms"])]
         environment = flatten(self.manifest["environment"])
         return page(
             title=self.manifest["scenario"]["name"],
@@ -220,7 +232,9 @@ class TrafficReport:
 
     def legend(self) -> str:
         """How to read the table."""
-        return f"{LEGEND} {_SEARCHED}" if self.searched else LEGEND
+        price = self.manifest["scenario"].get("price_per_hour")
+        text = LEGEND + (_PRICED.format(price=price) if price else "")
+        return f"{text} {_SEARCHED}" if self.searched else text
 
     def answer(self) -> Iterator[str]:
         """What the reader wanted to know, of the arms whose answers were proved."""
@@ -250,6 +264,11 @@ class TrafficReport:
                     f"{row.arm}: {tokens:,.0f} tokens/s with {in_flight:,} requests in flight of {tenants:,} tenants, "
                     f"{share:.1%} of the bare backbone's."
                 )
+
+    def _cost_of_a_million(self, row: Row) -> float | None:
+        """New tokens, in the currency of the price; None without a price, or where no tokens were counted."""
+        price, tokens_per_s = self.manifest["scenario"].get("price_per_hour"), row.figures.get("tokens_per_s")
+        return price / 3600 / tokens_per_s * 1e6 if price and tokens_per_s else None
 
     def _most_of_all(self) -> dict[str, int]:
         """Arm -> the most tenants that it held, 0 for none at all, of the arms whose answers were proved."""

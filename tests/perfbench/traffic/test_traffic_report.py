@@ -135,3 +135,16 @@ def test_points_that_were_asked_for_are_all_there() -> None:
         "The targets were missed by none with 210 tenants at 21.0 requests/s; lora with 157 tenants at 15.7 "
         "requests/s; para with 189 tenants at 18.9 requests/s."
     ]
+
+
+def test_a_price_per_hour_gives_the_cost_of_a_million_tokens() -> None:
+    """204 tokens/s at 1.5 an hour: 1.5 / 3600 / 204 * 1e6."""
+    assert "cost of\na million" not in [column.head for column in TrafficReport(MANIFEST).columns()]
+    manifest = deepcopy(MANIFEST)
+    manifest["scenario"]["price_per_hour"] = 1.5
+    report = TrafficReport(manifest)
+    (column,) = [column for column in report.columns() if column.head == "cost of\na million"]
+    (lora,) = [row for row in report.rows() if row.arm == "lora"]
+    assert lora.figures["tokens_per_s"] == 204
+    assert column.cell(lora) == "2.04"
+    assert "by what an hour of the machine costs, 1.5." in report.legend()
