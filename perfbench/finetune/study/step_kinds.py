@@ -21,11 +21,10 @@ from perfbench.finetune.accuracy.accuracy_folder import AccuracyFolder
 from perfbench.finetune.evaluation import Asked
 from perfbench.finetune.finetune_config import FinetuneConfig, check
 from perfbench.finetune.finetune_folder import FinetuneFolder
-from perfbench.finetune.search import outcome, search_config, search_run, setting
-from perfbench.finetune.search.scores import SCORES, spearman
+from perfbench.finetune.search import outcome, search_config, search_run
 from perfbench.finetune.search.search_config import SearchConfig
+from perfbench.finetune.study import kept_setting
 from perfbench.methods.dtypes import DTYPES
-from perfbench.methods.shape import MODULES
 from perfbench.run_folder.run_directory import ACCURACY_MANIFEST, MANIFEST
 from perfbench.spec.scenario_schema import DEVICES
 
@@ -78,7 +77,7 @@ def _search_figures(config: SearchConfig) -> dict[str, Figure]:
         seeds = _json(folder / outcome.MANIFEST)["spearman"]["seeds"]
         return [one["rho"] for one in seeds if one["score"] == name and one["rho"] is not None]
 
-    found = {"modules": Figure("modules", ".0f", lambda folder: [_modules(folder / "setting.json")])}
+    found = {"modules": Figure("modules", ".0f", lambda folder: [_modules(folder / kept_setting.FILE)])}
     for name in config.scores:
         title = f"Spearman between seeds, {name}"
         found[f"seeds_{name}"] = Figure(title, ".3f", lambda folder, name=name: between_seeds(folder, name))  # type: ignore[misc]
@@ -91,71 +90,15 @@ def _modules(path: Path) -> float:
 
 # A setting of a search's scores.
 
-_SETTING_FIELDS: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "name": finetune_config.SCHEMA["properties"]["name"],
-        "search": {"type": "string", "minLength": 1},
-        "score": {"type": "string", "enum": list(SCORES), "title": "score"},
-        "k_max": search_config.SCHEMA["properties"]["k_max"],
-    },
-    "required": ["search", "score", "k_max"],
-    "additionalProperties": False,
-}
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The `k_max` best modules of each layer by `score` of the search in the folder `search`."""
-
-    search: str
-    score: str
-    k_max: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON data."""
-        return dataclasses.asdict(self)
-
-
-def _load_setting(source: Source) -> Kept:
-    check(source, _SETTING_FIELDS)
-    return Kept(*(source.values[key] for key in ("search", "score", "k_max")))
-
-
-def _keep(config: Kept, folder: Path, begun: bool, console: Console) -> None:
-    """setting.json, as a search writes it."""
-    file = Path(config.search) / outcome.MANIFEST
-    scores = _scores(file)
-    if config.score not in scores:
-        raise FinetuneError(f"{file}: has no score {config.score}; add it to the search's `scores`")
-    kept = setting.keep(scores[config.score]["values"], config.k_max)
-    # No time of day: the same scores make the same bytes, and what hangs on them need not be done again.
-    made = {"made_by": "perfbench study", "k_max": config.k_max}
-    likeness = spearman(*(_flat(scores[name]["values"]) for name in (next(iter(scores)), config.score)))
-    more = {"score": config.score, "modules": MODULES, "likeness_to_first": likeness}
-    setting.write(folder / "setting.json", kept, more, made)
-
-
-def _scores(file: Path) -> Mapping[str, Any]:
-    try:
-        scores = _json(file)["scores"]
-        return {name: scores[name] for name in scores}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FinetuneError(f"{file}: expected a search's scores ({type(error).__name__}: {error})") from None
-
-
-def _flat(values: list[list[float]]) -> list[float]:
-    return [value for layer in values for value in layer]
-
 
 def _likeness(folder: Path) -> list[float]:
-    found = _json(folder / "setting.json")["scores"]["likeness_to_first"]
+    found = _json(folder / kept_setting.FILE)["scores"]["likeness_to_first"]
     return [] if found is None else [found]
 
 
-def _setting_figures(config: Kept) -> dict[str, Figure]:
+def _setting_figures(config: kept_setting.Kept) -> dict[str, Figure]:
     return {
-        "modules": Figure("modules", ".0f", lambda folder: [_modules(folder / "setting.json")]),
+        "modules": Figure("modules", ".0f", lambda folder: [_modules(folder / kept_setting.FILE)]),
         "likeness": Figure("Spearman to the search's first score", ".3f", _likeness),
     }
 
@@ -294,7 +237,7 @@ KINDS: dict[str, Kind] = {
         figures=_search_figures,
         manifest=outcome.MANIFEST,
     ),
-    "setting": Kind(_load_setting, _keep, lambda config: [], _setting_figures),
+    "setting": Kind(kept_setting.load, kept_setting.keep, lambda config: [], _setting_figures),
     "finetune": Kind(
         load=finetune_config.load,
         run=lambda config, folder, begun, console: recipe.finetune(config, folder, resume=begun, console=console),

@@ -22,10 +22,10 @@ from perfbench.files.yaml_source import Place, Source, assign, read
 from perfbench.finetune.finetune_config import SCHEMA as FINETUNE
 from perfbench.finetune.finetune_config import Given, check, read_source, refuse
 from perfbench.finetune.study.step_kinds import KINDS, Figure
+from perfbench.finetune.study.substitution import Filler, part_of, put_folders, references, with_folders
 from perfbench.spec import shipped
 from perfbench.spec.scenario_schema import first_written, problems
 
-_REFERENCE = re.compile(r"\$([a-z][a-z0-9_]*)")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 # Of a row: how the table names it, and which row of the paper's stands beside it.
 _OF_ROW = ("label", "paper")
@@ -71,7 +71,7 @@ class Step:
 
     def config(self, folders: Mapping[str, str]) -> Any:
         """What its command is given, `folders` in the place of `$name`. FinetuneError as the command says it."""
-        return KINDS[self.command].load(_with_folders(self.values, folders))
+        return KINDS[self.command].load(with_folders(self.values, folders))
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _check_steps(source: Source, let: Mapping[str, Place]) -> None:
 
 def _check_part(source: Source, place: Place, schema: dict[str, Any]) -> None:
     """FinetuneError for the first fault of what stands at `place`."""
-    part = _part(source, place)
+    part = part_of(source, place)
     if found := problems(part.values, schema):
         first = first_written(part, found)
         refuse(source, first.message, *place, *first.place)
@@ -162,24 +162,17 @@ def _check_names(source: Source, names: Mapping[str, Any], place: Place) -> None
             refuse(source, f"expected a name of small letters, digits and _, got {name!r}", *place, name)
 
 
-def _part(source: Source, place: Place) -> Source:
-    """What stands at `place`, by itself."""
-    value = source.values
-    for step in place:
-        value = value[step]
-    found = {known[len(place) :]: origin for known, origin in source.origins.items() if known[: len(place)] == place}
-    return Source(value, {(): source.origin(place), **found})
-
-
 def _row(source: Source, path: Path, let: Mapping[str, Place], place: Place) -> Row:
     """The steps of the row at `place`, and what it is called."""
-    own = _part(source, place).values if place[0] in source.values else {}
+    own = part_of(source, place).values if place[0] in source.values else {}
     _check_names(source, own, place)
     names = dict(let) | {name: (*place, name) for name in own if name not in _OF_ROW}
-    filler = _Filler(source, names, tuple(source.values["steps"]))
+    every = tuple(source.values["steps"])
     steps: dict[str, Step] = {}
-    for name, step in source.values["steps"].items():
-        steps[name] = _step(filler, path, name, step["command"], tuple(steps))
+    for order, (name, step) in enumerate(source.values["steps"].items()):
+        filler = Filler(source, names, every[:order], every[order:])
+        steps[name] = _step(filler, path, name, step["command"])
+    filler = Filler(source, names, (), every)
     shown = {name: value for name, value in own.items() if name not in _OF_ROW}
     label = filler.filled((*place, "label")).values if "label" in own else None
     if label is None:
@@ -193,7 +186,7 @@ def _row(source: Source, path: Path, let: Mapping[str, Place], place: Place) -> 
     return Row(label, table.values[beside] if table and beside is not None else (), steps)
 
 
-def _step(filler: _Filler, path: Path, name: str, command: str, before: tuple[str, ...]) -> Step:
+def _step(filler: Filler, path: Path, name: str, command: str) -> Step:
     """One step: the fields of `from`, each of `set` laid over them."""
     source, place = filler.source, ("steps", name)
     given = filler.filled((*place, "from")) if "from" in source.values["steps"][name] else None
@@ -210,10 +203,7 @@ def _step(filler: _Filler, path: Path, name: str, command: str, before: tuple[st
             raise FinetuneError(str(error)) from None
     # Always its own: what a half-done step goes on with must not hang on how the file is called.
     fields.values["name"] = name.replace("_", "-")
-    uses = tuple(dict.fromkeys(_steps_of(fields.values)))
-    for used in uses:
-        if used not in before:
-            refuse(source, f"names the step {used!r}, which does not come before it", *place)
+    uses = tuple(dict.fromkeys(used for _, used in references(fields.values, filler.steps)))
     return Step(name, command, fields, uses)
 
 
@@ -226,85 +216,6 @@ def _read(source: Source, given: str, path: Path, place: Place) -> Source:
         refuse(source, str(error), *place)
 
 
-@dataclass(frozen=True)
-class _Filler:
-    """`$name` replaced by the value that stands at `names[name]` of `source`; `$step` stays."""
-
-    source: Source
-    names: Mapping[str, Place]
-    steps: tuple[str, ...]
-
-    def filled(self, place: Place, within: tuple[str, ...] = ()) -> Source:
-        """What stands at `place`; `within`: the names whose values are being filled in."""
-        part = _part(self.source, place)
-        if isinstance(part.values, dict):
-            return _joined(part, {key: self.filled((*place, key), within) for key in part.values})
-        if isinstance(part.values, list):
-            found = _joined(part, {index: self.filled((*place, index), within) for index in range(len(part.values))})
-            return Source(list(found.values.values()), found.origins)
-        if not isinstance(part.values, str):
-            return part
-        whole = _REFERENCE.fullmatch(part.values)
-        if whole and whole[1] not in self.steps:
-            return self._value(whole[1], place, within)
-
-        def text(found: re.Match[str]) -> str:
-            if found[1] in self.steps:
-                return found[0]
-            value = self._value(found[1], place, within).values
-            if isinstance(value, dict | list):
-                refuse(self.source, f"${found[1]} is more than a word, so it must stand alone", *place)
-            return str(value)
-
-        return Source(_REFERENCE.sub(text, part.values), part.origins)
-
-    def _value(self, name: str, place: Place, within: tuple[str, ...]) -> Source:
-        if name in within:
-            refuse(self.source, f"${name} is made of itself", *place)
-        if name not in self.names:
-            refuse(self.source, f"unknown name ${name}; {nearest(name, (*self.names, *self.steps))}", *place)
-        return self.filled(self.names[name], (*within, name))
-
-
-def _joined(part: Source, members: Mapping[Any, Source]) -> Source:
-    origins: dict[Place, str] = {(): part.origin(())}
-    for key, member in members.items():
-        origins |= {(key, *place): origin for place, origin in member.origins.items()}
-    return Source({key: member.values for key, member in members.items()}, origins)
-
-
-def _steps_of(value: Any) -> list[str]:
-    """The names after `$` that are left in `value`: those of steps."""
-    if isinstance(value, str):
-        return _REFERENCE.findall(value)
-    members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [name for member in members for name in _steps_of(member)]
-
-
-def references(value: Any) -> list[str]:
-    """Every text in `value` that names a step: `$search/setting.json`."""
-    if isinstance(value, str):
-        return [value] if _REFERENCE.search(value) else []
-    members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for member in members for text in references(member)]
-
-
-def put_folders(text: str, folders: Mapping[str, str]) -> str:
-    """`$search/setting.json` with the folder of its step."""
-    return _REFERENCE.sub(lambda found: folders[found[1]], text)
-
-
-def _with_folders(source: Source, folders: Mapping[str, str]) -> Source:
-    def of(value: Any) -> Any:
-        if isinstance(value, str):
-            return put_folders(value, folders)
-        if isinstance(value, dict):
-            return {key: of(member) for key, member in value.items()}
-        return [of(member) for member in value] if isinstance(value, list) else value
-
-    return Source(of(source.values), dict(source.origins))
-
-
 def _try_out(source: Source, rows: Sequence[Row]) -> dict[str, Figure]:
     """Has every step's command read its fields, with stand-ins for what earlier steps will have written; the figures of
     the columns. FinetuneError as the command says it, and for an unknown column."""
@@ -313,7 +224,7 @@ def _try_out(source: Source, rows: Sequence[Row]) -> dict[str, Figure]:
         folders = {name: f"{place}/{name}" for name in source.values["steps"]}
         for row in rows:
             for step in row.steps.values():
-                for text in references(step.values.values):
+                for text, _ in references(step.values.values, step.uses):
                     _stand_in(Path(put_folders(text, folders)))
                 config = step.config(folders)
                 for name, figure in KINDS[step.command].figures(config).items():

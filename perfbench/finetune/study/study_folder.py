@@ -12,10 +12,11 @@ from perfbench.files import strict_json
 from perfbench.files.run_lock import has_files
 from perfbench.files.whole import write
 from perfbench.files.yaml_source import dotted
+from perfbench.run_folder.run_directory import STUDY_MANIFEST as MANIFEST
 from perfbench.run_folder.run_schema import ENVIRONMENT, Schema
 from perfbench.spec.scenario_schema import problems
 
-MANIFEST, KIND, SCHEMA_VERSION = "study.json", "study", 1
+KIND, SCHEMA_VERSION = "study", 1
 PAPER = ("title", "unit", "finding")
 
 _TEXT: Schema = {"type": "string"}
@@ -40,7 +41,9 @@ STUDY: Schema = _whole(
         "environment": ENVIRONMENT,
         "plugins": {"type": "array"},
         "paper": {"anyOf": [{"type": "null"}, _whole(dict.fromkeys(PAPER, _TEXT))]},
-        "columns": _by_name(_whole({"title": _TEXT, "form": {"type": "string", "pattern": r"^,?\.\df$"}})),
+        "columns": _by_name(
+            _whole({"title": _TEXT, "form": {"type": "string", "pattern": r"^,?\.\df$", "title": "a form such as .1f"}})
+        ),
         "rows": {"type": "array", "items": _whole(_ROW)},
         "steps": _by_name(_whole(dict.fromkeys(("step", "command", "key", "finished_at"), _TEXT))),
     }

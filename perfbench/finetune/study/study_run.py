@@ -32,7 +32,8 @@ from perfbench.files.whole import write
 from perfbench.finetune import small_backbone
 from perfbench.finetune.study import study_folder, study_table
 from perfbench.finetune.study.step_kinds import KINDS, to_json
-from perfbench.finetune.study.study_config import Row, Step, Study, put_folders, references
+from perfbench.finetune.study.study_config import Row, Step, Study
+from perfbench.finetune.study.substitution import put_folders, references
 from perfbench.machine import environment
 from perfbench.machine.device import device_kind
 from perfbench.spec import method_plugins
@@ -104,8 +105,10 @@ class _Work:
         self.folders = {}
         for name, step in row.steps.items():
             places = {used: str(self.folders[used]) for used in step.uses}
+            named = references(step.values.values, step.uses)
+            taken = {text: self._hash(_taken(step, text, used, places[used])) for text, used in named}
             config = step.config(places)
-            inputs = self._inputs(step, config, places)
+            inputs = {**self._inputs(step, config, places), "steps": taken}
             key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
             folder = self.out / f"{name}-{key[:_KEY]}"
             if folder.name not in self.stamps:
@@ -113,11 +116,11 @@ class _Work:
             self.folders[name] = folder
 
     def _inputs(self, step: Step, config: Any, places: Mapping[str, str]) -> dict[str, Any]:
-        """All that decides what the step gives. A hub id counts by its name, what lies here by its bytes."""
+        """What decides, beside earlier steps, what this one gives. A hub id counts by its name, what is here by its
+        bytes."""
         files = {name: self._hash(_local(name, self.console)) for name in KINDS[step.command].reads(config) if name}
         files = {_unplaced(name, places): sha256 for name, sha256 in files.items()}
-        taken = {text: self._hash(_taken(step, text, places)) for text in references(step.values.values)}
-        return {"command": step.command, "config": _unplaced(to_json(config), places), "files": files, "steps": taken}
+        return {"command": step.command, "config": _unplaced(to_json(config), places), "files": files}
 
     def _hash(self, path: Path | None) -> str | None:
         """SHA-256 of a file, or of all files in a folder with their names; None of what is not here."""
@@ -169,11 +172,10 @@ def _local(name: str, console: Console) -> Path | None:
         return None
 
 
-def _taken(step: Step, text: str, places: Mapping[str, str]) -> Path:
-    """What an earlier step has written. FinetuneError where it is not there."""
-    path = Path(put_folders(text, places))
+def _taken(step: Step, text: str, used: str, folder: str) -> Path:
+    """What an earlier step, `used`, has written. FinetuneError where it is not there."""
+    path = Path(put_folders(text, {used: folder}))
     if not path.exists():
-        folder = places[step.uses[0]] if len(step.uses) == 1 else "its folder"
         raise FinetuneError(
             f"steps.{step.name}: {text}: expected {path}, which is not there; if it was lost, delete {folder} to do "
             "that step again"
