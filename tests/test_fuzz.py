@@ -280,12 +280,14 @@ def test_training_files(family: Family, tmp_path: Path) -> None:
     from perfbench.finetune import finetune_config
     from perfbench.finetune.accuracy import accuracy_config, accuracy_folder
     from perfbench.finetune.search import search_config
+    from perfbench.finetune.study import study_config
     from perfbench.gate import policy
 
     loaders: dict[str, Callable[[Path], object]] = {
         "scenarios/finetune/*.yaml": lambda file: finetune_config.load(file).to_json(),
         "scenarios/accuracy/*.yaml": lambda file: accuracy_folder.resolved(accuracy_config.load(file)),
         "scenarios/fanlora/*.yaml": lambda file: search_config.load(file).to_json(),
+        "scenarios/studies/*.yaml": study_config.load,
         ".github/*policy.yaml": policy.load,
     }
     for seed in range(400):

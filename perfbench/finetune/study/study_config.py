@@ -18,11 +18,12 @@ from typing import Any
 
 from perfbench.errors import FinetuneError, ScenarioError, nearest
 from perfbench.figures.papers import STUDIES, PaperStudy
+from perfbench.files.plain_text import shown
 from perfbench.files.yaml_source import Place, Source, assign, read
 from perfbench.finetune.finetune_config import SCHEMA as FINETUNE
 from perfbench.finetune.finetune_config import Given, check, read_source, refuse
 from perfbench.finetune.study.step_kinds import KINDS, Figure
-from perfbench.finetune.study.substitution import Filler, part_of, put_folders, references, with_folders
+from perfbench.finetune.study.substitution import Filler, is_in_folder, part_of, put_folders, references, with_folders
 from perfbench.spec import shipped
 from perfbench.spec.scenario_schema import first_written, problems
 
@@ -173,14 +174,14 @@ def _row(source: Source, path: Path, let: Mapping[str, Place], place: Place) -> 
         filler = Filler(source, names, every[:order], every[order:])
         steps[name] = _step(filler, path, name, step["command"])
     filler = Filler(source, names, (), every)
-    shown = {name: value for name, value in own.items() if name not in _OF_ROW}
+    values = {name: value for name, value in own.items() if name not in _OF_ROW}
     label = filler.filled((*place, "label")).values if "label" in own else None
     if label is None:
-        label = ", ".join(f"{name} {value}" for name, value in shown.items() if not isinstance(value, dict | list))
+        label = ", ".join(f"{name} {value}" for name, value in values.items() if not isinstance(value, dict | list))
     label = str(label) or "all"
     beside = filler.filled((*place, "paper")).values if "paper" in own else None
     table = STUDIES.get(source.values.get("paper", ""))
-    if beside is not None and (table is None or beside not in table.values):
+    if beside is not None and (table is None or not isinstance(beside, str) or beside not in table.values):
         known = nearest(str(beside), table.values) if table else "the study names no paper"
         refuse(source, f"unknown row {beside!r} of the paper's table; {known}", *place, "paper")
     return Row(label, table.values[beside] if table and beside is not None else (), steps)
@@ -196,6 +197,10 @@ def _step(filler: Filler, path: Path, name: str, command: str) -> Step:
         fields = _read(source, given.values, path, (*place, "from"))
     else:
         fields = given
+    if not isinstance(fields.values, dict):
+        refuse(
+            source, f"expected the name of a file, or a mapping of fields, got {shown(fields.values)}", *place, "from"
+        )
     for key in source.values["steps"][name].get("set", {}):
         try:
             assign(fields, key.split("."), filler.filled((*place, "set", key)))
@@ -203,7 +208,11 @@ def _step(filler: Filler, path: Path, name: str, command: str) -> Step:
             raise FinetuneError(str(error)) from None
     # Always its own: what a half-done step goes on with must not hang on how the file is called.
     fields.values["name"] = name.replace("_", "-")
-    uses = tuple(dict.fromkeys(used for _, used in references(fields.values, filler.steps)))
+    named = references(fields.values, filler.steps)
+    for at, text, used in named:
+        if not is_in_folder(text):
+            refuse(fields, f"expected ${used}, or a place in it such as ${used}/setting.json, got {text!r}", *at)
+    uses = tuple(dict.fromkeys(used for _, _, used in named))
     return Step(name, command, fields, uses)
 
 
@@ -224,7 +233,7 @@ def _try_out(source: Source, rows: Sequence[Row]) -> dict[str, Figure]:
         folders = {name: f"{place}/{name}" for name in source.values["steps"]}
         for row in rows:
             for step in row.steps.values():
-                for text, _ in references(step.values.values, step.uses):
+                for _, text, _ in references(step.values.values, step.uses):
                     _stand_in(Path(put_folders(text, folders)))
                 config = step.config(folders)
                 for name, figure in KINDS[step.command].figures(config).items():

@@ -106,7 +106,7 @@ class _Work:
         for name, step in row.steps.items():
             places = {used: str(self.folders[used]) for used in step.uses}
             named = references(step.values.values, step.uses)
-            taken = {text: self._hash(_taken(step, text, used, places[used])) for text, used in named}
+            taken = {text: self._hash(_taken(step, text, used, places[used])) for _, text, used in named}
             config = step.config(places)
             inputs = {**self._inputs(step, config, places), "steps": taken}
             key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

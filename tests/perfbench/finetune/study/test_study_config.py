@@ -80,6 +80,15 @@ def test_a_size_brings_rows_and_values_and_what_let_says_goes_before(study_file:
         ("    set: {backbone: $backbone}", "    set: {task.name.x: 1}", "task.name is 'own', which has no 'x'"),
         ("  tuned:", "  learnt:", "'learnt' is the name of a value too; give the step another"),
         ("    from: {search: $search, score: sensitivity, k_max: $k_max}", "    from: no/such_file", "no such file"),
+        (
+            "    from: {search: $search, score: sensitivity, k_max: $k_max}",
+            "    from: $k_max",
+            "a mapping of fields, got 1",
+        ),
+        ("$kept/setting.json", "$kept/../setting.json", "expected $kept, or a place in it such as $kept/setting.json"),
+        ("$kept/setting.json", "$search/$kept", "a place in it such as"),
+        ("$kept/setting.json", "in/$kept", "a place in it such as"),
+        ("paper: K_max 2", "paper: {a: 1}", "unknown row {'a': 1} of the paper's table"),
         ("learnt, dev_examples", "backbone/$let, dev_examples", "unknown name $let"),
     ],
 )
@@ -98,6 +107,14 @@ def test_a_value_of_many_parts_stands_alone(study_file: Path, tmp_path: Path) ->
     file, _ = replaced(study_file, "rank: $rank,", "rank: a-$many,", tmp_path / "tiny.yaml")
     file.write_text(file.read_text().replace("let:\n", "let:\n  many: [1, 2]\n"), encoding="utf-8")
     with pytest.raises(FinetuneError, match=r"\$many is more than a word, so it must stand alone"):
+        study_config.load(file)
+
+
+def test_names_that_name_each_other_do_not_fill_the_memory(study_file: Path, tmp_path: Path) -> None:
+    many = "".join(f"  a{n}: [{', '.join([f'$a{n + 1}'] * 20)}]\n" for n in range(8)) + "  a8: 1\n"
+    file, _ = replaced(study_file, "score: sensitivity", "score: $a0", tmp_path / "tiny.yaml")
+    file.write_text(file.read_text().replace("let:\n", f"let:\n{many}"), encoding="utf-8")
+    with pytest.raises(FinetuneError, match="expected at most 100,000 values"):
         study_config.load(file)
 
 
