@@ -155,6 +155,14 @@ def test_accuracy_folders(family: Family, tmp_path: Path) -> None:
     family.assert_none()
 
 
+def test_study_folders(family: Family, tmp_path: Path) -> None:
+    for seed in range(80):
+        run = copied("studies/k-max", tmp_path / "run")
+        damage_one_of([run / "study.json"], Random(seed))
+        family.command("show", run, *(("--format", "markdown") if seed % 2 else ()), about=seed)
+    family.assert_none()
+
+
 def verify_folder(folder: Path) -> Path:
     """What `perfbench verify` leaves, with two sections."""
     from perfbench.verify import verify_report

@@ -117,7 +117,7 @@ def _of_seeds(name: str) -> Callable[[Path], list[float]]:
 def _finetune_figures(config: FinetuneConfig) -> dict[str, Figure]:
     return {
         "test": Figure("test %", ".1f", _of_seeds("test_score"), times=100),
-        "dev_loss": Figure("dev loss", ".4f", _of_seeds("best_dev_loss")),
+        "dev_loss": Figure("dev loss", ".3f", _of_seeds("best_dev_loss")),
         "parameters": Figure("parameters", ",.0f", _of_seeds("trainable_parameters")),
     }
 
@@ -132,9 +132,9 @@ def _accuracy_reads(config: AccuracyConfig) -> list[str]:
 
 # Name -> (title, how a number is written, its name in accuracy.json).
 _OF_ADAPTERS = {
-    "dev_loss": ("dev loss", ".4f", "best_dev_loss"),
+    "dev_loss": ("dev loss", ".3f", "best_dev_loss"),
     "parameters": ("parameters", ",.0f", "trainable_parameters"),
-    "learning_rate": ("learning rate", ".4f", "learning_rate"),
+    "learning_rate": ("learning rate", ".3f", "learning_rate"),
 }
 
 

@@ -120,7 +120,11 @@ class _Work:
         bytes."""
         files = {name: self._hash(_local(name, self.console)) for name in KINDS[step.command].reads(config) if name}
         files = {_unplaced(name, places): sha256 for name, sha256 in files.items()}
-        return {"command": step.command, "config": _unplaced(to_json(config), places), "files": files}
+        found = {"command": step.command, "config": _unplaced(to_json(config), places), "files": files}
+        text = json.dumps(found["config"])
+        plugins = [one for one in method_plugins.as_json() if any(f'"{name}"' in text for name in one["methods"])]
+        # The code of a method that the step names; where no plugin has one, nothing is said of plugins.
+        return found | ({"plugins": [one["sha256"] or one["source"] for one in plugins]} if plugins else {})
 
     def _hash(self, path: Path | None) -> str | None:
         """SHA-256 of a file, or of all files in a folder with their names; None of what is not here."""

@@ -20,6 +20,7 @@ from perfbench.errors import FinetuneError, RunDirectoryError
 from perfbench.finetune import recipe
 from perfbench.finetune.study import study_config, study_folder, study_run
 from perfbench.methods.shape import MODULES
+from perfbench.spec import method_plugins
 from tests.perfbench.finetune.made_up import write_own
 from tests.perfbench.finetune.study.conftest import write_study
 
@@ -157,6 +158,24 @@ def test_the_folder_may_be_moved(study_file: Path, done: Path, tmp_path: Path, r
     moved = Path(shutil.copytree(done, tmp_path / "elsewhere"))
     again(study_file, moved)
     assert ran == []
+
+
+@pytest.mark.parametrize(("method", "redone"), [("fanlora", {"tuned": 2}), ("another", {})])
+def test_the_code_of_a_plugin_counts_where_its_method_is_named(
+    method: str, redone: dict[str, int], study_file: Path, done: Path, tmp_path: Path, ran: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = Path(shutil.copytree(done, tmp_path / "out"))
+    plugin = {"source": "mine.py", "methods": [method], "sha256": "1"}
+    monkeypatch.setattr(method_plugins, "as_json", lambda: [plugin])
+    again(study_file, out)
+    assert steps(ran) == redone
+    ran.clear()
+    again(study_file, out)
+    assert ran == []
+    plugin["sha256"] = "2"
+    again(study_file, out)
+    assert steps(ran) == redone
 
 
 def test_stopped_in_the_middle_it_goes_on_to_the_same_table(

@@ -35,7 +35,7 @@ def test_the_table_in_markdown(manifest: dict[str, Any]) -> None:
     assert lines[0] == (
         "|  | test % | dev loss | parameters | modules | Spearman to the search's first score | the paper |"
     )
-    assert lines[2] == "| k_max 1, rank 2 | 52.0 (50.0 to 54.0) | 2.5000 | 1,234 | 2 | - | - |"
+    assert lines[2] == "| k_max 1, rank 2 | 52.0 (50.0 to 54.0) | 2.500 | 1,234 | 2 | - | - |"
     assert lines[3].endswith("| 87.9 |")
     assert "best with K_max 2" in study_table.notes(manifest)[1]
 
