@@ -183,8 +183,10 @@ STUDIES: dict[str, PaperStudy] = {
         title="FanLoRA, Table 7: BoolQ",
         unit="accuracy, %",
         values={
-            "AdaLoRA, LLaMA-2 7B": (84.9,), "FanLoRA, LLaMA-2 7B": (86.4,),
-            "AdaLoRA, Qwen1.5 7B": (85.7,), "FanLoRA, Qwen1.5 7B": (87.1,),
+            f"{name}, {table.title.rpartition(': ')[2]}": (table.scores[method, "boolq"],)
+            for table in SCORES
+            if table.title.startswith("FanLoRA, other backbones")
+            for name, method in (("AdaLoRA", "adalora"), ("FanLoRA", "fanlora"))
         },
         finding="FanLoRA above AdaLoRA on both backbones",
     ),
@@ -194,7 +196,7 @@ STUDIES: dict[str, PaperStudy] = {
         values={"AdaLoRA": (46.5,), "PARA": (47.4,), "FanLoRA": (47.9,)},
         finding="FanLoRA above PARA above AdaLoRA, on MT-Bench too (7.28, 7.21, 7.13)",
     ),
-}  # fmt: skip
+}
 
 
 def paper_score(backbone: str, method: str, task: str, beams: int) -> tuple[float, str] | None:
