@@ -60,7 +60,7 @@ def _show_study(path: Path, format: str) -> int:
         study_table.render(manifest)
     else:
         print("\n".join(study_table.markdown(manifest)))
-    return 0
+    return study_folder.exit_code(manifest)
 
 
 def page(path: Path, format: str) -> bytes:

@@ -27,7 +27,8 @@ def add(commands: Any) -> None:
 def _study(arguments: argparse.Namespace) -> int:
     """Does every step of a study, each once for all the rows that need it, and ends in one table and one picture, the
     paper's numbers beside. On a folder that has some of it already, it does only the steps whose configuration, data,
-    backbone or earlier steps are others. Exit codes: 0, 2 for bad input."""
+    backbone or earlier steps are others. Exit codes: 0, 1 where something is not served as it was trained, 2 bad
+    input."""
     from perfbench import api
     from perfbench.errors import RunDirectoryError
     from perfbench.files import run_lock
@@ -51,4 +52,4 @@ def _study(arguments: argparse.Namespace) -> int:
         return interrupted(["study", arguments.config, *size], arguments, out)
     study_table.render(manifest)
     print(f"results: {out}; {out / study_table.PICTURE}", file=sys.stderr)
-    return exit_codes.OK
+    return study_folder.exit_code(manifest)

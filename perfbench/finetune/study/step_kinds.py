@@ -52,13 +52,15 @@ class Figure:
 class Kind:
     """A command. load: its fields, strictly; run: (config, folder, whether it was begun there, console); reads: the
     data and backbones of a config, paths or hub ids; figures: what a config's folder will hold; manifest: the file that
-    is there once it was begun, "" where it can't go on and begins anew."""
+    is there once it was begun, "" where it can't go on and begins anew; differs: what the folder says is
+    not served as it was trained, or was not shown to be, a line each."""
 
     load: Callable[[Source], Any]
     run: Callable[[Any, Path, bool, Console], object]
     reads: Callable[[Any], list[str]]
     figures: Callable[[Any], Mapping[str, Figure]]
     manifest: str = ""
+    differs: Callable[[Path], list[str]] = lambda folder: []
 
 
 def _json(path: Path) -> Any:
@@ -169,6 +171,11 @@ def _of_adapters(entry: Entry, key: str) -> Callable[[Path], list[float]]:
     return read
 
 
+def _accuracy_differs(folder: Path) -> list[str]:
+    paths = AccuracyFolder.open(folder).manifest["verdict"]["paths"]
+    return [f"{one['task']}, {one['path']}: {one['reason']}" for one in paths if one["verdict"] == "differs"]
+
+
 def _accuracy(config: AccuracyConfig, folder: Path, begun: bool, console: Console) -> None:
     accuracy_run.execute(config, folder, resume=begun, console=console)
 
@@ -203,6 +210,12 @@ def _load_evaluate(source: Source) -> Asked:
 
 def _evaluate(config: Asked, folder: Path, begun: bool, console: Console) -> None:
     evaluation.evaluate(config, folder, lambda text: console.print(text, markup=False, highlight=False))
+
+
+def _evaluate_differs(folder: Path) -> list[str]:
+    found = [evaluation.Result(**one) for one in _json(folder / evaluation.MANIFEST)["results"]]
+    reasons = ((one, (one.identity or {}).get("reason")) for one in found if not one.sound)
+    return [f"{one.path}: {why or f'{one.changed} predictions are not as trained'}" for one, why in reasons]
 
 
 def _evaluate_figures(config: Asked) -> dict[str, Figure]:
@@ -245,11 +258,14 @@ KINDS: dict[str, Kind] = {
         figures=_finetune_figures,
         manifest=MANIFEST,
     ),
-    "accuracy": Kind(accuracy_config.load, _accuracy, _accuracy_reads, _accuracy_figures, ACCURACY_MANIFEST),
+    "accuracy": Kind(
+        accuracy_config.load, _accuracy, _accuracy_reads, _accuracy_figures, ACCURACY_MANIFEST, _accuracy_differs
+    ),
     "evaluate": Kind(
         _load_evaluate,
         _evaluate,
         lambda config: [config.backbone, config.source, *config.adapters],
         _evaluate_figures,
+        differs=_evaluate_differs,
     ),
 }

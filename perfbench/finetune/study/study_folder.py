@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from perfbench import exit_codes
 from perfbench.errors import RunDirectoryError
 from perfbench.files import strict_json
 from perfbench.files.run_lock import has_files
@@ -45,6 +46,7 @@ STUDY: Schema = _whole(
             _whole({"title": _TEXT, "form": {"type": "string", "pattern": r"^,?\.\df$", "title": "a form such as .1f"}})
         ),
         "rows": {"type": "array", "items": _whole(_ROW)},
+        "differs": {"type": "array", "items": _TEXT},
         "steps": _by_name(_whole(dict.fromkeys(("step", "command", "key", "finished_at"), _TEXT))),
     }
 )
@@ -86,6 +88,11 @@ def read(path: Path) -> dict[str, Any]:
     if (found["kind"], found["schema_version"]) != (KIND, SCHEMA_VERSION):
         raise RunDirectoryError(f"{file}: expected a study of schema {SCHEMA_VERSION}; give another folder")
     return dict(found)
+
+
+def exit_code(manifest: Mapping[str, Any]) -> int:
+    """That of the command: whether anything is served otherwise than it was trained."""
+    return exit_codes.FAILED if manifest["differs"] else exit_codes.OK
 
 
 def write_manifest(out: Path, manifest: Mapping[str, Any]) -> None:

@@ -64,6 +64,7 @@ def execute(study: Study, out: Path, console: Console | None = None) -> dict[str
         "paper": None if study.paper is None else {key: getattr(study.paper, key) for key in study_folder.PAPER},
         "columns": {name: {"title": one.title, "form": one.form} for name, one in study.columns.items()},
         "rows": [],
+        "differs": [],
         "steps": {},
     }
     study_folder.write_manifest(out, manifest)
@@ -73,12 +74,18 @@ def execute(study: Study, out: Path, console: Console | None = None) -> dict[str
         cells = {name: _cell(name, study, row, out, work.folders) for name in study.columns}
         steps = {name: folder.name for name, folder in work.folders.items()}
         manifest["rows"].append({"label": row.label, "paper": list(row.paper), "cells": cells, "steps": steps})
+        manifest["differs"] += [f"{row.label}: {line}" for line in _differs(row, work.folders)]
         manifest["steps"] = work.stamps
         study_folder.write_manifest(out, manifest)
     manifest["finished_at"] = _now()
     study_folder.write_manifest(out, manifest)
     study_table.write(out, manifest)
     return manifest
+
+
+def _differs(row: Row, folders: Mapping[str, Path]) -> list[str]:
+    """What is not served as it was trained, in any step of the row."""
+    return [line for name, step in row.steps.items() for line in KINDS[step.command].differs(folders[name])]
 
 
 def _cell(name: str, study: Study, row: Row, out: Path, folders: Mapping[str, Path]) -> list[float]:

@@ -66,6 +66,7 @@ def notes(manifest: Mapping[str, Any]) -> list[str]:
     if paper := manifest["paper"]:
         found.append(f"The paper: {paper['title']}; {paper['unit']}: {paper['finding']}.")
     environment = manifest["environment"]
+    found += [f"NOT SHOWN TO BE SERVED AS TRAINED: {line}." for line in manifest["differs"]]
     size = f"Size {manifest['size']}, on" if manifest["size"] else "On"
     return [*found, f"{size} {machine(environment, environment['device_kind'])}."]
 

@@ -265,7 +265,7 @@ def test_a_dry_run_reads_everything_and_does_nothing(
 def test_accuracy_and_evaluation_are_steps_too(tiny_llama: Path, tmp_path: Path) -> None:
     data = write_own(tmp_path / "data", {"train": 16, "dev": 4, "test": 4})
     common = {"backbone": str(tiny_llama), "dtype": "fp32", "device": "cpu"}
-    training = {"seeds": [0, 1], "epochs": 1, "max_tokens": 16}
+    training = {"seeds": [0, 1], "epochs": 3, "max_tokens": 16}
     given = {
         "question": "Which?",
         "steps": {
@@ -276,7 +276,7 @@ def test_accuracy_and_evaluation_are_steps_too(tiny_llama: Path, tmp_path: Path)
                     **training,
                     "methods": ["lora"],
                     "tasks": [{"name": "own", "source": str(data)}],
-                    "learning_rates": [0.001, 0.01],
+                    "learning_rates": [0.05, 0.1],
                     "margin": 0.1,
                     "serve": {"runtimes": ["static"], "kernels": ["eager"], "dtypes": ["fp32"], "requests": 4},
                 },
@@ -306,3 +306,24 @@ def test_accuracy_and_evaluation_are_steps_too(tiny_llama: Path, tmp_path: Path)
     asked = json.loads((out / row["steps"]["asked"] / "evaluation.json").read_text())
     shown = [row["cells"][f"asked.{name}"] for name in ("bare", "as_trained", "served")]
     assert shown == [[100 * result["score"]] for result in asked["results"]]
+    assert study_folder.read(out)["differs"] == []
+    _plant_a_difference(out, row)
+    found = study_run.execute(study_config.load(given), out)
+    assert found["differs"] == [
+        "all: own, static-eager-fp32: the adapter of another tenant",
+        "all: static-eager-fp32: 3 predictions are not as trained",
+    ]
+    assert study_folder.exit_code(found) == 1
+    assert "NOT SHOWN TO BE SERVED AS TRAINED: all: own, static-eager-fp32" in (out / "study.md").read_text()
+
+
+def _plant_a_difference(out: Path, row: dict[str, Any]) -> None:
+    """In what both commands have found; their adapters, which the second step reads, stay."""
+    judged = out / row["steps"]["judged"] / "accuracy.json"
+    found = json.loads(judged.read_text())
+    found["verdict"]["paths"][0].update(verdict="differs", reason="the adapter of another tenant")
+    judged.write_text(json.dumps(found))
+    asked = out / row["steps"]["asked"] / "evaluation.json"
+    found = json.loads(asked.read_text())
+    found["results"][-1]["changed"] = 3
+    asked.write_text(json.dumps(found))
