@@ -81,10 +81,10 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RunDirectoryError(f"{file}: can't be read ({error.strerror}); give the folder of a study") from None
     except ValueError as error:
-        raise RunDirectoryError(f"{file}: not valid JSON ({error}); restore it, or delete it and run again") from None
+        raise RunDirectoryError(f"{file}: not valid JSON ({error}); restore the file, or give another folder") from None
     for problem in problems(found, STUDY):
         where = f"{dotted(problem.place)}: " if problem.place else ""
-        raise RunDirectoryError(f"{file}: {where}{problem.message}; restore it, or delete it and run again")
+        raise RunDirectoryError(f"{file}: {where}{problem.message}; restore the file, or give another folder")
     if (found["kind"], found["schema_version"]) != (KIND, SCHEMA_VERSION):
         raise RunDirectoryError(f"{file}: expected a study of schema {SCHEMA_VERSION}; give another folder")
     return dict(found)
