@@ -20,6 +20,7 @@ from typing import Any
 
 from perfbench.figures import papers, stats
 from perfbench.files.plain_text import format_bytes
+from perfbench.finetune.study import study_table as study
 from perfbench.gate import policy, power
 from perfbench.history import store
 from perfbench.report import tables
@@ -172,6 +173,12 @@ def accuracy_table(path: str) -> str:
     return "\n".join(lines)
 
 
+def study_table(path: str) -> str:
+    """A study's table, and what the paper that it follows says."""
+    found = _json(path)
+    return "\n".join([*study.markdown(found), "", *map(tables.plain, study.notes(found)[1:])])
+
+
 def traffic_table(path: str) -> str:
     """A traffic run as Markdown: its table, its machine and its answer."""
     report = TrafficReport(_json(path))
@@ -256,6 +263,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "power": power_table,
     "accuracy": accuracy_table,
     "traffic": traffic_table,
+    "study": study_table,
     "parameters": parameter_table,
     "paper": paper_table,
     "fact": fact,

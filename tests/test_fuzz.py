@@ -155,6 +155,14 @@ def test_accuracy_folders(family: Family, tmp_path: Path) -> None:
     family.assert_none()
 
 
+def test_study_folders(family: Family, tmp_path: Path) -> None:
+    for seed in range(80):
+        run = copied("studies/k-max", tmp_path / "run")
+        damage_one_of([run / "study.json"], Random(seed))
+        family.command("show", run, *(("--format", "markdown") if seed % 2 else ()), about=seed)
+    family.assert_none()
+
+
 def verify_folder(folder: Path) -> Path:
     """What `perfbench verify` leaves, with two sections."""
     from perfbench.verify import verify_report
@@ -280,12 +288,14 @@ def test_training_files(family: Family, tmp_path: Path) -> None:
     from perfbench.finetune import finetune_config
     from perfbench.finetune.accuracy import accuracy_config, accuracy_folder
     from perfbench.finetune.search import search_config
+    from perfbench.finetune.study import study_config
     from perfbench.gate import policy
 
     loaders: dict[str, Callable[[Path], object]] = {
         "scenarios/finetune/*.yaml": lambda file: finetune_config.load(file).to_json(),
         "scenarios/accuracy/*.yaml": lambda file: accuracy_folder.resolved(accuracy_config.load(file)),
         "scenarios/fanlora/*.yaml": lambda file: search_config.load(file).to_json(),
+        "scenarios/studies/*.yaml": study_config.load,
         ".github/*policy.yaml": policy.load,
     }
     for seed in range(400):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perfbench.errors import PerfbenchError, RunDirectoryError
-from perfbench.run_folder.run_directory import ACCURACY_MANIFEST, is_finetune
+from perfbench.run_folder.run_directory import ACCURACY_MANIFEST, STUDY_MANIFEST, is_finetune
 
 if TYPE_CHECKING:
     from perfbench.finetune.accuracy.accuracy_folder import AccuracyFolder
@@ -18,15 +18,22 @@ def is_accuracy(path: Path) -> bool:
     return (path / ACCURACY_MANIFEST).is_file()
 
 
+def is_study(path: Path) -> bool:
+    """Whether the folder holds what `perfbench study` wrote."""
+    return (path / STUDY_MANIFEST).is_file()
+
+
 def is_training(path: Path) -> bool:
-    """Whether `show` prints it: what `perfbench finetune` or `perfbench accuracy` wrote."""
-    return is_finetune(path) or is_accuracy(path)
+    """Whether `show` prints it: what `perfbench finetune`, `perfbench accuracy` or `perfbench study` wrote."""
+    return is_finetune(path) or is_accuracy(path) or is_study(path)
 
 
 def show(path: Path, format: str) -> int:
     """Prints the table as it was printed at the end, an accuracy run judged again from its answers; the exit code is
     that of the command which wrote the folder. RunDirectoryError where what is in it is damaged or not finished,
     PerfbenchError on a `format` but table."""
+    if is_study(path):
+        return _show_study(path, format)
     what = "an accuracy run" if is_accuracy(path) else "a fine-tuning"
     if format != "table":
         raise PerfbenchError(f"--format: expected table, all there is of {what}, got {format}")
@@ -41,6 +48,19 @@ def show(path: Path, format: str) -> int:
 
     summary.render(FinetuneFolder.open(path).manifest)
     return 0
+
+
+def _show_study(path: Path, format: str) -> int:
+    from perfbench.finetune.study import study_folder, study_table
+
+    if format not in ("table", "markdown"):
+        raise PerfbenchError(f"--format: expected table or markdown, all there is of a study, got {format}")
+    manifest = study_folder.read(path)
+    if format == "table":
+        study_table.render(manifest)
+    else:
+        print("\n".join(study_table.markdown(manifest)))
+    return study_folder.exit_code(manifest)
 
 
 def page(path: Path, format: str) -> bytes:

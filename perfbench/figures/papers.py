@@ -140,6 +140,65 @@ SCORES: tuple[PaperScores, ...] = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class PaperStudy:
+    """One ablation of a paper: `values`, what it prints for each of its rows, in the unit `unit`; only what is legible.
+    `finding`: what it concludes, in a sentence."""
+
+    title: str
+    unit: str
+    values: Mapping[str, tuple[float, ...]]
+    finding: str
+
+
+# All but fanlora_table7 were measured on LLM-Assist 7B, which is proprietary. The default setting's number, which a
+# figure has too, is that of Table 1.
+STUDIES: dict[str, PaperStudy] = {
+    "fanlora_figure3": PaperStudy(
+        title="FanLoRA, Figure 3(a) and Table 1: BoolQ, LLM-Assist 7B (proprietary)",
+        unit="accuracy, %",
+        values={"K_max 2": (87.9,)},
+        finding="best with K_max 2; the other points of its curve are not printed",
+    ),
+    "fanlora_figure4": PaperStudy(
+        title="FanLoRA, Figure 4(a) and Table 1: BoolQ, LLM-Assist 7B (proprietary)",
+        unit="accuracy, %",
+        values={"FanLoRA 12": (87.9,), "AdaLoRA 4": (87.0,)},
+        finding="FanLoRA above AdaLoRA at every budget; the other points of its curves are not printed",
+    ),
+    "fanlora_table4": PaperStudy(
+        title="FanLoRA, Table 4: LLM-Assist 7B (proprietary), three seeds",
+        unit="Spearman",
+        values={"AB-score": (0.989, 0.984, 0.991)},
+        finding="the scores hardly depend on the seed",
+    ),
+    "fanlora_table6": PaperStudy(
+        title="FanLoRA, Table 6: BoolQ, LLM-Assist 7B (proprietary)",
+        unit="accuracy, %",
+        values={"FanLoRA": (87.9,), "FanLoRA-1": (86.2,), "FanLoRA-2": (87.1,)},
+        finding="Alpaca in the place of UltraChat (FanLoRA-1) and sensitivity in that of AB-score (FanLoRA-2) cost "
+        "accuracy; Shapley values were not tried",
+    ),
+    "fanlora_table7": PaperStudy(
+        title="FanLoRA, Table 7: BoolQ",
+        unit="accuracy, %",
+        values={
+            f"{name}, {table.title.rpartition(': ')[2]}": (table.scores[method, "boolq"],)
+            for table in SCORES
+            if table.title.startswith("FanLoRA, other backbones")
+            for name, method in (("AdaLoRA", "adalora"), ("FanLoRA", "fanlora"))
+        },
+        finding="FanLoRA above AdaLoRA on both backbones",
+    ),
+    "mmlu_zero_shot": PaperStudy(
+        title="FanLoRA, Table 2, and PARA, Table 3: MMLU after UltraChat, LLM-Assist 7B (proprietary)",
+        unit="accuracy, %",
+        values={"AdaLoRA": (46.5,), "PARA": (47.4,), "FanLoRA": (47.9,)},
+        finding="FanLoRA above PARA above AdaLoRA, on MT-Bench too (7.28, 7.21, 7.13)",
+    ),
+}
+
+
 def paper_score(backbone: str, method: str, task: str, beams: int) -> tuple[float, str] | None:
     """(score in percent, the table's title) of the paper that ran just this; None where none did. The backbone is
     known by its name, the last part of its hub id or of the path of its folder."""

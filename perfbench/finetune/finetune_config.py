@@ -85,6 +85,9 @@ class FinetuneConfig:
         return data
 
 
+# A file, the values of one, or such values that know where they were written.
+Given = str | Path | Mapping[str, Any] | Source
+
 _EXPONENT = re.compile(r"\d+(\.\d+)?[eE]-?\d{1,3}")
 _COUNT = {"type": "integer", "minimum": 1}
 _EXAMPLES = {"type": ["integer", "null"], "minimum": 1, "description": "at most so many; default: all"}
@@ -136,7 +139,7 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def load(path: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> FinetuneConfig:
+def load(path: Given, settings: Sequence[str] = ()) -> FinetuneConfig:
     """The configuration in a YAML file, or in such values, with every `KEY=VALUE` of `settings` laid over it.
 
     FinetuneError, in one line with the file and the line, for malformed YAML, unknown keys, values out of range, an
@@ -145,12 +148,16 @@ def load(path: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> 
     return from_source(*read_source(path, settings, "a fine-tuning file"))
 
 
-def read_source(given: str | Path | Mapping[str, Any], settings: Sequence[str], what: str) -> tuple[Source, Path]:
+def read_source(given: Given, settings: Sequence[str], what: str) -> tuple[Source, Path]:
     """(The mapping in the YAML file `given`, or that it is itself, with `settings` laid over it and not checked
     further; the path that it is known by); `what` it is, for messages. FinetuneError in one line, with the line."""
-    path = Path("settings") if isinstance(given, Mapping) else Path(given)
     try:
-        source = of_values(given, "settings") if isinstance(given, Mapping) else read(path)
+        if isinstance(given, Source):
+            source, path = given, Path(given.origin(()).rpartition(":")[0])
+        elif isinstance(given, Mapping):
+            source, path = of_values(given, "settings"), Path("settings")
+        else:
+            source, path = read(given), Path(given)
         if not isinstance(source.values, dict):
             refuse(source, "expected a mapping of fields")
         for text in settings:

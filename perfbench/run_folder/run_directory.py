@@ -27,8 +27,9 @@ from perfbench.run_folder.run_schema import Case, Comparison, Manifest, Sample, 
 SCHEMA_VERSION = 2
 STATUSES = ("pending", "ok", "check_failed", "check_void", "crashed", "out_of_memory")
 MANIFEST, SAMPLES = "run.json", "samples.jsonl"
-# What `perfbench accuracy` writes in place of the first.
+# What `perfbench accuracy` and `perfbench study` write in place of the first.
 ACCURACY_MANIFEST = "accuracy.json"
+STUDY_MANIFEST = "study.json"
 # One fixed name, so that what a kill leaves behind is overwritten by the next write.
 _TEMPORARY = ".run.json.tmp"
 _ELSEWHERE = "run again with another --out"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,16 @@ from typing import Any
 from perfbench.errors import nearest
 from perfbench.files.yaml_source import Place, Source
 from perfbench.finetune import finetune_config
-from perfbench.finetune.finetune_config import DTYPES, FinetuneConfig, TaskSource, check, rate_of, read_source, refuse
+from perfbench.finetune.finetune_config import (
+    DTYPES,
+    FinetuneConfig,
+    Given,
+    TaskSource,
+    check,
+    rate_of,
+    read_source,
+    refuse,
+)
 from perfbench.spec.scenario_schema import KERNELS, problems
 
 # Runtimes that stop where an answer ends. `continuous` does too, under traffic; its arithmetic is that of `static`.
@@ -151,7 +160,7 @@ class AccuracyConfig:
         return self.entries[0].config
 
 
-def load(given: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> AccuracyConfig:
+def load(given: Given, settings: Sequence[str] = ()) -> AccuracyConfig:
     """The file `given`, or such values, with every `KEY=VALUE` of `settings` laid over it. FinetuneError in
     one line, with the file and the line, for what can't be used, and TaskError or AdapterError of what is
     looked up for it."""

@@ -67,21 +67,21 @@ def share_bars(title: str, subtitle: str, kept: Setting) -> str:
     for row, module in enumerate(MODULES):
         whole, below, above = shares[module]
         y, counts = TOP_PX + row * row_px, (round(below * lower), round(above * (len(kept) - lower)))
-        body.append(_text(LEFT_PX - 8, y + 18, module, anchor="end"))
+        body.append(label(LEFT_PX - 8, y + 18, module, anchor="end"))
         x = float(LEFT_PX)
         for count, colour, where in zip(counts, (LOWER, UPPER), ("lower", "upper"), strict=True):
             length = bar_px * count / len(kept)
             tip = f"{module}: kept in {count} layers of the {where} half"
-            body.append(_box(x, y + 4, length, ROW_PX - 6, colour, tip))
+            body.append(box(x, y + 4, length, ROW_PX - 6, colour, tip))
             x += length
-        body.append(_text(x + 6, y + 18, f"{whole:.0%} of the layers ({sum(counts)})", FAINT))
+        body.append(label(x + 6, y + 18, f"{whole:.0%} of the layers ({sum(counts)})", FAINT))
     y = TOP_PX + len(MODULES) * row_px + 12
     for at, (colour, text) in enumerate(
         ((LOWER, f"layers 0 to {lower - 1}"), (UPPER, f"layers {lower} to {len(kept) - 1}"))
     ):
-        body.append(_box(LEFT_PX + at * 150, y, 14, 14, colour, text))
-        body.append(_text(LEFT_PX + 20 + at * 150, y + 12, text, FAINT))
-    return _document(width, y + 14 + MARGIN_PX, title, subtitle, body)
+        body.append(box(LEFT_PX + at * 150, y, 14, 14, colour, text))
+        body.append(label(LEFT_PX + 20 + at * 150, y + 12, text, FAINT))
+    return document(width, y + 14 + MARGIN_PX, title, subtitle, body)
 
 
 class _Grid:
@@ -101,27 +101,27 @@ class _Grid:
         x, y = LEFT_PX + layer * self.column_px, TOP_PX + row * ROW_PX
         inset, stroke = (2, INK) if frame else (1, "none")
         size = self.column_px - 2 * inset, ROW_PX - 2 * inset
-        return _box(x + inset, y + inset, *size, colour, tip, stroke=stroke)
+        return box(x + inset, y + inset, *size, colour, tip, stroke=stroke)
 
     def number(self, layer: int, row: int, text: str, colour: str) -> str:
         """A text in the middle of a cell."""
         x, y = LEFT_PX + (layer + 0.5) * self.column_px, TOP_PX + row * ROW_PX + 17
-        return _text(x, y, text, colour, size=11, anchor="middle")
+        return label(x, y, text, colour, size=11, anchor="middle")
 
     def picture(self, title: str, subtitle: str, body: list[str], notes: list[str]) -> str:
         """The whole picture, with the names of rows and columns."""
-        names = [_text(LEFT_PX - 8, TOP_PX + row * ROW_PX + 17, m, anchor="end") for row, m in enumerate(MODULES)]
+        names = [label(LEFT_PX - 8, TOP_PX + row * ROW_PX + 17, m, anchor="end") for row, m in enumerate(MODULES)]
         y = TOP_PX + len(MODULES) * ROW_PX + 15
         step = 1 if self.numbered else 4
         for layer in range(0, self.layers, step):
             x = LEFT_PX + (layer + 0.5) * self.column_px
-            names.append(_text(x, y, str(layer), FAINT, size=11, anchor="middle"))
-        names.append(_text(LEFT_PX, y + 18, "layer, from the input on", FAINT, size=11))
+            names.append(label(x, y, str(layer), FAINT, size=11, anchor="middle"))
+        names.append(label(LEFT_PX, y + 18, "layer, from the input on", FAINT, size=11))
         for note in notes:
             y += 16
-            names.append(_text(LEFT_PX, y + 22, note, FAINT, size=11))
+            names.append(label(LEFT_PX, y + 22, note, FAINT, size=11))
         width = max(LEAST_WIDTH_PX, LEFT_PX + self.layers * self.column_px + MARGIN_PX)
-        return _document(width, y + 22 + MARGIN_PX, title, subtitle, [*body, *names])
+        return document(width, y + 22 + MARGIN_PX, title, subtitle, [*body, *names])
 
 
 def _colour(strength: float) -> str:
@@ -131,23 +131,26 @@ def _colour(strength: float) -> str:
     return "#" + "".join(f"{part:02x}" for part in mixed)
 
 
-def _box(x: float, y: float, width: float, height: float, fill: str, tip: str, stroke: str = "none") -> str:
+def box(x: float, y: float, width: float, height: float, fill: str, tip: str, stroke: str = "none") -> str:
+    """A rectangle, in pixels; `tip` is what a pointer over it shows."""
     shape = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" fill="{fill}"'
     return f'<rect {shape} stroke="{stroke}" stroke-width="2"><title>{escape(tip)}</title></rect>'
 
 
-def _text(x: float, y: float, text: str, fill: str = INK, *, size: int = 13, anchor: str = "start") -> str:
+def label(x: float, y: float, text: str, fill: str = INK, *, size: int = 13, anchor: str = "start") -> str:
+    """A line of text, its foot at `y`."""
     style = f'fill="{fill}" font-size="{size}" text-anchor="{anchor}"'
     return f'<text x="{x:g}" y="{y:g}" {style}>{escape(text)}</text>'
 
 
-def _document(width: float, height: float, title: str, subtitle: str, body: Sequence[str]) -> str:
+def document(width: float, height: float, title: str, subtitle: str, body: Sequence[str]) -> str:
+    """The whole picture as SVG."""
     size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" font-family="system-ui, sans-serif">',
         f"<title>{escape(title)}</title>",
         f'<rect width="{width:g}" height="{height:g}" fill="#ffffff"/>',
-        _text(MARGIN_PX, 26, title, size=16),
-        _text(MARGIN_PX, 46, subtitle, FAINT),
+        label(MARGIN_PX, 26, title, size=16),
+        label(MARGIN_PX, 46, subtitle, FAINT),
     ]
     return "\n".join([*head, *body, "</svg>", ""])

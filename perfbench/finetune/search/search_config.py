@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from perfbench.errors import PerfbenchError
 from perfbench.files.paths import expanded
 from perfbench.files.yaml_source import Source
 from perfbench.finetune import finetune_config
-from perfbench.finetune.finetune_config import FinetuneConfig, check, read_source, refuse
+from perfbench.finetune.finetune_config import FinetuneConfig, Given, check, read_source, refuse
 from perfbench.finetune.search.scores import SCORES
 from perfbench.methods.shape import MODULES
 from perfbench.spec.scenario import frozen
@@ -75,7 +75,7 @@ SCHEMA: dict[str, Any] = {
 RANK, EPOCHS = 12, 1
 
 
-def load(given: str | Path | Mapping[str, Any], settings: Sequence[str] = ()) -> SearchConfig:
+def load(given: Given, settings: Sequence[str] = ()) -> SearchConfig:
     """The configuration in the YAML file `given`, or in such values, with every `KEY=VALUE` of `settings` laid over it.
 
     FinetuneError, in one line with the file and the line, for malformed YAML, unknown keys and scores, values out of

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from perfbench.errors import ScenarioError
-from perfbench.figures.papers import PAPERS, PARAMETERS, find_paper
+from perfbench.figures.papers import PAPERS, PARAMETERS, STUDIES, find_paper
 from perfbench.methods.shape import MODULES, BackboneShape
 
 LLAMA_2_7B = BackboneShape(32, 4096, 11008, 32, 32, 128, 32000, 4096)
@@ -81,6 +81,19 @@ def test_numbers_only_beside_arms_that_the_paper_ran(
     method: str, beams: int, options: dict[str, Any], there: bool
 ) -> None:
     assert (PAPERS["para_table4"].row(method, beams, options) is not None) == there
+
+
+def test_an_ablation_has_the_numbers_of_the_tables_that_it_repeats() -> None:
+    assert dict(STUDIES["fanlora_table7"].values) == {
+        "AdaLoRA, LLaMA-2 7B": (84.9,),
+        "FanLoRA, LLaMA-2 7B": (86.4,),
+        "AdaLoRA, Qwen1.5 7B": (85.7,),
+        "FanLoRA, Qwen1.5 7B": (87.1,),
+    }
+    default = STUDIES["fanlora_table6"].values["FanLoRA"]
+    assert STUDIES["fanlora_figure3"].values == {"K_max 2": default}
+    assert STUDIES["fanlora_figure4"].values["FanLoRA 12"] == default
+    assert all(study.values and study.title and study.finding for study in STUDIES.values())
 
 
 def test_an_unknown_table_is_answered_with_the_nearest() -> None:

@@ -11,6 +11,7 @@ from perfbench.files.yaml_source import read
 from perfbench.finetune import finetune_config
 from perfbench.finetune.accuracy import accuracy_config
 from perfbench.finetune.search import search_config
+from perfbench.finetune.study import study_config
 from perfbench.spec import scenario, shipped, traffic
 
 
@@ -23,7 +24,12 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_name_leads_to_a_file_that_its_command_reads(name: str) -> None:
     path, note = shipped.find(name)
     assert note is None
-    load = {"accuracy": accuracy_config.load, "fanlora": search_config.load, "finetune": finetune_config.load}
+    load = {
+        "accuracy": accuracy_config.load,
+        "fanlora": search_config.load,
+        "finetune": finetune_config.load,
+        "studies": study_config.load,
+    }
     folder = name.partition("/")[0] if "/" in name else ""
     if traffic.is_traffic(read(path).values):
         assert traffic.load(path, [], lambda _: ("cpu", "")).common.name == name
