@@ -60,6 +60,6 @@ def padding_alone(padding: torch.Tensor | None, filled: torch.Tensor, length: in
     return padding
 
 
-FORMS = {"eager": eager, "triton": later("decode_attention_triton", "attend")}
+FORMS = {"eager": eager, "compiled": eager, "triton": later("decode_attention_triton", "attend")}
 # The mask of a step whose length the device alone knows, made once for all layers.
-MASKS = {"eager": seen, "triton": padding_alone}
+MASKS = {"eager": seen, "compiled": seen, "triton": padding_alone}

@@ -13,4 +13,4 @@ def eager(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = Non
     return linear(x, weight, bias)
 
 
-FORMS = {"eager": eager, "triton": later("few_rows_product_triton", "product")}
+FORMS = {"eager": eager, "compiled": eager, "triton": later("few_rows_product_triton", "product")}

@@ -23,4 +23,4 @@ def matrix(rank: int, like: torch.Tensor) -> torch.Tensor:
     return (features % rank == ranks[:, None]).to(like.dtype)
 
 
-FORMS = {"eager": eager, "triton": later("grouped_sum_triton", "planes")}
+FORMS = {"eager": eager, "compiled": eager, "triton": later("grouped_sum_triton", "planes")}

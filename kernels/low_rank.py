@@ -83,6 +83,9 @@ def joined(own: torch.Tensor | None, shared: torch.Tensor) -> torch.Tensor:
 def expand(y: torch.Tensor, h: torch.Tensor, expansion: Expansion) -> None:
     """Adds to y [G x M, D] in place, for each module the product of its ranks of h [G, M, R] and its b."""
     groups, rows, _ = h.shape
+    if torch.compiler.is_compiling():
+        _expand_by_sums(y.view(groups, rows, -1), h, expansion)
+        return
     if expansion.alike is not None and rows == 1 and y.is_contiguous():
         # One product for all modules: on a CPU 6 microseconds in place of 40 for three.
         weight = expansion.alike.flatten(0, 1)
@@ -97,6 +100,15 @@ def expand(y: torch.Tensor, h: torch.Tensor, expansion: Expansion) -> None:
             grouped[:, :, column : column + weight.shape[2]].add_(torch.bmm(own, weight))
     for part in expansion.vectors:
         add_between_vectors(grouped, h, part, part.of_ranks, part.of_columns)
+
+
+def _expand_by_sums(y: torch.Tensor, h: torch.Tensor, expansion: Expansion) -> None:
+    """The same for y [G, M, D], in sums that Inductor fuses with what stands around them; a product it has to call."""
+    for rank, column, weight in expansion.parts:
+        own = h[:, :, rank : rank + weight.shape[1]]
+        y[:, :, column : column + weight.shape[2]].add_((own.unsqueeze(3) * weight.unsqueeze(1)).sum(dim=2))
+    for part in expansion.vectors:
+        add_between_vectors(y, h, part, part.of_ranks, part.of_columns)
 
 
 def add_between_vectors(
@@ -114,12 +126,12 @@ def as_ranks(columns: torch.Tensor, groups: int) -> torch.Tensor:
     return columns.unflatten(0, (groups, -1))
 
 
-FORMS = {"eager": eager, "triton": later("low_rank_triton", "add_low_rank")}
-EXPANDS = {"eager": expand, "triton": later("low_rank_triton", "expand")}
+FORMS = {"eager": eager, "compiled": eager, "triton": later("low_rank_triton", "add_low_rank")}
+EXPANDS = {"eager": expand, "compiled": expand, "triton": later("low_rank_triton", "expand")}
 # Triton's gives fp32 planes [splits, rows, R], which the Triton forms of the fused operations add up.
-SHRINKS = {"eager": shrink, "triton": later("low_rank_triton", "shrink")}
+SHRINKS = {"eager": shrink, "compiled": shrink, "triton": later("low_rank_triton", "shrink")}
 # h of what a product of its own gave for the ranks that all adapters share.
-AS_RANKS = {"eager": as_ranks, "triton": later("low_rank_triton", "as_plane")}
-JOINED = {"eager": joined, "triton": later("low_rank_triton", "joined")}
+AS_RANKS = {"eager": as_ranks, "compiled": as_ranks, "triton": later("low_rank_triton", "as_plane")}
+JOINED = {"eager": joined, "compiled": joined, "triton": later("low_rank_triton", "joined")}
 # The same h out of a product that gave every row's ranks with every adapter.
-FROM_PRODUCT = {"eager": own_ranks, "triton": later("low_rank_triton", "one_plane")}
+FROM_PRODUCT = {"eager": own_ranks, "compiled": own_ranks, "triton": later("low_rank_triton", "one_plane")}

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from perfbench.kernels.later import later
 from perfbench.kernels.low_rank import Expansion, expand
 from perfbench.kernels.rotation import Rotation, turn_columns
 from perfbench.kernels.row_scale import Scale
+
+
+class Places(NamedTuple):
+    """Where the compiled form puts keys and values: at `first` and what follows it of the dimension `steps` of `cache`,
+    whose others are [rows, 2, H_kv, D]. All of it, since what is written to a view Inductor writes to a copy first."""
+
+    cache: torch.Tensor
+    steps: int
+    first: int
 
 
 def eager(
@@ -44,4 +55,32 @@ def eager(
     return heads[:, : -2 * kv_heads]
 
 
-FORMS = {"eager": eager, "triton": later("qkv_epilogue_triton", "epilogue")}
+def compiled(
+    qkv: torch.Tensor,
+    h: torch.Tensor | None,
+    expansion: Expansion | None,
+    scale: Scale | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    entry: torch.Tensor | Places,
+    at: torch.Tensor | None = None,
+    rotation: Rotation | None = None,
+) -> torch.Tensor:
+    """As `eager`, in the words from which Inductor makes one loop; with `at`, entry is `Places`."""
+    if at is None or not isinstance(entry, Places):
+        assert isinstance(entry, torch.Tensor)
+        return eager(qkv, h, expansion, scale, cos, sin, entry, at, rotation)
+    if h is not None and expansion is not None:
+        expand(qkv, h, expansion)
+    turn_columns(qkv, scale, rotation)
+    rows, _, kv_heads, dim = entry.cache.select(entry.steps, 0).shape
+    heads = qkv.view(qkv.shape[0], -1, dim)
+    turned = heads[:, :-kv_heads]
+    swapped = torch.cat([turned[..., dim // 2 :], turned[..., : dim // 2]], dim=2)
+    turned = turned * cos.unsqueeze(1) + swapped * sin.unsqueeze(1)
+    made = torch.stack([turned[:, -kv_heads:], heads[:, -kv_heads:]], dim=1)
+    entry.cache.index_copy_(entry.steps, at + entry.first, made.view(rows, 2, kv_heads, dim).unsqueeze(entry.steps))
+    return turned[:, :-kv_heads]
+
+
+FORMS = {"eager": eager, "compiled": compiled, "triton": later("qkv_epilogue_triton", "epilogue")}

@@ -48,4 +48,4 @@ def eager(
     return norm(residual, weight, eps)
 
 
-FORMS = {"eager": eager, "triton": later("residual_rmsnorm_triton", "epilogue")}
+FORMS = {"eager": eager, "compiled": eager, "triton": later("residual_rmsnorm_triton", "epilogue")}

@@ -57,4 +57,4 @@ def turn_columns(y: torch.Tensor, scale: Scale | None, rotation: Rotation | None
         own.unflatten(0, (groups, -1)).addcmul_(others.unflatten(0, (groups, -1)), rotation.sine.unsqueeze(1))
 
 
-FORMS = {"eager": eager, "triton": later("rotation_triton", "rotate")}
+FORMS = {"eager": eager, "compiled": eager, "triton": later("rotation_triton", "rotate")}

@@ -55,5 +55,5 @@ def scale_columns(y: torch.Tensor, scale: Scale) -> None:
         eager(own.unflatten(0, (groups, -1)), scale.minus_one)
 
 
-FORMS = {"eager": eager, "triton": later("row_scale_triton", "scale_rows")}
-SCALED_ROWS = {"eager": scaled_rows, "triton": later("row_scale_triton", "scaled_rows")}
+FORMS = {"eager": eager, "compiled": eager, "triton": later("row_scale_triton", "scale_rows")}
+SCALED_ROWS = {"eager": scaled_rows, "compiled": scaled_rows, "triton": later("row_scale_triton", "scaled_rows")}

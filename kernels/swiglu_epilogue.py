@@ -37,4 +37,4 @@ def eager(
     return ACTIVATIONS[activation](gate).mul_(up)
 
 
-FORMS = {"eager": eager, "triton": later("swiglu_epilogue_triton", "epilogue")}
+FORMS = {"eager": eager, "compiled": eager, "triton": later("swiglu_epilogue_triton", "epilogue")}

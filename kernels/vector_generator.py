@@ -26,4 +26,4 @@ def eager(
     return torch.baddbmm(bias_minus_one.unsqueeze(1), bottleneck, w_up).view(h.shape[0], -1)
 
 
-FORMS = {"eager": eager, "triton": later("vector_generator_triton", "generate")}
+FORMS = {"eager": eager, "compiled": eager, "triton": later("vector_generator_triton", "generate")}

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from perfbench.doctor.check import Check
+from perfbench.files.scratch import compiler_cache
+from perfbench.machine import compiler
 from perfbench.machine.nvml import Nvml
 from perfbench.spec.backbone_config import NAMED_CONFIGS, parameter_count
 
@@ -100,6 +102,17 @@ def triton() -> Check:
             "install triton",
         )
     return Check("kernels: triton", "ok", "triton can be imported; its kernels run on a CUDA device")
+
+
+def compiling() -> Check:
+    """Whether `kernels: compiled` can be used."""
+    reason = compiler.problem()
+    if reason is not None:
+        return Check(
+            "kernels: compiled", "warn", f"{reason.split(';')[0]}; kernels: eager works without it", "install g++"
+        )
+    finding = f"{compiler.compiler()} is on PATH; what was compiled stays in {compiler_cache()}"
+    return Check("kernels: compiled", "ok", finding)
 
 
 def tuned_kernels(settings: dict[str, str] | None = None) -> Check:
@@ -244,6 +257,7 @@ MACHINE_CHECKS: dict[str, Callable[[], Check]] = {
     "cuda": cuda,
     "nvml": nvml,
     "kernels: triton": triton,
+    "kernels: compiled": compiling,
     "kernel settings": tuned_kernels,
     "name kernels": kernels_name,
     "memory": memory,

@@ -192,8 +192,17 @@ METRICS: dict[str, Metric] = {
         "the worst token of a prompt; the mean over a few prompts",
         "adapters", "shown",
     ),
+    "compile_ms": Metric(
+        "ms", "lower",
+        "of kernels compiled: the first decode step of the batch, which compiles it, or finds it in the compiler's "
+        "cache; no part of any other figure",
+        "adapters", "shown",
+    ),
     "aten_ops_per_decode_step": Metric(
-        "operations", "lower", "ATen operations called in one decode step", "exact", "exact"
+        "operations", "lower",
+        "ATen operations called in one decode step; of kernels compiled: those that it consists of before it is "
+        "compiled",
+        "exact", "exact",
     ),
     "kernel_launches_per_decode_step": Metric(
         "launches", "lower", "device kernels launched in one decode step", "exact", "exact"

@@ -38,8 +38,7 @@ class Scratch:
 
     def environment(self) -> dict[str, str]:
         """The variables of a child that has its temporary files here. What torch compiles stays where it was."""
-        compiled = Path(tempfile.gettempdir()) / f"torchinductor_{_user()}"
-        return {"TORCHINDUCTOR_CACHE_DIR": str(compiled)} | os.environ | {"TMPDIR": str(self.path)}
+        return os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(compiler_cache()), "TMPDIR": str(self.path)}
 
     def remove(self) -> None:
         """Takes it away with all that is in it; a second time does nothing."""
@@ -48,6 +47,12 @@ class Scratch:
                 _remove(entry)
         self._lock.close()
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def compiler_cache() -> Path:
+    """The folder in which torch keeps what it compiles, from run to run."""
+    own = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    return Path(own) if own else Path(tempfile.gettempdir()) / f"torchinductor_{_user()}"
 
 
 def sweep() -> list[Path]:

@@ -18,6 +18,10 @@ from torch.nn.functional import linear
 
 from perfbench.kernels.placement import on_gpu
 
+# Asked once: torch.compile, which follows the code that asks, can't follow torch's own answers.
+_ONEDNN = torch.backends.mkldnn.is_available()
+_ONEDNN_BF16: bool = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 
 def _nothing() -> None:
     """A reference to what is gone."""
@@ -26,12 +30,15 @@ def _nothing() -> None:
 def onednn_has(tensor: torch.Tensor) -> bool:
     """Whether oneDNN multiplies tensors of this dtype where this one lies: on a CPU in fp32, and in bf16 on a processor
     with the instructions for it."""
-    if on_gpu(tensor) or tensor.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if on_gpu(tensor) or tensor.device.type != "cpu":
         return False
-    if tensor.dtype == torch.bfloat16:
-        supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return supported
-    return tensor.dtype == torch.float32
+    return _ONEDNN_BF16 if tensor.dtype == torch.bfloat16 else _ONEDNN and tensor.dtype == torch.float32
+
+
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether `weight` is packed: also within torch.compile, which sees what Python knows of a tensor, and nothing of
+    oneDNN's order."""
+    return weight.is_mkldnn or getattr(weight, "packed_by_onednn", False)
 
 
 def address(tensor: torch.Tensor) -> int:
@@ -101,6 +108,7 @@ def pack(model: torch.nn.Module, paths: Sequence[str]) -> torch.nn.Parameter | N
     if found is None:
         return None
     packed, first = torch.nn.Parameter(found, requires_grad=False), 0
+    packed.packed_by_onednn = True  # type: ignore[attr-defined]
     for path, replaced in zip(paths, linears, strict=True):
         model.set_submodule(path, PackedLinear(replaced, packed, first))
         first += replaced.out_features

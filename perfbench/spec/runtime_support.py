@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from perfbench.machine import compiler
 from perfbench.methods.registry import METHODS
 from perfbench.spec.backbone_config import windows
 
@@ -19,10 +20,18 @@ def serves(runtime: str, method: str) -> bool:
     return runtime == "transformers" or METHODS[method].in_bank or (merged and runtime == "static")
 
 
-def kernels_problem(kernels: str, device_kind: str) -> str | None:
-    """Why `kernels` can't run on this kind of device, with the way out; None where they can."""
+def kernels_problem(kernels: str, device_kind: str, runtimes: Sequence[str]) -> str | None:
+    """Why `kernels` can't run on this kind of device or on one of the runtimes, with the way out; None where they
+    can. For `compiled` it looks for a compiler on this machine."""
     if kernels == "triton" and device_kind != "cuda":
         return f"triton: its kernels run on a CUDA device, this run is on {device_kind}; choose kernels eager"
+    if kernels == "compiled":
+        other = next((runtime for runtime in runtimes if runtime != "static"), None)
+        if other is not None:
+            what = f"compiled: it compiles runtime static's decode step, not that of {other}"
+            return f"{what}; choose runtime static, or kernels eager"
+        reason = compiler.problem()
+        return None if reason is None else f"compiled: {reason}"
     return None
 
 

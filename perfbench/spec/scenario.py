@@ -259,7 +259,7 @@ def of_source(source: Source, path: Path, device_kind: str, notes: tuple[str, ..
     dtypes, runtimes = _axis(values["dtype"]), _axis(values.get("runtime", "transformers"))
     kernels = _axis(values.get("kernels", "eager"))
     for name in kernels:
-        if (reason := kernels_problem(name, device_kind)) is not None:
+        if (reason := kernels_problem(name, device_kind, runtimes)) is not None:
             refuse(source, reason, "kernels")
     arms = _arms(source, path)
     notes += tuple(_unserved(source, arms, runtimes))

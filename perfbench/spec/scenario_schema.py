@@ -31,7 +31,11 @@ RUNTIMES = {
     "static": "our own decode loop over fused weights and a fixed cache, for the Llama family",
     "continuous": "the same arithmetic for requests that join and leave between decode steps, without beams",
 }
-KERNELS = {"eager": "plain torch", "triton": "fused Triton kernels, on a CUDA device"}
+KERNELS = {
+    "eager": "plain torch",
+    "triton": "fused Triton kernels, on a CUDA device",
+    "compiled": "plain torch through torch.compile, on runtime static",
+}
 
 ISOLATION = {
     "shared": "all arms of a comparison take turns in one child process",

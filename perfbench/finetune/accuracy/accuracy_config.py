@@ -113,7 +113,7 @@ class Serving:
     `requests`: prompts of one mixed batch."""
 
     runtimes: tuple[str, ...] = ANSWERING
-    kernels: tuple[str, ...] = tuple(KERNELS)
+    kernels: tuple[str, ...] = ("eager", "triton")
     dtypes: tuple[str, ...] = DTYPES
     requests: int = 16
 

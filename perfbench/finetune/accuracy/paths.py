@@ -52,7 +52,7 @@ def served(serving: Serving, config: Mapping[str, Any], device_kind: str) -> Ite
         for runtime in serving.runtimes:
             for kernels in serving.kernels if runtime == "static" else ("eager",):
                 path = ServingPath(runtime, kernels, dtype)
-                reason = unsupported(runtime, config) or kernels_problem(kernels, device_kind)
+                reason = unsupported(runtime, config) or kernels_problem(kernels, device_kind, (runtime,))
                 yield path if reason is None else LeftOut(path.id, reason)
 
 

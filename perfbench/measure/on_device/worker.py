@@ -159,6 +159,8 @@ class Session:
         free = memory.free_bytes(device, peaks["peak_allocated_bytes"] - held)
         adapter_bytes = memory.adapter_bytes(arm, self.backbone.bytes)
         per_tenant = built.adapters["resident_bytes_per_tenant"]
+        compile_ms = getattr(arm, "compile_ms", None)
+        compiling = {} if compile_ms is None else {"compile_ms": compile_ms}
         self.emit(
             "case",
             case=case.id,
@@ -167,7 +169,7 @@ class Session:
             check=found.to_json(),
             memory=peaks
             | {"adapter_bytes": adapter_bytes, "tenants_that_fit": free // per_tenant if per_tenant else None},
-            adapters=built.adapters,
+            adapters=built.adapters | compiling,
         )
         arm.close()
         return found.status == "ok"

@@ -77,9 +77,12 @@ BARE = BoundLayer({name: Bound() for name in SHARED_INPUT})
 def stacked_slots(slots: Sequence[int], kernels: str) -> tuple[list[int], list[int] | None]:
     """(the bank slots whose adapters are stacked for a batch of these, which of them each request has).
 
-    Plain torch takes one adapter for each request in order, or one for all (None). Triton's kernels take each distinct
+    Plain torch takes one adapter for each request in order, or one for all (None); compiled, which would have to
+    compile twice for that, always one for each. Triton's kernels take each distinct
     adapter once, -1 for none; their number is rounded up to a power of two, so that few sizes are ever captured.
     """
+    if kernels == "compiled":
+        return list(slots), None
     if kernels == "eager":
         return list(slots[:1] if len(set(slots)) == 1 else slots), None
     distinct = sorted(set(slots) - {-1})
@@ -132,7 +135,7 @@ class Adapters:
         self._constants: list[tuple[torch.Tensor, torch.Tensor]] = []  # (to, from): arms overwrite each other's tails
         self._generated: list[torch.Tensor] = []
         self.own: torch.Tensor | None = None
-        if kernels != "eager":
+        if kernels == "triton":
             self.own = torch.empty(requests, dtype=torch.int64, device=weights.device)
         mine = bank.views(bank.shrinks.new_empty(adapters, bank.shrinks.shape[1], device="meta"), self._rest)
         self.layers = [

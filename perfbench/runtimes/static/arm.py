@@ -12,7 +12,7 @@ from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Batch, Generation, StepClock
 from perfbench.runtimes.static.adapters import Adapters, rooms, stacked_slots
 from perfbench.runtimes.static.cache import CacheSize
-from perfbench.runtimes.static.capture import Step, cuda_graph
+from perfbench.runtimes.static.capture import Step, cuda_graph, run_again
 from perfbench.runtimes.static.decoder import Decoder
 from perfbench.runtimes.static.search import beam, beam_to_the_end, greedy
 from perfbench.runtimes.static.weights import fuse
@@ -21,7 +21,8 @@ from perfbench.runtimes.static.weights import fuse
 class StaticArm:
     """The adapters of a bank (or none) over the fused weights; the decoder of the last size of batch stays.
 
-    capture: how a decode step becomes a thing to replay; by default a CUDA graph on a GPU, and none elsewhere.
+    capture: how a decode step becomes a thing to replay; by default a CUDA graph on a GPU, and elsewhere only what is
+    compiled, as it is.
     """
 
     def __init__(
@@ -31,7 +32,9 @@ class StaticArm:
         self.model: Any = backbone.model
         self.bank = bank
         self.kernels = kernels
-        self.capture = cuda_graph if capture is None and backbone.device.type == "cuda" else capture
+        if capture is None:
+            capture = cuda_graph if backbone.device.type == "cuda" else run_again if kernels == "compiled" else None
+        self.capture = capture
         self.decoder: Decoder | None = None
         self._decodes: Any = None  # what the decoder was made for
         self._adapters = 0  # stacked at most, so far
@@ -106,6 +109,11 @@ class StaticArm:
             held += self.decoder.cache.tensors()
             held += self.decoder.adapters.tensors() if self.decoder.adapters else []
         return [*held, self.weights.cos, self.weights.sin]
+
+    @property
+    def compile_ms(self) -> float | None:
+        """Milliseconds that compiling the decode step of the last batch took; None where nothing was compiled."""
+        return None if self.decoder is None else self.decoder.compile_ms
 
     def close(self) -> None:
         """Drops the bank, lets the weights' tails go, and the cache where no other arm holds it."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from perfbench.kernels.qkv_epilogue import Places
 from perfbench.methods.shape import BackboneShape
 
 
@@ -44,14 +45,12 @@ class KVCache:
         heads, dim = shape.kv_heads, shape.head_dim
         length = size.prompt_tokens + (steps if size.beams == 1 else 0)
 
-        def room(*sizes: int) -> torch.Tensor:
-            return torch.empty((shape.layers, *sizes), dtype=dtype, device=device)
+        def room(*sizes: int) -> tuple[torch.Tensor, ...]:
+            # Each layer's alone: to a view of what all layers share a compiler writes by way of a copy.
+            return tuple(torch.empty(sizes, dtype=dtype, device=device) for _ in range(shape.layers))
 
-        self._held = [room(size.requests, 2, heads, length, dim)]
-        if size.beams > 1:
-            self._held.append(room(steps, rows, 2, heads, dim))
-        self.prompt = self._held[0].unbind()
-        self.generated = self._held[1].unbind() if size.beams > 1 else ()
+        self.prompt = room(size.requests, 2, heads, length, dim)
+        self.generated = room(steps, rows, 2, heads, dim) if size.beams > 1 else ()
         # Zeros: a row that is there, whether or not an ancestor lies in it yet.
         self.ancestors = torch.zeros(rows, steps, dtype=torch.int64, device=device)
         # Where what follows the prompt puts its keys and values: [places, Q x beams, 2, H_kv, D] of each layer.
@@ -67,10 +66,16 @@ class KVCache:
         0: zeros in all places after the prompt, since 0 times the NaN that somebody else may have left is NaN.
         """
         if clear:
-            places = self._held[1] if self.generated else self._held[0][..., self.size.prompt_tokens :, :]
-            places.zero_()
+            for places in self.entries:
+                places.zero_()
         self._turns += 1
         return self._turns
+
+    def whole(self) -> tuple[Places, ...]:
+        """The same places as `entries`, for what is compiled."""
+        if self.generated:
+            return tuple(Places(entry, steps=0, first=0) for entry in self.generated)
+        return tuple(Places(entry, steps=3, first=self.size.prompt_tokens) for entry in self.prompt)
 
     def interrupted(self, turn: int) -> bool:
         """Whether somebody else has begun since `turn`."""
@@ -78,4 +83,4 @@ class KVCache:
 
     def tensors(self) -> list[torch.Tensor]:
         """All that it holds."""
-        return [*self._held, self.ancestors]
+        return [*self.prompt, *self.generated, self.ancestors]

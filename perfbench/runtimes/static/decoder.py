@@ -12,6 +12,7 @@ from perfbench.runtimes.shared_context import acting, reusable
 from perfbench.runtimes.static.adapters import Adapters
 from perfbench.runtimes.static.cache import KVCache
 from perfbench.runtimes.static.capture import Step, weak
+from perfbench.runtimes.static.compiled import STEPS
 from perfbench.runtimes.static.forward import Forward, View
 from perfbench.runtimes.static.weights import Weights
 
@@ -53,6 +54,9 @@ class Decoder(Forward):
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
         self._logits = torch.empty(0, device=device)
         self._mask = decode_attention.MASKS[kernels]
+        self._entries = cache.whole() if kernels == "compiled" else cache.entries
+        self._compute = STEPS[kernels](Decoder._write_logits, device)
+        self.compile_ms: float | None = None  # what compiling the step took, where it is compiled and was
 
     def start(self, batch: Batch) -> None:
         """Takes a batch of this decoder's size: its adapters and its padding, copied to where the steps find them."""
@@ -130,6 +134,9 @@ class Decoder(Forward):
 
     def _fixed_step(self) -> None:
         """The step on what lies in fixed tensors; run twice it does the same."""
+        self._compute(self)
+
+    def _write_logits(self) -> None:
         self._logits = self.run(self._tokens, self._fixed_view())
 
     def _growing_view(self) -> View:
@@ -165,7 +172,7 @@ class Decoder(Forward):
         else:
             filled = filled + length
         return View(
-            weights.cos[positions], weights.sin[positions], entries=cache.entries, at=at,
+            weights.cos[positions], weights.sin[positions], entries=self._entries, at=at,
             prompt=cache.prompt, generated=cache.generated, where=where, mask=mask, filled=filled,
         )  # fmt: skip
 

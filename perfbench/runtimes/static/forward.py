@@ -4,7 +4,7 @@ of the rows. Where keys and values lie, and what a step sees of them, the caller
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -34,7 +34,7 @@ class View(NamedTuple):
 
     cos: torch.Tensor
     sin: torch.Tensor
-    entries: list[torch.Tensor] | tuple[torch.Tensor, ...]
+    entries: Sequence[torch.Tensor] | Sequence[qkv_epilogue.Places]
     at: torch.Tensor | None
     prompt: list[torch.Tensor] | tuple[torch.Tensor, ...]
     generated: tuple[torch.Tensor, ...]
@@ -186,7 +186,7 @@ class Forward:
 
     def _finish_qkv(
         self, i: int, qkv: torch.Tensor, h: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
-        entry: torch.Tensor, at: torch.Tensor | None,
+        entry: Any, at: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
         bound = self.layers[i].projections["qkv"]
         return self._qkv(qkv, h, bound.expansion, bound.scale, cos, sin, entry, at, bound.rotation)

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.fx.traceback import annotate
 from torch.nn.functional import linear
 
 from perfbench.kernels import few_rows_product
 from perfbench.kernels.placement import on_gpu
-from perfbench.runtimes.packed_linear import onednn_has
+from perfbench.runtimes.packed_linear import is_packed, onednn_has
 
 # With more values than this in x oneDNN is faster.
 FEW_VALUES = 3072
@@ -31,16 +32,30 @@ def takes_tail(x: torch.Tensor) -> bool:
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [rows, D_in], weight [D_out, D_in], packed or not, bias [D_out] or None -> [rows, D_out], contiguous."""
-    if not weight.is_mkldnn and not onednn_has(x):
+    packed = is_packed(weight)
+    if not packed and not onednn_has(x):
         return linear(x, weight, bias)
-    if weight.is_mkldnn or x.dtype != torch.float32 or x.numel() > FEW_VALUES:
-        found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return found
-    threads = torch.get_num_threads()
+    if packed or x.dtype != torch.float32 or x.numel() > FEW_VALUES:
+        if not torch.compiler.is_compiling():
+            return _by_onednn(x, weight, bias)
+        # Inductor writes a product of its own only for weights that it has packed; this one it has to call.
+        with annotate({"fallback_to_eager": True}):
+            return _by_onednn(x, weight, bias)
+    threads = computing_threads()
     stretches = threads if weight.shape[0] % threads == 0 else 1
     columns = torch.bmm(weight.unflatten(0, (stretches, -1)), x.t().expand(stretches, -1, -1))
     y = columns.flatten(0, 1).t().contiguous()
     return y if bias is None else y.add_(bias)
+
+
+def computing_threads() -> int:
+    """Those of torch. A function of ours, which torch.compile can be told not to follow."""
+    return torch.get_num_threads()
+
+
+def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
 
 
 def _by_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -49,4 +64,4 @@ def _by_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
 
 
 # Of a decode step, by the kernel set.
-OF_FEW_ROWS: dict[str, Callable[..., torch.Tensor]] = {"eager": product, "triton": _by_triton}
+OF_FEW_ROWS: dict[str, Callable[..., torch.Tensor]] = {"eager": product, "triton": _by_triton, "compiled": product}

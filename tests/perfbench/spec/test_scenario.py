@@ -87,6 +87,7 @@ def test_shipped_scenario_is_valid_on_every_device_it_is_for(path):
 def test_these_scenarios_are_shipped():
     assert [path.stem for path in SHIPPED] == [
         "chat_turns",
+        "compiled",
         "cpu_110m",
         "eager_vs_triton",
         "fanlora_table3",
