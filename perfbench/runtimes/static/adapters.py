@@ -77,9 +77,9 @@ BARE = BoundLayer({name: Bound() for name in SHARED_INPUT})
 def stacked_slots(slots: Sequence[int], kernels: str) -> tuple[list[int], list[int] | None]:
     """(the bank slots whose adapters are stacked for a batch of these, which of them each request has).
 
-    Plain torch takes one adapter for each request in order, or one for all (None); compiled, which would have to
-    compile twice for that, always one for each. Triton's kernels take each distinct
-    adapter once, -1 for none; their number is rounded up to a power of two, so that few sizes are ever captured.
+    Plain torch takes one adapter for each request in order, or one for all (None). Compiled, it always takes one for
+    each, since it would have to be compiled twice. Triton's kernels take each distinct adapter once, -1 for none; their
+    number is rounded up to a power of two, so that few sizes are ever captured.
     """
     if kernels == "compiled":
         return list(slots), None
