@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from perfbench.doctor.check import Check
-from perfbench.files.scratch import compiler_cache
+from perfbench.files.compiler_cache import compiler_cache
 from perfbench.machine import compiler
 from perfbench.machine.nvml import Nvml
 from perfbench.spec.backbone_config import NAMED_CONFIGS, parameter_count

@@ -6,7 +6,6 @@ temporary folder of its own, which the parent removes; one that the parent too c
 
 from __future__ import annotations
 
-import getpass
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from perfbench.files.compiler_cache import compiler_cache
 from perfbench.files.run_lock import LOCK, held, is_held
 
 PREFIX = "perfbench-scratch-"
@@ -47,12 +47,6 @@ class Scratch:
                 _remove(entry)
         self._lock.close()
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def compiler_cache() -> Path:
-    """The folder in which torch keeps what it compiles, from run to run."""
-    own = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    return Path(own) if own else Path(tempfile.gettempdir()) / f"torchinductor_{_user()}"
 
 
 def sweep() -> list[Path]:
@@ -91,10 +85,3 @@ def _remove(entry: Path) -> None:
     else:
         with suppress(OSError):
             entry.unlink()
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid()) if hasattr(os, "getuid") else "user"

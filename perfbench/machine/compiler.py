@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 
-from perfbench.files.scratch import compiler_cache
+from perfbench.files.compiler_cache import compiler_cache
 
 WAY_OUT = "choose kernels eager"
 
