@@ -217,11 +217,21 @@ def _found(path: str, *keys: str) -> Any:
 
 ACCURACY = "results/cpu-accuracy/accuracy.json"
 COPA = "results/smollm2-copa/accuracy.json"
+BOOLQ = "results/smollm2-boolq/accuracy.json"
 _POLICY = policy.load(None)
 
 
-def _copa_paths(dtype: str) -> list[dict[str, Any]]:
-    return [row for row in _found(COPA, "verdict", "paths") if row["path"].endswith(dtype)]
+def _paths(run: str, dtype: str) -> list[dict[str, Any]]:
+    return [row for row in _found(run, "verdict", "paths") if row["path"].endswith(dtype)]
+
+
+def _served(task: str, run: str) -> dict[str, Callable[[], str]]:
+    """How many predictions were made as served, and how many of them changed."""
+    return {
+        f"{task}-answers": lambda: f"{sum(row['answers'] for row in _paths(run, 'fp32')):,}",
+        f"{task}-changed-fp32": lambda: str(sum(row["changed"] for row in _paths(run, "fp32"))),
+        f"{task}-changed-bf16": lambda: str(sum(row["changed"] for row in _paths(run, "bf16"))),
+    }
 
 
 def _copa_loss(method: str, rate: str) -> str:
@@ -236,9 +246,8 @@ FACTS: dict[str, Callable[[], str]] = {
     "least-p95": lambda: f"{stats.TAILS['p95'][1]:,}",
     "least-p99": lambda: f"{stats.TAILS['p99'][1]:,}",
     "least-change": lambda: f"{store.LEAST_CHANGE:.0%}",
-    "copa-answers": lambda: str(sum(row["answers"] for row in _copa_paths("fp32"))),
-    "copa-changed-fp32": lambda: str(sum(row["changed"] for row in _copa_paths("fp32"))),
-    "copa-changed-bf16": lambda: str(sum(row["changed"] for row in _copa_paths("bf16"))),
+    **_served("copa", COPA),
+    **_served("boolq", BOOLQ),
     "copa-items": lambda: str(_found(COPA, "verdict", "zero_shot", "copa")[1]["items"]),
     "copa-bare": lambda: f"{_found(COPA, 'verdict', 'zero_shot', 'copa')[1]['seeds'][0]:.0%}",
     **{
