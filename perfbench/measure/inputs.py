@@ -17,7 +17,7 @@ def check(comparisons: Sequence[Comparison]) -> list[str]:
     for comparison in comparisons:
         workload = comparison.workload
         if workload.prompts is not None:
-            from perfbench.measure.on_device.workload import read_prompts
+            from perfbench.measure.on_device.prompts import read_prompts
 
             found = len(read_prompts(Path(workload.prompts)))
             if found < workload.requests:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from perfbench.errors import ScenarioError
+from perfbench.measure.on_device.prompts import read_records, tokenise
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Batch
 from perfbench.spec.cases import Workload
-
-# Keys of a JSON line under which a prompt is looked for, in this order; `turns` is MT-Bench's, its first counts.
-PROMPT_KEYS = ("prompt", "question", "instruction", "text", "turns")
-
-# Keys of a record in a chat's form (OpenAI's, ShareGPT's), which is no prompt before a template has made one of it.
-CHAT_KEYS = ("messages", "conversations", "conversation")
 
 
 def make(workload: Workload, backbone: Backbone, seed: int) -> Batch:
@@ -98,110 +90,3 @@ def assign_slots(workload: Workload, seed: int) -> tuple[int, ...]:
         tenants = draw.choices(range(workload.tenants), weights, k=workload.requests)
     bare = set(draw.sample(requests, round(workload.without_adapter * workload.requests)))
     return tuple(-1 if i in bare else slots[tenant] for i, tenant in enumerate(tenants))
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a `.txt` (one a line) or `.jsonl` file (see PROMPT_KEYS). ScenarioError."""
-    return [text for _, text in read_records(path)]
-
-
-def read_records(path: Path) -> list[tuple[str, str]]:
-    """Each prompt of `read_prompts`, after its place: file and line. ScenarioError.
-
-    A line ends with \\n or \\r\\n and with nothing else: the other line separators of Unicode may stand in a prompt.
-    Blank lines are left out, and counted.
-    """
-    try:
-        whole = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ScenarioError(f"{path}: can't read the prompts: expected UTF-8, got other bytes ({error})") from None
-    except OSError as error:
-        raise ScenarioError(f"{path}: can't read the prompts ({error})") from None
-    lines = [(f"{path}:{number}", line.removesuffix("\r")) for number, line in enumerate(whole.split("\n"), start=1)]
-    lines = [(where, line) for where, line in lines if line.strip()]
-    if not lines:
-        raise ScenarioError(f"{path}: expected at least one prompt, got an empty file")
-    if path.suffix != ".jsonl":
-        return lines
-    return [(where, _prompt(line, where)) for where, line in lines]
-
-
-def _prompt(line: str, where: str) -> str:
-    try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise ScenarioError(f"{where}: expected a line of JSON ({why})") from None
-    wanted = f"expected a string or an object with one of {', '.join(PROMPT_KEYS)}"
-    text = record
-    if isinstance(record, dict):
-        text = next((record[key] for key in PROMPT_KEYS if record.get(key) is not None), None)
-        text = text[0] if isinstance(text, list) and text else text
-        chat = next((key for key in CHAT_KEYS if key in record), None)
-        if text is None and chat is not None:
-            raise ScenarioError(
-                f"{where}: {wanted}, got a chat under {chat!r}; write what the model reads as one text under 'prompt'"
-            )
-    if not isinstance(text, str) or not text.strip():
-        raise ScenarioError(f"{where}: {wanted}, each a text that is not blank, got {_shown(record)}")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ScenarioError(f"{where}: expected text, got half of a surrogate pair, which is no character; mend it")
-    return text
-
-
-def _shown(record: Any) -> str:
-    text = f"an object with {', '.join(map(repr, record)) or 'nothing'}" if isinstance(record, dict) else repr(record)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def tokenise(
-    texts: Sequence[str],
-    tokenizer: Any,
-    requests: int,
-    longest: int | None,
-    *,
-    vocabulary: int | None = None,
-    places: Sequence[str] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 ids and mask [requests, S] of the first prompts, padded on the left, cut to `longest` tokens.
-
-    `vocabulary`: how many tokens the backbone has; `places`: where each text is from, for messages. ScenarioError where
-    the file has fewer prompts than the batch has requests, or a prompt has no tokens or one the backbone lacks.
-    """
-    if len(texts) < requests:
-        raise ScenarioError(f"workload.prompts: {requests} requests need as many prompts, got {len(texts)}")
-    rows = []
-    for index, text in enumerate(texts[:requests]):
-        row = _encode(text, tokenizer)[:longest]
-        where = places[index] if places else f"workload.prompts: prompt {index + 1}"
-        if not row:
-            raise ScenarioError(f"{where}: expected at least one token, got none; the tokenizer leaves all of it out")
-        if vocabulary is not None and max(row) >= vocabulary:
-            token = tokenizer.convert_ids_to_tokens(max(row))
-            raise ScenarioError(
-                f"{where}: expected tokens of the backbone, which has {vocabulary}, got {token!r}, token {max(row)} of "
-                f"the tokenizer; leave it out, or give the backbone that the tokenizer was made for"
-            )
-        rows.append(row)
-    width = max(map(len, rows))
-    ids = torch.zeros(requests, width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
-    return ids, mask
-
-
-def _encode(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a prompt. A tokenizer that puts a beginning-of-sequence token first does so once: one that the text
-    spells out at its start is that token; elsewhere its letters are text, or nothing where they are no tokens."""
-    row: list[int] = tokenizer(text)["input_ids"]
-    begin = tokenizer.bos_token_id
-    if begin is None or row.count(begin) < 2 or tokenizer("")["input_ids"][:1] != [begin]:
-        return row
-    while text.startswith(tokenizer.bos_token):
-        text = text.removeprefix(tokenizer.bos_token)
-    row = tokenizer(text)["input_ids"]
-    if row.count(begin) > 1:
-        row = tokenizer(text, split_special_tokens=True)["input_ids"]
-    return row[:1] + [token for token in row[1:] if token != begin]

@@ -11,7 +11,7 @@ import torch
 
 from perfbench.errors import BackboneError
 from perfbench.kernels import qkv_epilogue, row_scale
-from perfbench.measure.on_device import workload
+from perfbench.measure.on_device import prompts
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.ia3_original import Ia3OriginalOptions
@@ -176,8 +176,8 @@ def test_a_real_checkpoint_answers_real_prompts_alike(
     method: str, beams: int, stories260k: Path, test_data: Path
 ) -> None:
     base = backbone.load(str(stories260k), "fp32", "cpu", seed=0)
-    texts = workload.read_prompts(test_data / "mt_bench" / "question.jsonl")
-    ids, mask = workload.tokenise(texts, base.tokenizer(), 6, 100)
+    texts = prompts.read_prompts(test_data / "mt_bench" / "question.jsonl")
+    ids, mask = prompts.tokenise(texts, base.tokenizer(), 6, 100)
     assert not mask.all(), "the prompts should be ragged"
     same, worst = difference(base, make_bank(base, method), Batch(ids, mask, (2, 0, -1, 3, 0, 1), beams, 16))
     assert same

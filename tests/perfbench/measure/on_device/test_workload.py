@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from perfbench.errors import BackboneError, ScenarioError
-from perfbench.measure.on_device import workload
+from perfbench.measure.on_device import prompts, workload
 from perfbench.runtimes import backbone
 from perfbench.runtimes.generation import Batch
 from perfbench.spec.cases import Workload
@@ -118,14 +119,14 @@ ODD_LINES: dict[str, tuple[bytes, list[str]]] = {
 def test_only_a_line_end_ends_a_prompt(name: str, tmp_path: Path) -> None:
     content, expected = ODD_LINES[name]
     (tmp_path / name).write_bytes(content)
-    assert workload.read_prompts(tmp_path / name) == expected
+    assert prompts.read_prompts(tmp_path / name) == expected
 
 
 @pytest.mark.parametrize("name", READABLE)
 def test_prompts_are_read(name: str, tmp_path: Path) -> None:
     text, expected = READABLE[name]
     (tmp_path / name).write_text(text, encoding="utf-8")
-    assert workload.read_prompts(tmp_path / name) == expected
+    assert prompts.read_prompts(tmp_path / name) == expected
 
 
 UNREADABLE = {
@@ -137,12 +138,57 @@ UNREADABLE = {
     "turns.jsonl": (b'{"turns": []}\n', r"turns\.jsonl:1: expected a string or an object"),
     "blanks.jsonl": (b'"one"\n\n \r\n"two"\n{"id": 5}\n', r"blanks\.jsonl:5: expected .* got an object with 'id'"),
     "half.jsonl": (b'"one"\n"a \\ud83d b"\n', r"half\.jsonl:2: expected text, got half of a surrogate pair"),
-    "chat.jsonl": (b'{"messages": [{"role": "user", "content": "a"}]}', r"chat\.jsonl:1: .* a chat under 'messages'"),
-    "share.jsonl": (b'{"conversations": [{"from": "human"}]}', r"share\.jsonl:1: .* a chat under 'conversations'"),
+    "chat.jsonl": (b'{"messages": [{"role": "user", "content": 3}]}', r"chat\.jsonl:1: messages: expected 'role' and"),
+    "share.jsonl": (b'{"conversations": [{"from": "human"}]}', r"share\.jsonl:1: conversations: expected 'from' and"),
+    "none.jsonl": (b'{"messages": []}', r"none\.jsonl:1: messages: expected a list of messages, got \[\]"),
+    "role.jsonl": (b'{"messages": [{"role": "usr", "content": "a"}]}', r"unknown role 'usr'; did you mean 'user'\?"),
+    "answer.jsonl": (
+        b'{"messages": [{"role": "system", "content": "a"}]}',
+        "expected a message of the user's, got none",
+    ),
+    "halved.jsonl": (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "half of a surrogate pair"),
     "deep.jsonl": (b"[" * 100_000, r"deep\.jsonl:1: expected a line of JSON"),
     "long.jsonl": (b"9" * 5000, r"long\.jsonl:1: expected a line of JSON"),
     "wide.txt": ("one\ntwo\n".encode("utf-16"), r"wide\.txt: can't read the prompts: expected UTF-8"),
 }
+
+
+CHATS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
+    "OpenAI's": (
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]},
+        [("system", "s"), ("user", "u")],
+    ),
+    "ShareGPT's, with its answer": (
+        {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+        [("user", "u")],
+    ),
+    "of two turns": (
+        {"conversation": [{"from": who, "value": who} for who in ("human", "gpt", "human", "gpt")]},
+        [("user", "human"), ("assistant", "gpt"), ("user", "human")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_a_chat_is_read_up_to_the_user_s_last_message(name: str, tmp_path: Path) -> None:
+    record, expected = CHATS[name]
+    (tmp_path / "c.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (found,) = prompts.read_prompts(tmp_path / "c.jsonl")
+    assert [(message["role"], message["content"]) for message in found if isinstance(message, dict)] == expected
+
+
+def test_the_tokenizer_s_template_writes_a_chat(tmp_path: Path) -> None:
+    tokenizer, chat = words(), [{"role": "user", "content": "one"}]
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %}{% if add_generation_prompt %} two{% endif %}"
+    ids, mask = prompts.tokenise([chat, "two"], tokenizer, 2, None)
+    assert ids.tolist() == [[0, 2, 3], [0, 0, 3]]
+    assert mask.tolist() == [[1, 1, 1], [0, 1, 1]]
+    tokenizer.chat_template = "{{ raise_exception('no such roles') }}"
+    with pytest.raises(ScenarioError, match=r"^c\.jsonl:1: the tokenizer's chat template takes no such chat: no such"):
+        prompts.tokenise([chat], tokenizer, 1, None, places=["c.jsonl:1"])
+    tokenizer.chat_template = None
+    with pytest.raises(ScenarioError, match=r"^c\.jsonl:1: a chat needs a chat template, and the tokenizer has none"):
+        prompts.tokenise([chat], tokenizer, 1, None, places=["c.jsonl:1"])
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
@@ -150,13 +196,13 @@ def test_prompts_that_can_not_be_read_say_where(name: str, tmp_path: Path) -> No
     content, message = UNREADABLE[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ScenarioError, match=message) as raised:
-        workload.read_prompts(tmp_path / name)
+        prompts.read_prompts(tmp_path / name)
     assert "\n" not in str(raised.value)
 
 
 def test_a_missing_prompt_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ScenarioError, match=r"none\.txt: can't read the prompts"):
-        workload.read_prompts(tmp_path / "none.txt")
+        prompts.read_prompts(tmp_path / "none.txt")
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +219,9 @@ def questions(test_data: Path) -> Path:
 
 
 def test_real_prompts_are_padded_on_the_left(real: backbone.Backbone, questions: Path) -> None:
-    texts, tokenizer = workload.read_prompts(questions), real.tokenizer()
+    texts, tokenizer = prompts.read_prompts(questions), real.tokenizer()
     assert len(texts) == 80
-    ids, mask = workload.tokenise(texts, tokenizer, 5, None)
+    ids, mask = prompts.tokenise(texts, tokenizer, 5, None)
     rows = [tokenizer(text)["input_ids"] for text in texts[:5]]
     lengths = [len(row) for row in rows]
     assert len(set(lengths)) > 1
@@ -223,13 +269,13 @@ def words(*added: str) -> Any:
     ],
 )
 def test_a_text_begins_once(text: str, expected: list[int]) -> None:
-    ids, _ = workload.tokenise([text], words(), 1, None)
+    ids, _ = prompts.tokenise([text], words(), 1, None)
     assert ids.tolist() == [expected]
 
 
 def test_letters_that_are_tokens_stay_letters(real: backbone.Backbone) -> None:
     tokenizer = real.tokenizer()
-    ids, _ = workload.tokenise(["<s>One <s> day"], tokenizer, 1, None)
+    ids, _ = prompts.tokenise(["<s>One <s> day"], tokenizer, 1, None)
     assert ids[0].tolist().count(tokenizer.bos_token_id) == 1
     assert tokenizer.decode(ids[0], skip_special_tokens=True) == "One <s> day"
 
@@ -237,15 +283,15 @@ def test_letters_that_are_tokens_stay_letters(real: backbone.Backbone) -> None:
 def test_a_tokenizer_that_begins_nothing_is_left_alone() -> None:
     bare = words()
     bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    ids, _ = workload.tokenise(["<s> one <s> two"], bare, 1, None)
+    ids, _ = prompts.tokenise(["<s> one <s> two"], bare, 1, None)
     assert ids.tolist() == [[0, 2, 0, 3]]
 
 
 def test_a_token_beyond_the_backbone_s_is_refused() -> None:
     texts, places = ["one", "two <new>"], ["p.txt:1", "p.txt:4"]
     with pytest.raises(ScenarioError, match=r"^p\.txt:4: expected tokens .* has 4, got '<new>', token 4 of"):
-        workload.tokenise(texts, words("<new>"), 2, None, vocabulary=4, places=places)
-    ids, _ = workload.tokenise(texts, words("<new>"), 2, 2, vocabulary=4, places=places)
+        prompts.tokenise(texts, words("<new>"), 2, None, vocabulary=4, places=places)
+    ids, _ = prompts.tokenise(texts, words("<new>"), 2, 2, vocabulary=4, places=places)
     assert ids.tolist() == [[0, 2], [0, 3]], "what is cut is not served"
 
 
@@ -253,7 +299,7 @@ def test_a_prompt_without_tokens_is_refused() -> None:
     bare = words()
     bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     with pytest.raises(ScenarioError, match=r"^workload.prompts: prompt 1: expected at least one token"):
-        workload.tokenise(["\u3000"], bare, 1, None)
+        prompts.tokenise(["\u3000"], bare, 1, None)
 
 
 def test_a_batch_names_the_prompt_it_can_t_serve(tiny_backbone: backbone.Backbone, tmp_path: Path) -> None:
