@@ -177,9 +177,10 @@ def test_a_chat_is_read_up_to_the_user_s_last_message(name: str, tmp_path: Path)
     assert [(message["role"], message["content"]) for message in found if isinstance(message, dict)] == expected
 
 
-def test_the_tokenizer_s_template_writes_a_chat(tmp_path: Path) -> None:
+def test_the_tokenizer_s_template_writes_a_chat() -> None:
     tokenizer, chat = words(), [{"role": "user", "content": "one"}]
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %}{% if add_generation_prompt %} two{% endif %}"
+    answer = "{% if add_generation_prompt %} two{% endif %}"
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %}" + answer
     ids, mask = prompts.tokenise([chat, "two"], tokenizer, 2, None)
     assert ids.tolist() == [[0, 2, 3], [0, 0, 3]]
     assert mask.tolist() == [[1, 1, 1], [0, 1, 1]]
