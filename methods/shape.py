@@ -12,7 +12,7 @@ MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 # One tuple of module names for each layer.
 Setting = tuple[tuple[str, ...], ...]
 
-# Where a module lives inside a decoder layer of Hugging Face's Llama, Mistral, Qwen2 and Gemma.
+# Where a module lives inside a decoder layer of Hugging Face's Llama, Mistral, Qwen2, Qwen3 and Gemma.
 MODULE_PATHS = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
@@ -27,7 +27,7 @@ MODULE_PATHS = {
 SHARED_INPUT = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 
 # `model_type` of the configurations whose decoder layers have exactly those modules.
-LLAMA_FAMILY = ("llama", "mistral", "qwen2", "gemma")
+LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,15 @@ class BackboneShape:
     def of_config(cls, config: Mapping[str, Any]) -> BackboneShape:
         """The shape that a Hugging Face `config.json` describes. KeyError names a field that is missing."""
         heads = config["num_attention_heads"]
+        # Qwen3's default; the others' is what the hidden size leaves for each head.
+        head_dim = 128 if config.get("model_type") == "qwen3" else config["hidden_size"] // heads
         return cls(
             layers=config["num_hidden_layers"],
             hidden=config["hidden_size"],
             intermediate=config["intermediate_size"],
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            head_dim=config.get("head_dim") or head_dim,
             vocab=config["vocab_size"],
             context=config["max_position_embeddings"],
         )

@@ -136,12 +136,21 @@ def _layer(
 
     inputs = [_norm(stream, layer.input_layernorm, config) for stream in streams]
     q, k, v = (linear(module, inputs) for module in "qkv")
+    q, k = (_of_heads(found, layer.self_attn, name, config) for found, name in ((q, "q_norm"), (k, "k_norm")))
     mixed = [_attention(*three, angles, window, shape) for three in zip(q, k, v, strict=True)]
     streams = [stream + out for stream, out in zip(streams, linear("o", mixed), strict=True)]
     inputs = [_norm(stream, layer.post_attention_layernorm, config) for stream in streams]
     activation = ACT2FN[config.hidden_act]
     gated = [activation(g) * u for g, u in zip(linear("gate", inputs), linear("up", inputs), strict=True)]
     return [stream + out for stream, out in zip(streams, linear("down", gated), strict=True)]
+
+
+def _of_heads(outputs: list[torch.Tensor], attention: Any, name: str, config: Any) -> list[torch.Tensor]:
+    """Outputs [L, heads x D] with each head normalised, where the attention has that norm, as Qwen3's has."""
+    norm = getattr(attention, name, None)
+    if norm is None:
+        return outputs
+    return [_norm(y.view(len(y), -1, len(norm.weight)), norm, config).flatten(1) for y in outputs]
 
 
 def _of_length(y: torch.Tensor, length: torch.Tensor, linear: Any, pair: LowRank | None) -> torch.Tensor:

@@ -178,8 +178,13 @@ def parameter_count(config: Mapping[str, Any]) -> int:
     biases = sum(features[module][1] for module in _biased_modules(config))
     tied = config.get("tie_word_embeddings", family == "gemma")  # transformers' default
     embeddings = shape.vocab * shape.hidden * (1 if tied else 2)
-    norms_of_layer = 2 * shape.hidden
+    norms_of_layer = 2 * shape.hidden + (2 * shape.head_dim if norms_heads(config) else 0)
     return embeddings + shape.layers * (linears + biases + norms_of_layer) + shape.hidden
+
+
+def norms_heads(config: Mapping[str, Any]) -> bool:
+    """Whether queries and keys are normalised, head by head, before their rotation."""
+    return bool(config["model_type"] == "qwen3")
 
 
 def windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
@@ -188,7 +193,7 @@ def windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     layers, family = config["num_hidden_layers"], config["model_type"]
     if family == "mistral":
         return (config.get("sliding_window", 4096),) * layers
-    if family != "qwen2" or not config.get("use_sliding_window"):
+    if family not in ("qwen2", "qwen3") or not config.get("use_sliding_window"):
         return (None,) * layers
     window, first = config.get("sliding_window", 4096), config.get("max_window_layers", 28)
     kinds = config.get("layer_types") or ["sliding_attention" if i >= first else "" for i in range(layers)]
@@ -200,7 +205,7 @@ def _biased_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
     family = config["model_type"]
     if family == "qwen2":
         return ("q", "k", "v")
-    attention = MODULES[:4] if family in ("llama", "gemma") and config.get("attention_bias") else ()
+    attention = MODULES[:4] if family in ("llama", "qwen3", "gemma") and config.get("attention_bias") else ()
     mlp = MODULES[4:] if family == "llama" and config.get("mlp_bias") else ()
     return attention + mlp
 

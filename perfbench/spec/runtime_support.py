@@ -7,7 +7,7 @@ from typing import Any
 
 from perfbench.machine import compiler
 from perfbench.methods.registry import METHODS
-from perfbench.spec.backbone_config import windows
+from perfbench.spec.backbone_config import norms_heads, windows
 
 # `hidden_act` of the configs that runtime static can run.
 STATIC_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
@@ -46,6 +46,8 @@ def unsupported(runtime: str, config: Mapping[str, Any]) -> str | None:
     window = min((window for window in windows(config) if window is not None), default=None)
     if window is not None and window < config["max_position_embeddings"]:
         return f"sliding_window {window}: sliding-window attention is not in runtime static; {way_out}"
+    if norms_heads(config):
+        return f"model_type {config['model_type']}: norms of queries and keys are not in runtime static; {way_out}"
     activation = config.get("hidden_act", "silu")
     if activation not in STATIC_ACTIVATIONS:
         return f"hidden_act {activation}: runtime static has {', '.join(STATIC_ACTIVATIONS)}; {way_out}"

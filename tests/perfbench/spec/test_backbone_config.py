@@ -81,6 +81,8 @@ def test_transformers_reads_every_field_of_a_named_shape(name):
         ("llama-tiny", {"head_dim": 32}),
         ("llama-tiny", {"model_type": "mistral"}),
         ("llama-tiny", {"model_type": "qwen2"}),
+        ("llama-tiny", {"model_type": "qwen3", "head_dim": 32}),
+        ("llama-tiny", {"model_type": "qwen3", "attention_bias": True, "tie_word_embeddings": True}),
         ("llama-tiny", {"model_type": "gemma", "attention_bias": True}),
     ],
 )
@@ -127,8 +129,8 @@ def test_a_folder_of_shards_is_read(model_folder):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "gpt2"}, "model_type: expected one of llama, mistral, qwen2, gemma, got 'gpt2'"),
-        ({"model_type": None}, "model_type: expected one of llama, mistral, qwen2, gemma, got None"),
+        ({"model_type": "gpt2"}, "model_type: expected one of llama, mistral, qwen2, qwen3, gemma, got 'gpt2'"),
+        ({"model_type": None}, "model_type: expected one of llama, mistral, qwen2, qwen3, gemma, got None"),
         ({"auto_map": {"AutoModel": "code.Model"}}, "auto_map: asks to run code"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: expected plain weights"),
         ({"num_hidden_layers": None}, "num_hidden_layers: missing"),

@@ -18,6 +18,7 @@ REFUSED = {
     "activation": (TINY | {"hidden_act": "relu"}, "hidden_act relu"),
     "window": (TINY | {"model_type": "mistral", "sliding_window": 128}, "sliding_window 128"),
     "window-by-default": (TINY | {"model_type": "mistral", "max_position_embeddings": 8192}, "sliding_window 4096"),
+    "norms of heads": (TINY | {"model_type": "qwen3"}, "model_type qwen3"),
     "qwen2-window": (
         TINY | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2},
         "sliding_window 64",
