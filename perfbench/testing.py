@@ -31,8 +31,8 @@ from perfbench.runtimes import backbone as backbones
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Batch
 from perfbench.spec import method_plugins
+from perfbench.spec.arms import frozen
 from perfbench.spec.option_schema import schema_of
-from perfbench.spec.scenario import frozen
 from perfbench.spec.scenario_schema import problems
 
 BACKBONE = "llama-tiny"

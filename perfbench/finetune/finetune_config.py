@@ -21,8 +21,8 @@ from perfbench.finetune.trained import find as find_method
 from perfbench.finetune.trained import options_of
 from perfbench.finetune.trained_table import trainable, unknown_method
 from perfbench.methods.options import LAYERS
+from perfbench.spec.arms import frozen
 from perfbench.spec.option_schema import schema_of
-from perfbench.spec.scenario import frozen
 from perfbench.spec.scenario_schema import DEVICES, first_written, problems
 
 DTYPES = ("fp32", "bf16")

@@ -24,8 +24,10 @@ from perfbench.errors import ScenarioError, nearest
 from perfbench.files.paths import expanded
 from perfbench.methods.registry import METHODS
 from perfbench.spec import backbone_config
+from perfbench.spec.arms import frozen
 from perfbench.spec.runtime_support import serves
-from perfbench.spec.scenario import Scenario, WorkloadAxes, frozen
+from perfbench.spec.scenario import Scenario
+from perfbench.spec.workload_axes import WorkloadAxes
 
 
 @dataclass(frozen=True)

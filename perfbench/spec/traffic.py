@@ -21,7 +21,8 @@ from perfbench.files.plain_text import shown
 from perfbench.files.yaml_source import Source, lay_over, of_values, read
 from perfbench.spec import cases, scenario, shipped
 from perfbench.spec.cases import Comparison
-from perfbench.spec.scenario import Scenario, parse_set, refuse
+from perfbench.spec.refusal import refuse
+from perfbench.spec.scenario import Scenario, parse_set
 from perfbench.spec.scenario_schema import first_written, problems
 from perfbench.spec.traffic_schema import SEARCH, schema
 

@@ -8,9 +8,7 @@ from typing import Any
 
 from perfbench import exit_codes
 from perfbench.report import formats, tables, words
-from perfbench.report.chart import Chart
 from perfbench.report.tables import Column
-from perfbench.traffic import over_time
 from perfbench.traffic.traffic_folder import Key, Measured
 
 LEGEND = (
@@ -74,11 +72,6 @@ class TrafficReport:
         """Whether a request was sent when another had ended."""
         return bool(self.manifest["scenario"]["traffic"].get("in_flight"))
 
-    @property
-    def _targets(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.manifest["scenario"]["targets"]
-        return found
-
     def rows(self) -> list[Row]:
         """One for each line of the table."""
         found = []
@@ -92,7 +85,7 @@ class TrafficReport:
 
     def columns(self) -> list[Column]:
         """Of the table."""
-        bare = self._most_of_all().get("none")
+        bare = self.most_of_all().get("none")
         found = [Column("arm", lambda row: row.arm, text=True)]
         if self.searched:
             found.append(Column("tenants", lambda row: _count(_most(row)) if row.point else _none_held(row)))
@@ -163,37 +156,11 @@ class TrafficReport:
         return found
 
     def page(self) -> str:
-        """The answer, the most tenants of each arm, and the curves of what requests waited."""
-        from perfbench.report.html import flatten
-        from perfbench.report.page import page
+        """The answer, the most tenants of each arm, the curves of what requests waited, and how things went over
+        time."""
+        from perfbench.traffic.traffic_page import page_of
 
-        names = list(self.manifest["arms"])
-        shown = over_time.points(self.rows())
-        charts = [*self._charts(), *over_time.charts(self.measured, shown, self._targets["ttft_ms"])]
-        environment = flatten(self.manifest["environment"])
-        return page(
-            title=self.manifest["scenario"]["name"],
-            lead=[self.manifest["scenario"]["question"], self.setting()],
-            notices=list(self.reasons()),
-            verdicts=[{"title": "Live traffic", "sentences": [*self.answer(), self.hardware()]}],
-            sections=[{"title": "Tenants and latency", "charts": 0}] if charts else [],
-            comparisons=[{
-                "title": "All figures", "lines": [], "charts": None,
-                "tables": [{
-                    "caption": "", "columns": self.columns(),
-                    "rows": [[column.cell(row) for column in self.columns()] for row in self.rows()],
-                }],
-            }],
-            comparisons_title="The table",
-            open_first=1,
-            environments=[{
-                "title": "The environment", "heads": ["", "this run"], "note": "",
-                "rows": [{"name": name, "cells": [text], "differs": False} for name, text in environment.items()],
-            }],
-            legend=self.legend(),
-            charts=[charts] if charts else [],
-            colors={name: place for place, name in enumerate(names)},
-        )  # fmt: skip
+        return page_of(self)
 
     def setting(self) -> str:
         """What was asked for, in a line."""
@@ -270,13 +237,13 @@ class TrafficReport:
         price, tokens_per_s = self.manifest["scenario"].get("price_per_hour"), row.figures.get("tokens_per_s")
         return price / 3600 / tokens_per_s * 1e6 if price and tokens_per_s else None
 
-    def _most_of_all(self) -> dict[str, int]:
+    def most_of_all(self) -> dict[str, int]:
         """Arm -> the most tenants that it held, 0 for none at all, of the arms whose answers were proved."""
         return {row.arm: _most(row) for row in self.rows() if _is_ok(row) and row.entry.get("most_tenants")}
 
     def _most_tenants(self) -> Iterator[str]:
         traffic, targets = self.manifest["scenario"]["traffic"], self.manifest["scenario"]["targets"]
-        found = self._most_of_all()
+        found = self.most_of_all()
         held = {arm: most for arm, most in found.items() if most and arm != "none"}
         best = max(held, key=lambda arm: held[arm], default=None)
         if best is not None:
@@ -317,32 +284,6 @@ class TrafficReport:
                 if failed := point.get("failed"):
                     where = f"{arm} with {point['tenants']:,} tenants at {_number(point['rate_per_s'])} requests/s"
                     yield f"{where}: {failed['requests']:,} requests failed, the first so: {failed['first']}"
-
-    def _charts(self) -> Iterator[Chart]:
-        if self.searched:
-            most = [(arm, held, None, None) for arm, held in self._most_of_all().items()]
-            note = f"At {self.manifest['scenario']['traffic']['rate_per_tenant']:g} requests/s each."
-            axis, columns = "tenants, higher is better", ("method", "tenants", "low", "high")
-            if most:
-                yield Chart("bars", "Tenants served within the targets", axis, columns, most, note)
-        targets = self.manifest["scenario"]["targets"]
-        along = "requests a second"
-        for name, what, target, of in (
-            ("ttft_ms", "Time to the first token, p95", targets["ttft_ms"], ""),
-            ("itl_ms", "Time between tokens, p99", targets["itl_ms"], " for the mean of a request"),
-        ):
-            tail = "p95" if name == "ttft_ms" else "p99"
-            several = not self.searched and len(self.manifest["scenario"]["traffic"]["tenants"]) > 1
-            rows = sorted(
-                (f"{arm}, {point['tenants']:,} tenants" if several else arm, point["rate_per_s"], value, None, None)
-                for arm, entry in self.manifest["arms"].items()
-                for point in entry.get("points", [])
-                if (value := ((point["figures"] or {}).get(name) or {}).get(tail)) is not None
-            )
-            if rows:
-                note = f"The target is {target:g} ms{of}. Points that were given up early have no figure."
-                axis = "milliseconds, lower is better"
-                yield Chart("lines", what, axis, ("method", along, "ms", "low", "high"), rows, note, {"x": along})
 
 
 _PLAIN = (

@@ -19,7 +19,7 @@ from perfbench.finetune import finetune_config
 from perfbench.finetune.finetune_config import FinetuneConfig, Given, check, read_source, refuse
 from perfbench.finetune.search.scores import SCORES
 from perfbench.methods.shape import MODULES
-from perfbench.spec.scenario import frozen
+from perfbench.spec.arms import frozen
 
 
 @dataclass(frozen=True)
