@@ -166,9 +166,9 @@ class Bank:
         self._activated.discard(slot)
         self.free.append(slot)
 
-    def is_activated(self, slot: int) -> bool:
-        """Whether the adapter in a slot acts on its request's own tokens alone, as the bare backbone (-1) does in a
-        way."""
+    def leaves_shared_tokens(self, slot: int) -> bool:
+        """Whether nothing acts on the tokens that a request shares with others: its adapter is an activated one, or it
+        has none (-1)."""
         return slot == -1 or slot in self._activated
 
     def rows(self, slots: Sequence[int]) -> torch.Tensor:
