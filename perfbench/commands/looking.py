@@ -21,6 +21,8 @@ def add(commands: Any) -> None:
     )
     add_format(report, "html")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.html; formats of text are printed")
+    about = "of an accuracy run: a run directory with its methods' speeds"
+    report.add_argument("--run", type=Path, metavar="RUN", help=about)
     report.add_argument("--samples", action="store_true", help="csv, json, parquet: a row for each repetition")
     report.set_defaults(command=_report)
 
@@ -80,9 +82,11 @@ def _report(arguments: argparse.Namespace) -> int:
     judged = [path for path in arguments.runs if stored.is_accuracy(path)]
     if judged and len(arguments.runs) > 1:
         raise PerfbenchError(f"report: {judged[0]} is an accuracy run, whose page is its own; give it alone")
+    if arguments.run is not None and not judged:
+        raise PerfbenchError("--run: adds speeds to an accuracy run, which is not given; leave it out")
     if judged:
         out = arguments.out or Path("report.html")
-        write(out, stored.page(judged[0], arguments.format))
+        write(out, stored.page(judged[0], arguments.format, arguments.run))
         print(f"{out}: {out.stat().st_size / 1e6:.2f} MB", file=sys.stderr)
         return exit_codes.OK
     runs = read_runs(arguments.runs)

@@ -63,14 +63,16 @@ def _show_study(path: Path, format: str) -> int:
     return study_folder.exit_code(manifest)
 
 
-def page(path: Path, format: str) -> bytes:
-    """The page of an accuracy run. Raises as `show` does, on a `format` but html."""
+def page(path: Path, format: str, run: Path | None) -> bytes:
+    """The page of an accuracy run, with the speeds of `run`. Raises as `show` does, on a `format` but html, and
+    RunDirectoryError where `run` has none of its methods."""
     from perfbench.finetune.accuracy import verdict_page
 
     if format != "html":
         raise PerfbenchError(f"--format: expected html, the page of an accuracy run, got {format}")
     folder, verdict = _judged(path)
-    return verdict_page.render(folder.manifest, verdict, None).encode()
+    methods = {entry["finetune"]["method"] for entry in folder.manifest["config"]["entries"]}
+    return verdict_page.render(folder.manifest, verdict, verdict_page.read_run(run, methods) if run else None).encode()
 
 
 def _judged(path: Path) -> tuple[AccuracyFolder, Verdict]:

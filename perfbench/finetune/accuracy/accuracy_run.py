@@ -44,7 +44,7 @@ def execute(
     possible; what was done stays.
     """
     console = console or Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    measured = verdict_page.read_run(run, config) if run else None
+    measured = verdict_page.read_run(run, {entry.config.method for entry in config.entries}) if run else None
     common = config.common
     kind, _ = device_kind(common.device)
     name = small_backbone.resolve(common.backbone, console)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from perfbench.errors import RunDirectoryError
-from perfbench.finetune.accuracy import verdict_words
-from perfbench.finetune.accuracy.accuracy_config import AccuracyConfig
+from perfbench.finetune.accuracy import recommendation, verdict_words
 from perfbench.finetune.accuracy.paths import AS_TRAINED
 from perfbench.finetune.accuracy.verdict import MethodRow, Verdict
 from perfbench.report import rows
@@ -49,12 +48,11 @@ def front(points: Sequence[Point]) -> list[Point]:
     return sorted(kept, key=lambda point: point.speed)
 
 
-def read_run(path: Path, config: AccuracyConfig) -> Run:
+def read_run(path: Path, methods: Collection[str]) -> Run:
     """A `perfbench run` whose arms have these methods. RunDirectoryError where it has none of them."""
     (run,) = read_runs([path])
     arms = {row["method"] for row in rows.rows(run.manifest) if row["decode_tokens_per_s"] is not None}
-    methods = {entry.config.method for entry in config.entries}
-    if not arms & methods:
+    if arms.isdisjoint(methods):
         raise RunDirectoryError(
             f"{path}: expected measured arms of {', '.join(sorted(methods))}, got {', '.join(sorted(arms)) or 'none'}; "
             "give a run of a scenario with these methods"
@@ -67,6 +65,7 @@ def render(manifest: Mapping[str, Any], verdict: Verdict, run: Run | None) -> st
     charts: list[Sequence[Chart]] = []
     sections = []
     tasks = list(dict.fromkeys(row.task for row in verdict.methods))
+    advice = list(recommendation.sentences(manifest, verdict, run)) if run else []
     joined = [chart for task in tasks for chart in _joined(manifest, verdict, task, run)] if run else []
     if joined:
         sections.append({"title": "Accuracy, speed and memory", "charts": len(charts)})
@@ -90,7 +89,8 @@ def render(manifest: Mapping[str, Any], verdict: Verdict, run: Run | None) -> st
             {
                 "title": manifest["question"],
                 "sentences": [verdict_words.headline(verdict), *verdict_words.findings(verdict)],
-            }
+            },
+            *([{"title": "What to serve", "sentences": advice}] if advice else []),
         ],
         sections=sections,
         comparisons=groups,

@@ -164,7 +164,7 @@ def method_cells(row: MethodRow, manifest: Mapping[str, Any], reference: str) ->
         _paper(entry),
         "the reference" if is_reference else NOTHING if found is None else points(found),
         NOTHING if found is None or found.p_value is None else f"{found.p_value:.2g}",
-        _elsewhere(manifest, adapters),
+        loss_elsewhere(manifest, adapters),
         NOTHING if is_reference else row.verdict,
     ]
 
@@ -177,7 +177,7 @@ def _rate(manifest: Mapping[str, Any], row: MethodRow) -> str:
     return f"{first['learning_rate']:g}"
 
 
-def _elsewhere(manifest: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]]) -> str:
+def loss_elsewhere(manifest: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]]) -> str:
     """By how much the loss of another task's answers rose, the median of the seeds."""
     before = manifest.get("forgetting")
     after = [one["loss_elsewhere"] for one in adapters if "loss_elsewhere" in one]

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from perfbench.errors import RunDirectoryError
-from perfbench.finetune.accuracy import accuracy_config, verdict_page, verdict_table, verdict_words
+from perfbench.finetune.accuracy import verdict_page, verdict_table, verdict_words
 from perfbench.finetune.accuracy.accuracy_folder import AccuracyFolder
 from perfbench.finetune.accuracy.verdict import Verdict
 from perfbench.finetune.accuracy.verdict_page import Point, front
@@ -36,8 +36,8 @@ def charts_in(html: str) -> list[dict[str, Any]]:
 
 
 def test_it_joins_accuracy_with_the_speed_and_memory_of_the_same_method(finished: Finished) -> None:
-    path, out, verdict = finished
-    run = verdict_page.read_run(RUN, accuracy_config.load(path))
+    _, out, verdict = finished
+    run = verdict_page.read_run(RUN, {"lora", "para"})
     manifest = AccuracyFolder.open(out).manifest
     html = verdict_page.render(manifest, verdict, run)
     joined = [chart for chart in charts_in(html) if chart["title"] == "sums: accuracy against speed against memory"]
@@ -94,7 +94,7 @@ def test_names_are_text_and_never_markup(finished: Finished) -> None:
 
 def test_a_run_that_is_none_is_refused(finished: Finished, tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="no such folder"):
-        verdict_page.read_run(tmp_path / "no", accuracy_config.load(finished[0]))
+        verdict_page.read_run(tmp_path / "no", {"lora"})
 
 
 def test_the_table_fits_a_terminal_and_ends_with_the_answer(finished: Finished) -> None:
@@ -113,7 +113,7 @@ def test_the_table_fits_a_terminal_and_ends_with_the_answer(finished: Finished) 
 def test_a_browser_draws_it_offline(
     finished: Finished, tmp_path: Path, browser: Browser, width: int, dark: bool
 ) -> None:
-    run = verdict_page.read_run(RUN, accuracy_config.load(finished[0]))
+    run = verdict_page.read_run(RUN, {"lora", "para"})
     file = tmp_path / "page.html"
     file.write_text(verdict_page.render(AccuracyFolder.open(finished[1]).manifest, finished[2], run))
     tab = browser.open(file, width=width, dark=dark)
