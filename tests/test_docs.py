@@ -28,7 +28,7 @@ PAGES = [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages()]
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 # What may have a digit in it and yet be a name, and not a measurement.
 NAMES_WITH_DIGITS = re.compile(
-    r"\(IA\)3|\(2022\)|\b(?:LLaMA-2|Qwen[12](?:\.5)?|GSM8K|D3|F1|A40|H[12]00|[bf]p?f?(?:16|32|64)|EMNLP 20\d\d|"
+    r"\(IA\)3|\(2022\)|\b(?:LLaMA-2|Qwen[123](?:\.5)?|GSM8K|D3|F1|A40|H[12]00|[bf]p?f?(?:16|32|64)|EMNLP 20\d\d|"
     r"\d+B|p\d\d|Python 3\.1\d(?: to 3\.1\d| or later)?|2\.0|(?:16|64)\s+bits|Table \d|Apache(?: License)? 2\.0|"
     r"Apache-2\.0|SHA-256)\b|^\d\. ",
     re.MULTILINE,
