@@ -218,6 +218,7 @@ def _found(path: str, *keys: str) -> Any:
 ACCURACY = "results/cpu-accuracy/accuracy.json"
 COPA = "results/smollm2-copa/accuracy.json"
 BOOLQ = "results/smollm2-boolq/accuracy.json"
+RIVALS = "results/smollm2-rivals/accuracy.json"
 _POLICY = policy.load(None)
 
 
@@ -248,6 +249,7 @@ FACTS: dict[str, Callable[[], str]] = {
     "least-change": lambda: f"{store.LEAST_CHANGE:.0%}",
     **_served("copa", COPA),
     **_served("boolq", BOOLQ),
+    **_served("rivals", RIVALS),
     "copa-items": lambda: str(_found(COPA, "verdict", "zero_shot", "copa")[1]["items"]),
     "copa-bare": lambda: f"{_found(COPA, 'verdict', 'zero_shot', 'copa')[1]['seeds'][0]:.0%}",
     **{
