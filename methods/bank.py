@@ -114,7 +114,6 @@ class Bank:
             raise AdapterError(f"expected an adapter of {len(self.layers)} layers, got {len(plan)}")
         plan = tuple(map(self._with_scales, range(len(plan)), plan))
         pairs = [pair for i, layer in enumerate(plan) for pair in _pairs(i, self.layers[i], layer)]
-        _expect_in_range(plan, self.rest.dtype)
         self._take_shared(_matrices(plan))
         slot = self.free.pop()
         if any(layer.shared for layer in plan):
@@ -123,6 +122,12 @@ class Bank:
             self._activated.add(slot)
         for stack, tensor in pairs:
             _write(stack[slot], tensor)
+        # Two looks at what was written, and not one at each of hundreds of tensors, for which a GPU would be waited.
+        if not all(part[slot].isfinite().all() for part in (self.shrinks, self.rest)):
+            self.evict(slot)
+            own = [(f"layer {i}", tensor) for i, layer in enumerate(plan) for tensor in layer.tensors()]
+            _expect_in_range(own, self.rest.dtype)
+            raise AdapterError("expected an adapter of finite numbers, got NaN or infinity; train it again")
         return slot
 
     def _with_scales(self, index: int, layer: LayerPlan) -> LayerPlan:
@@ -138,13 +143,13 @@ class Bank:
     def share(self, plan: AdapterPlan) -> None:
         """Takes what an adapter shares with all others, for one whose own part is then written into a slot directly.
         AdapterError as `admit`."""
-        _expect_in_range(plan, self.rest.dtype)
         self._take_shared(_matrices(plan))
         if any(layer.shared for layer in plan):
             self._sharing.add(NO_SLOT)
 
     def _take_shared(self, matrices: dict[tuple[str | int, ...], torch.Tensor]) -> None:
         """The first tenant's; AdapterError where a later one has others, and nothing has changed."""
+        _expect_in_range([("the shared pair", matrix) for matrix in matrices.values()], self.rest.dtype)
         for key, matrix in matrices.items():
             own = self._shared[key]
             if self._sharing and not torch.equal(own, matrix.to(own.device, own.dtype)):
@@ -280,11 +285,9 @@ def _pairs(index: int, stacked: LayerPlan, layer: LayerPlan) -> list[tuple[torch
     return pairs
 
 
-def _expect_in_range(plan: AdapterPlan, dtype: torch.dtype) -> None:
-    """AdapterError where a number of the adapter, finite as it is, is infinite in `dtype`: fp16 ends at 65,504."""
+def _expect_in_range(tensors: Sequence[tuple[str, torch.Tensor]], dtype: torch.dtype) -> None:
+    """AdapterError where a number of (where, tensor), finite as it is, is infinite in `dtype`: fp16 ends at 65,504."""
     largest = torch.finfo(dtype).max
-    tensors = [(f"layer {i}", tensor) for i, layer in enumerate(plan) for tensor in layer.tensors()]
-    tensors += [("the shared pair", tensor) for tensor in _matrices(plan).values()]
     for where, tensor in tensors:
         if torch.finfo(tensor.dtype).max > largest and not tensor.to(dtype).isfinite().all():
             raise AdapterError(
