@@ -69,7 +69,7 @@ def _fastest(entries: Arms, run: Run) -> tuple[Any, Arms]:
         bare = max((arm["decode_tokens_per_s"] or 0.0 for arm in group if arm["method"] == "none"), default=0.0)
         arms: dict[str, Mapping[str, Any]] = {}
         for label, trained in entries.items():
-            same = [arm for arm in measured if _is_same(run.manifest["cases"][arm["case"]], trained)]
+            same = [arm for arm in measured if is_same(run.manifest["cases"][arm["case"]], trained)]
             if same:
                 arms[label] = same[0]
         found.append((bare, comparison, arms))
@@ -77,7 +77,7 @@ def _fastest(entries: Arms, run: Run) -> tuple[Any, Arms]:
     return comparison, arms_of_it
 
 
-def _is_same(case: Mapping[str, Any], trained: Mapping[str, Any]) -> bool:
+def is_same(case: Mapping[str, Any], trained: Mapping[str, Any]) -> bool:
     """Whether an arm is the method that was trained, with its options; where its adapters are from does not matter."""
     if case["method"] != trained["method"] or trained["method"] not in METHODS:
         return False

@@ -135,8 +135,17 @@ def _notices(manifest: Mapping[str, Any], verdict: Verdict, run: Run | None) -> 
         )
     measured = {row["method"] for row in rows.rows(run.manifest) if row["decode_tokens_per_s"] is not None}
     methods = {entry["method"]: entry["finetune"]["method"] for entry in manifest["config"]["entries"]}
-    if missing := [label for label, method in methods.items() if method not in measured]:
+    missing = [label for label, method in methods.items() if method not in measured]
+    if missing:
         yield f"Without a speed in {run.label}: {', '.join(missing)}."
+    entries = {
+        entry["method"]: entry["finetune"] for entry in manifest["config"]["entries"] if entry["method"] not in missing
+    }
+    cases = run.manifest["cases"].values()
+    if others := [
+        label for label, own in entries.items() if not any(recommendation.is_same(case, own) for case in cases)
+    ]:
+        yield f"Measured in {run.label} with other options than were trained: {', '.join(others)}."
 
 
 def _joined(manifest: Mapping[str, Any], verdict: Verdict, task: str, run: Run) -> Iterator[Chart]:

@@ -60,6 +60,9 @@ def test_the_page_of_a_stored_experiment_takes_a_run(tmp_path: Path, capsys: pyt
     out = tmp_path / "page.html"
     stored, speeds = str(RESULTS / "smollm2-copa"), str(RESULTS / "cpu-real-135m")
     assert main(["report", stored, "--run", speeds, "--out", str(out)]) == 0
-    assert "What to serve" in out.read_text(encoding="utf-8")
+    text = out.read_text(encoding="utf-8")
+    assert "What to serve" in text
+    assert "Without a speed in cpu-real-135m: adalora." in text
+    assert "Measured in cpu-real-135m with other options than were trained: fanlora, ia3-all." in text
     assert main(["report", speeds, "--run", speeds, "--out", str(tmp_path / "other.html")]) == 2
     assert "--run: adds speeds to an accuracy run, which is not given" in capsys.readouterr().err
