@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from perfbench import __version__, crash_report, exit_codes, interruption
-from perfbench.commands import judging, looking, measuring, serving, studying, training
+from perfbench.commands import judging, looking, measuring, planning, serving, studying, training
 from perfbench.commands.arguments import Parser
 from perfbench.errors import PerfbenchError
 
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="version", version=f"perfbench {__version__}")
     commands = made.add_subparsers(metavar="COMMAND", required=True)
-    for group in (measuring, serving, looking, judging, training, studying):
+    for group in (measuring, planning, serving, looking, judging, training, studying):
         group.add(commands)
     return made
 

@@ -128,6 +128,19 @@ def decode_step(
     )
 
 
+def read_piece(config: Mapping[str, Any], dtype: str, *, tokens: int, past: int, adapter: Sequence[Any] = ()) -> Work:
+    """The least work of reading `tokens` of a prompt of which `past` are in the cache, with the plan of its adapter, if
+    any: weights, cache and adapter are read once, and only the last token's logits are made."""
+    shape, kinds = BackboneShape.of_config(config), [(adapter, [0])] if adapter else []
+    first = decode_step(config, dtype, prompt_tokens=[past], generated_tokens=0, beams=1, adapters=kinds)
+    logits = 2 * shape.vocab * shape.hidden
+    # A token attends to those before it: on average to as many as the first and the last do, or to more, where a
+    # window cuts what the last ones see.
+    start, end = (_tokens(config, [length], 0, 1)[1] for length in (past, past + tokens - 1))
+    further = 4 * shape.heads * shape.head_dim * (end - start) // 2
+    return replace(first, flops=tokens * (first.flops - logits + further) + logits)
+
+
 def _of_adapters(shape: BackboneShape, plan: Sequence[Any], tenants: Sequence[int], beams: int) -> tuple[int, int]:
     """(numbers of their own that are read, products) of a step of requests of these tenants with adapters alike."""
     numbers = products = 0

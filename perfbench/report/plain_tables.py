@@ -14,16 +14,20 @@ from perfbench.report.tables import Column
 
 @dataclass(frozen=True)
 class PlainTables:
-    """Tables with the same `columns`: (title, rows) of each, every row a flat record; `note` stands below them all.
+    """Tables with the same `columns`: (title, rows) of each, every row a flat record; `note` stands below them all, the
+    answer in a sentence, `lead`, above them.
 
     It is a Subject of `perfbench.report.formats`; a page raises PerfbenchError."""
 
     columns: Sequence[Column]
     parts: Sequence[tuple[str, Sequence[dict[str, Any]]]]
     note: str = ""
+    lead: str = ""
 
     def print(self, console: Any) -> None:
         """Prints every table, each as several where one would be wider than the console."""
+        if self.lead:
+            console.print(self.lead, "", sep="\n", markup=False)
         for title, rows in self.parts:
             for index, some in enumerate(tables.pieces(self.columns, rows, console.width)):
                 console.print(tables.grid(some, rows, "" if index else title))
@@ -35,7 +39,11 @@ class PlainTables:
         lines = [line for title, rows in self.parts for line in (
             f"**{tables.plain(title)}**", "", *tables.markdown(self.columns, rows), "",
         )]  # fmt: skip
-        return "\n".join([*lines, *([tables.plain(self.note)] if self.note else [])]).rstrip() + "\n"
+        above, below = (
+            [tables.plain(self.lead), ""] if self.lead else [],
+            [tables.plain(self.note)] if self.note else [],
+        )
+        return "\n".join([*above, *lines, *below]).rstrip() + "\n"
 
     def records(self) -> list[dict[str, Any]]:
         """The rows of all tables."""

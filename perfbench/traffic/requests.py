@@ -27,14 +27,18 @@ class Due:
     new_tokens: int
 
 
-def draw(traffic: Traffic, tenants: int, rate: float, seed: str) -> list[Due]:
+def popularity(traffic: Traffic, tenants: int) -> list[float]:
+    """How many requests each of so many tenants sends beside the others."""
+    if traffic.zipf_exponent is None:
+        return [1.0] * tenants
+    return [1 / rank**traffic.zipf_exponent for rank in range(1, tenants + 1)]
+
+
+def draw(traffic: Traffic, tenants: int, rate: float, seed: str, weights: Sequence[float] | None = None) -> list[Due]:
     """`traffic.requests` requests of so many tenants, `rate` of them a second on average; 0: all due at the start, for
-    a closed loop to send one after the other."""
+    a closed loop to send one after the other. weights: of each tenant, where it is not their `popularity`."""
     chance = random.Random(seed)
-    weights = [1.0] * tenants
-    if traffic.zipf_exponent is not None:
-        weights = [1 / rank**traffic.zipf_exponent for rank in range(1, tenants + 1)]
-    cumulated = list(accumulate(weights))
+    cumulated = list(accumulate(popularity(traffic, tenants) if weights is None else weights))
     found, now = [], 0.0
     for number in range(traffic.requests):
         pause = _pause(traffic, chance)

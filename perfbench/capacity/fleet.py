@@ -1,0 +1,249 @@
+"""How many devices hold the targets: tenants are dealt to devices, the busiest of which is simulated. Free of torch."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from perfbench.capacity.fit import Memory
+from perfbench.capacity.simulation import Serving, Times, simulate
+from perfbench.spec.traffic import Targets, Traffic
+from perfbench.traffic import outcome
+from perfbench.traffic.outcome import Answered
+from perfbench.traffic.requests import Due, all_at_once, draw, popularity
+
+# More would be another kind of fleet; a search ends there.
+MOST_DEVICES = 100_000
+MOST_ROWS = 256
+# Of a simulated request alone on its device: so long after the one before, in seconds, that nothing of that is left.
+_ALONE_S = 1e4
+# Uses of adapters before the first request, for each tenant, so that the device holds those that it holds in the long
+# run; and how many of them at most.
+_WARM, _MOST_WARM = 10, 100_000
+# A measurement has so many requests for each row at least: with fewer, rows that are free at the start would hide that
+# the server is given too much.
+_ROUNDS = 10
+# A device with this share of the busiest one's requests is as busy.
+_AS_BUSY = 0.99
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What is asked of one method: `rate` requests a second of `tenants` together, within `targets`. chunk_tokens None:
+    a prompt is read at once. rows: requests in flight of a device, None: those with which fewest devices are needed."""
+
+    traffic: Traffic
+    tenants: int
+    rate: float
+    targets: Targets
+    times: Times
+    memory: Memory
+    chunk_tokens: int | None
+    rows: int | None = None
+    repetitions: int = 2
+
+    @property
+    def adapters(self) -> bool:
+        """Whether the requests have any."""
+        return self.memory.adapter > 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the busiest device gets. weights: of its tenants; rate: requests a second."""
+
+    weights: tuple[float, ...]
+    rate: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """An answer: `devices` with `rows` requests in flight each. simulated: every request of the repetitions; fewer: of
+    one device less, None where there is none or it was not tried; resident: adapters that a device holds."""
+
+    devices: int
+    rows: int
+    load: Load
+    resident: int
+    simulated: list[list[Answered]]
+    fewer: list[list[Answered]] | None
+
+
+@dataclass(frozen=True)
+class Missed:
+    """Why no number of devices will do. what: ttft, itl or memory; by: what a request alone takes, in ms, at the share
+    of the targets, or the bytes that so many rows need; limit: of the target or the device."""
+
+    what: str
+    by: float
+    limit: float
+    rows: int = 1
+
+
+@lru_cache(maxsize=256)
+def busiest(traffic: Traffic, tenants: int, rate: float, devices: int) -> Load:
+    """Deals the tenants, the most popular first, each to the device with the fewest requests so far; one who sends more
+    than a device's part of all is dealt to as many as that takes. Of devices as busy as each other it is the one with
+    most tenants."""
+    weights = popularity(traffic, tenants)
+    total = sum(weights)
+    parts = sorted(
+        (weight / homes for weight in weights for homes in [max(1, math.ceil(weight * devices / total))]
+         for _ in range(homes)),
+        reverse=True,
+    )  # fmt: skip
+    own: list[list[float]] = [[] for _ in range(devices)]
+    by_load = [(0.0, device) for device in range(devices)]
+    for part in parts:
+        load, device = by_load[0]
+        own[device].append(part)
+        heapq.heapreplace(by_load, (load + part, device))
+    most = max(load for load, _ in by_load)
+    load, device = max(
+        ((load, device) for load, device in by_load if load >= _AS_BUSY * most), key=lambda one: len(own[one[1]])
+    )
+    return Load(tuple(own[device]), rate * load / total)
+
+
+def plan(fleet: Fleet) -> Found | Missed:
+    """The fewest devices, and of the numbers of rows with which so few do the largest."""
+    sizes = list(_sizes(fleet))
+    if not sizes:
+        rows = fleet.rows or 1
+        return Missed("memory", fleet.memory.of_rows(rows) + 2 * fleet.memory.adapter, fleet.memory.device, rows)
+    if (missed := _alone(fleet)) is not None:
+        return missed
+    best: Found | None = None
+    for rows in sizes:
+        most = MOST_DEVICES if best is None else best.devices - 1
+        if (best is None or (most and _holds(_simulated(fleet, rows, most), fleet.targets))) and (
+            found := _fewest(fleet, rows, most)
+        ):
+            best = found
+    if best is None:
+        return Missed("devices", MOST_DEVICES + 1, MOST_DEVICES)
+    return best
+
+
+def _sizes(fleet: Fleet) -> Iterator[int]:
+    """Numbers of rows to be tried, the largest first: powers of two that fit and whose step, all being busy, is not
+    longer than the target between two tokens; one at least."""
+    most = fleet.times.most_rows or MOST_ROWS
+    tried = [fleet.rows] if fleet.rows else [2**power for power in range(most.bit_length()) if 2**power <= most]
+    least = 1 if fleet.adapters else 0
+    fit = [rows for rows in tried if fleet.memory.resident(rows) >= least]
+    tokens = fleet.traffic.prompt_tokens.median + fleet.traffic.new_tokens.median // 2
+    quick = [rows for rows in fit if fleet.times.step_s(rows, rows * tokens, rows) * 1e3 <= fleet.targets.itl_ms]
+    yield from reversed(quick or fit[:1])
+
+
+def _serving(fleet: Fleet, rows: int, tenants: int) -> Serving:
+    resident = min(tenants, fleet.memory.resident(rows))
+    return Serving(rows, resident, fleet.chunk_tokens, fleet.adapters)
+
+
+def _alone(fleet: Fleet) -> Missed | None:
+    """Why a request misses the targets that has a device to itself, where it does, whose adapter has to be loaded."""
+    simulated = []
+    for repetition in range(fleet.repetitions):
+        due = draw(fleet.traffic, 1, 1.0, str(repetition))
+        apart = [replace(one, due_s=place * _ALONE_S, tenant=place) for place, one in enumerate(due)]
+        simulated.append(_answered(apart, Serving(1, 1, fleet.chunk_tokens, fleet.adapters), fleet.times))
+    if _holds(simulated, fleet.targets):
+        return None
+    ttft, itl = (at_share(simulated, fleet.targets, of) for of in ("ttft", "itl"))
+    if ttft / fleet.targets.ttft_ms >= itl / fleet.targets.itl_ms:
+        return Missed("ttft", ttft, fleet.targets.ttft_ms)
+    return Missed("itl", itl, fleet.targets.itl_ms)
+
+
+def _fewest(fleet: Fleet, rows: int, most: int) -> Found | None:
+    """By doubling and then by halves; None where not even `most` hold."""
+    tried: dict[int, list[list[Answered]] | None] = {}
+
+    def holds(devices: int) -> bool:
+        if devices not in tried:
+            tried[devices] = _simulated(fleet, rows, devices)
+        return _holds(tried[devices], fleet.targets)
+
+    failed, held = 0, min(most, _start(fleet, rows))
+    while not holds(held):
+        if held == most:
+            return None
+        failed, held = held, min(2 * held, most)
+    while held - failed > 1:
+        middle = (held + failed) // 2
+        failed, held = (failed, middle) if holds(middle) else (middle, held)
+    load = busiest(fleet.traffic, fleet.tenants, fleet.rate, held)
+    simulated = tried[held]
+    assert simulated is not None
+    fewer = _simulated(fleet, rows, held - 1, whole=True) if held > 1 else None
+    return Found(held, rows, load, _serving(fleet, rows, len(load.weights)).resident, simulated, fewer)
+
+
+def _start(fleet: Fleet, rows: int) -> int:
+    """As many devices as their throughput with every row busy says, at which a search begins."""
+    load = busiest(fleet.traffic, fleet.tenants, fleet.rate, 1)
+    due = all_at_once(fleet.traffic, fleet.tenants, 6 * rows, "full")
+    full = _answered(due, _serving(fleet, rows, len(load.weights)), fleet.times)
+    return max(1, math.ceil(fleet.rate / outcome.throughput_per_s(full)))
+
+
+def _simulated(fleet: Fleet, rows: int, devices: int, *, whole: bool = False) -> list[list[Answered]] | None:
+    """The requests of the busiest of so many devices, in each repetition; None as soon as it is known that they miss
+    the targets, unless the `whole` is wanted."""
+    load = busiest(fleet.traffic, fleet.tenants, fleet.rate, devices)
+    tenants, found = len(load.weights), []
+    serving = _serving(fleet, rows, tenants)
+    traffic = replace(fleet.traffic, requests=max(fleet.traffic.requests, _ROUNDS * rows))
+    misses = outcome.most_misses(len(outcome.counted_places(traffic.requests)), fleet.targets)
+    limit = (None, 0) if whole else (fleet.targets, misses)
+    before = _used_before(load.weights, serving.resident) if fleet.adapters else OrderedDict()
+    for repetition in range(fleet.repetitions):
+        due = draw(traffic, tenants, load.rate, str(repetition), load.weights)
+        answered = simulate(due, serving, fleet.times, *limit, resident=before)
+        if answered is None or not (whole or outcome.held(answered, fleet.targets)):
+            return None
+        found.append(answered)
+    return found
+
+
+def _used_before(weights: Sequence[float], resident: int) -> OrderedDict[int, None]:
+    """The adapters that a device holds which has served these tenants for long, the last used at the end."""
+    found: OrderedDict[int, None] = OrderedDict()
+    if resident >= len(weights):
+        return OrderedDict.fromkeys(range(len(weights)))
+    chance = random.Random("before")
+    for tenant in chance.choices(range(len(weights)), weights, k=min(_MOST_WARM, _WARM * len(weights))):
+        found[tenant] = None
+        found.move_to_end(tenant)
+        if len(found) > resident:
+            found.popitem(last=False)
+    return found
+
+
+def _answered(due: Sequence[Due], serving: Serving, times: Times) -> list[Answered]:
+    found = simulate(due, serving, times)
+    assert found is not None
+    return found
+
+
+def _holds(simulated: list[list[Answered]] | None, targets: Targets) -> bool:
+    return simulated is not None and all(outcome.held(answered, targets) for answered in simulated)
+
+
+def at_share(simulated: Sequence[Sequence[Answered]], targets: Targets, of: str) -> float:
+    """Milliseconds within which the share that the targets name, of the requests that count, got the first token
+    (`ttft`), or the others on average (`itl`)."""
+    counted = [one for answered in simulated for one in outcome.counted(answered)]
+    values = sorted(one.ttft_ms if of == "ttft" else _mean(one.itl_ms) for one in counted)
+    return values[math.ceil(targets.share * len(values)) - 1]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
