@@ -185,8 +185,8 @@ def _why(line: Line, found: Found) -> str:
         return f"What binds is the time between tokens: with {one:,}, {slow:.0%} of {name}'s requests miss it."
     if by == "memory":
         return (
-            f"What binds is memory: with {one:,}, requests wait for a row, and twice {found.rows} rows do not fit "
-            "beside the weights."
+            f"What binds is memory: with {one:,}, requests wait for a row, and beside the weights there is no room for "
+            "enough of them."
         )
     if by == "rows":
         return (

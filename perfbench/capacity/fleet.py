@@ -131,12 +131,11 @@ def plan(fleet: Fleet) -> Found | Missed:
 
 
 def _sizes(fleet: Fleet) -> Iterator[int]:
-    """Numbers of rows to be tried, the largest first: powers of two that fit and whose step, all being busy, is not
-    longer than the target between two tokens; one at least."""
-    most = fleet.times.most_rows or MOST_ROWS
-    tried = [fleet.rows] if fleet.rows else [2**power for power in range(most.bit_length()) if 2**power <= most]
-    least = 1 if fleet.adapters else 0
-    fit = [rows for rows in tried if fleet.memory.resident(rows) >= least]
+    """Numbers of rows to be tried, the largest first: as many as fit, and powers of two, whose step, all being busy, is
+    not longer than the target between two tokens; one at least."""
+    tried = [fleet.rows] if fleet.rows else range(1, (fleet.times.most_rows or MOST_ROWS) + 1)
+    fit = [rows for rows in tried if fleet.memory.resident(rows) >= (1 if fleet.adapters else 0)]
+    fit = [rows for rows in fit if rows & (rows - 1) == 0 or rows == fit[-1]]
     tokens = fleet.traffic.prompt_tokens.median + fleet.traffic.new_tokens.median // 2
     quick = [rows for rows in fit if fleet.times.step_s(rows, rows * tokens, rows) * 1e3 <= fleet.targets.itl_ms]
     yield from reversed(quick or fit[:1])

@@ -39,11 +39,8 @@ class PlainTables:
         lines = [line for title, rows in self.parts for line in (
             f"**{tables.plain(title)}**", "", *tables.markdown(self.columns, rows), "",
         )]  # fmt: skip
-        above, below = (
-            [tables.plain(self.lead), ""] if self.lead else [],
-            [tables.plain(self.note)] if self.note else [],
-        )
-        return "\n".join([*above, *lines, *below]).rstrip() + "\n"
+        above = [tables.plain(self.lead), ""] if self.lead else []
+        return "\n".join([*above, *lines, *([tables.plain(self.note)] if self.note else [])]).rstrip() + "\n"
 
     def records(self) -> list[dict[str, Any]]:
         """The rows of all tables."""
