@@ -144,9 +144,9 @@ def bound_by(asked: Asked, found: Found) -> str | None:
         return "itl"
     if fmean(one.wait_ms for one in counted) <= fmean(one.ttft_ms - one.wait_ms for one in counted):
         return "ttft"
-    if asked.fleet.memory.resident(2 * found.rows) < (1 if asked.fleet.adapters else 0):
+    if asked.fleet.memory.resident(2 * found.fewer_rows) < (1 if asked.fleet.adapters else 0):
         return "memory"
-    return "rows" if found.rows in (asked.fleet.rows, asked.fleet.times.most_rows) else "ttft"
+    return "rows" if found.fewer_rows in (asked.fleet.rows, asked.fleet.times.most_rows) else "ttft"
 
 
 def _shares(simulated: Sequence[Sequence[outcome.Answered]], targets: Targets) -> tuple[float, float]:
@@ -190,7 +190,7 @@ def _why(line: Line, found: Found) -> str:
         )
     if by == "rows":
         return (
-            f"What binds are the rows: with {one:,}, requests wait for one, and no more than {found.rows} "
+            f"What binds are the rows: with {one:,}, requests wait for one, and no more than {found.fewer_rows} "
             f"{'are asked for' if line.asked.fleet.rows else 'were measured'}."
         )
     if not late:

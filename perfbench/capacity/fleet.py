@@ -63,8 +63,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Found:
-    """An answer: `devices` with `rows` requests in flight each. simulated: every request of the repetitions; fewer: of
-    one device less, None where there is none or it was not tried; resident: adapters that a device holds."""
+    """An answer: `devices` with `rows` requests in flight each. simulated: every request of the repetitions; resident:
+    adapters that a device holds; fewer: the requests with one device less, None where that would be none, and the
+    largest number of rows, `fewer_rows`."""
 
     devices: int
     rows: int
@@ -72,6 +73,13 @@ class Found:
     resident: int
     simulated: list[list[Answered]]
     fewer: list[list[Answered]] | None
+    fewer_rows: int
+
+    @property
+    def loaded_share(self) -> float:
+        """Of the requests that count those whose adapter had to be loaded."""
+        counted = [one for answered in self.simulated for one in outcome.counted(answered)]
+        return sum(bool(one.loaded) for one in counted) / len(counted)
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ def busiest(traffic: Traffic, tenants: int, rate: float, devices: int) -> Load:
 
 
 def plan(fleet: Fleet) -> Found | Missed:
-    """The fewest devices, and of the numbers of rows with which so few do the largest."""
+    """The fewest devices, and of the numbers of rows with which so few do the one with the fewest loads, the largest."""
     sizes = list(_sizes(fleet))
     if not sizes:
         rows = fleet.rows or 1
@@ -120,11 +128,15 @@ def plan(fleet: Fleet) -> Found | Missed:
         return missed
     best: Found | None = None
     for rows in sizes:
-        most = MOST_DEVICES if best is None else best.devices - 1
-        if (best is None or (most and _holds(_simulated(fleet, rows, most), fleet.targets))) and (
-            found := _fewest(fleet, rows, most)
-        ):
-            best = found
+        most = MOST_DEVICES if best is None else best.devices
+        if best is not None and not _holds(_simulated(fleet, rows, most), fleet.targets):
+            continue
+        found = _fewest(fleet, rows, most)
+        if found is None or (best and (found.devices, found.loaded_share) >= (best.devices, best.loaded_share)):
+            continue
+        if best and found.devices == best.devices:
+            found = replace(found, fewer=best.fewer, fewer_rows=best.fewer_rows)
+        best = found
     if best is None:
         return Missed("devices", MOST_DEVICES + 1, MOST_DEVICES)
     return best
@@ -182,7 +194,7 @@ def _fewest(fleet: Fleet, rows: int, most: int) -> Found | None:
     simulated = tried[held]
     assert simulated is not None
     fewer = _simulated(fleet, rows, held - 1, whole=True) if held > 1 else None
-    return Found(held, rows, load, _serving(fleet, rows, len(load.weights)).resident, simulated, fewer)
+    return Found(held, rows, load, _serving(fleet, rows, len(load.weights)).resident, simulated, fewer, rows)
 
 
 def _start(fleet: Fleet, rows: int) -> int:
