@@ -119,7 +119,7 @@ def busiest(traffic: Traffic, tenants: int, rate: float, devices: int) -> Load:
 
 
 def plan(fleet: Fleet) -> Found | Missed:
-    """The fewest devices, and of the numbers of rows with which so few do the one with the fewest loads, the largest."""
+    """The fewest devices; of the numbers of rows with which so few do, the largest of those with the fewest loads."""
     sizes = list(_sizes(fleet))
     if not sizes:
         rows = fleet.rows or 1
