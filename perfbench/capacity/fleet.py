@@ -128,7 +128,7 @@ def plan(fleet: Fleet) -> Found | Missed:
         return missed
     best: Found | None = None
     for rows in sizes:
-        most = MOST_DEVICES if best is None else best.devices
+        most = MOST_DEVICES if best is None else best.devices - (not best.loaded_share)
         if best is not None and not _holds(_simulated(fleet, rows, most), fleet.targets):
             continue
         found = _fewest(fleet, rows, most)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from statistics import fmean, linear_regression
 from typing import Any
@@ -84,8 +84,10 @@ class RoofTimes:
     @cached_property
     def _read(self) -> Any:
         def least(tokens: int, past: int, adapter: bool) -> float:
-            plan = self.plan if adapter else ()
-            work = read_piece(self.config, self.dtype, tokens=tokens, past=past, adapter=plan)
+            work, own = read_piece(self.config, self.dtype, tokens=tokens, past=past), self._own
+            if adapter:
+                of_one = own.shared + own.stored + own.made
+                work = replace(work, adapter_bytes=of_one, flops=work.flops + tokens * own.flops)
             return work.least_s(self.device, self.dtype)
 
         return lru_cache(maxsize=None)(least)

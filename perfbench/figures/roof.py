@@ -128,11 +128,11 @@ def decode_step(
     )
 
 
-def read_piece(config: Mapping[str, Any], dtype: str, *, tokens: int, past: int, adapter: Sequence[Any] = ()) -> Work:
-    """The least work of reading `tokens` of a prompt of which `past` are in the cache, with the plan of its adapter, if
-    any: weights, cache and adapter are read once, and only the last token's logits are made."""
-    shape, kinds = BackboneShape.of_config(config), [(adapter, [0])] if adapter else []
-    first = decode_step(config, dtype, prompt_tokens=[past], generated_tokens=0, beams=1, adapters=kinds)
+def read_piece(config: Mapping[str, Any], dtype: str, *, tokens: int, past: int) -> Work:
+    """The least work of reading `tokens` of a prompt without an adapter of which `past` are in the cache: weights and
+    cache are read once, and only the last token's logits are made."""
+    shape = BackboneShape.of_config(config)
+    first = decode_step(config, dtype, prompt_tokens=[past], generated_tokens=0, beams=1)
     logits = 2 * shape.vocab * shape.hidden
     # A token attends to those before it: on average to as many as the first and the last do, or to more, where a
     # window cuts what the last ones see.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from perfbench.capacity.fit import bytes_of, plan_of, reads_whole
@@ -36,16 +38,18 @@ def test_a_step_of_bare_requests_is_that_of_the_bare_backbone() -> None:
 @pytest.mark.parametrize("method", ["none", "lora"])
 def test_reading_a_prompt_is_its_tokens_one_by_one_but_for_what_is_done_once(method: str) -> None:
     """Operations: those of a step for each token, of the logits for the last alone. Bytes: once."""
-    plan, past, tokens = plan_of(method, METHODS[method].options(), CONFIG), 30, 20
-    kinds = [(plan, [0])] if plan else []
+    times, past, tokens = roof(method), 30, 20
+    kinds = [(times.plan, [0])] if times.plan else []
     steps = [
         decode_step(CONFIG, "bf16", prompt_tokens=[length], generated_tokens=0, beams=1, adapters=kinds)
         for length in range(past, past + tokens)
     ]
-    piece = read_piece(CONFIG, "bf16", tokens=tokens, past=past, adapter=plan)
     logits = 2 * CONFIG["vocab_size"] * CONFIG["hidden_size"]
-    assert piece.flops == sum(step.flops for step in steps) - (tokens - 1) * logits
-    assert piece.bytes == steps[0].bytes
+    flops = sum(step.flops for step in steps) - (tokens - 1) * logits
+    work = replace(steps[0], flops=flops)
+    assert times.read_s(tokens, past, bool(times.plan)) == work.least_s(DEVICES["a40"], "bf16")
+    if not times.plan:
+        assert read_piece(CONFIG, "bf16", tokens=tokens, past=past) == work
 
 
 def test_where_a_window_ends_reading_is_bounded_from_below() -> None:
