@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import statistics
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from perfbench.capacity import check
+from perfbench.cli import parser
+from perfbench.commands.planning import planned
 from perfbench.figures import papers, stats
 from perfbench.files.plain_text import format_bytes
 from perfbench.finetune.study import study_table as study
@@ -186,6 +190,31 @@ def traffic_table(path: str) -> str:
     return "\n".join([report.setting() + ".", "", *lines, "", report.hardware(), *report.answer()])
 
 
+# Name -> the words of a `perfbench plan` that a page shows.
+PLANS = {
+    "gpu": "--model llama2-7b --device h100 --tenants 2000 --rate 300 --slo ttft=500ms,itl=40ms "
+    "--methods 'lora, lora: {rank: 64, label: lora-64}, para' --price-per-hour 3",
+    "measured": "--model llama2-7b --device h200 --tenants 2000 --rate 50 --slo ttft=500ms,itl=40ms "
+    "--methods lora,para --run results/h200/verify-7b-q1 results/h200/verify-7b-q8",
+}
+
+
+@cache
+def plan(name: str) -> str:
+    """A command of PLANS, and what it prints as Markdown."""
+    command = f"perfbench plan {PLANS[name]}"
+    arguments = parser().parse_args(shlex.split(command)[1:])
+    arguments.run = [ROOT / folder for folder in arguments.run]
+    text = planned(arguments).markdown().replace(f"{ROOT}/", "")
+    return f"```sh\n{command}\n```\n\n{text}"
+
+
+@cache
+def plan_check(path: str) -> str:
+    """A measured search beside its simulation."""
+    return check.table((ROOT / path).parent).markdown().replace(f"{ROOT}/", "")
+
+
 def parameter_table(_: str) -> str:
     """Trained parameters of one adapter of LLaMA-2 7B, as the papers print them and to the last one."""
     lines = ["| method | the papers | trained here | |", "| --- | ---: | ---: | --- |"]
@@ -275,6 +304,8 @@ KINDS: dict[str, Callable[[str], str]] = {
     "accuracy": accuracy_table,
     "traffic": traffic_table,
     "study": study_table,
+    "plan": plan,
+    "check": plan_check,
     "parameters": parameter_table,
     "paper": paper_table,
     "fact": fact,

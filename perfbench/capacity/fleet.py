@@ -129,7 +129,7 @@ def plan(fleet: Fleet) -> Found | Missed:
     best: Found | None = None
     for rows in sizes:
         most = MOST_DEVICES if best is None else best.devices - (not best.loaded_share)
-        if best is not None and not _holds(_simulated(fleet, rows, most), fleet.targets):
+        if not most or (best and not _holds(_simulated(fleet, rows, most), fleet.targets)):
             continue
         found = _fewest(fleet, rows, most)
         if found is None or (best and (found.devices, found.loaded_share) >= (best.devices, best.loaded_share)):

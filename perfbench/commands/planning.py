@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perfbench.commands.arguments import add_format, add_plugin, positive
 from perfbench.errors import PerfbenchError
 from perfbench.methods.dtypes import DTYPES
+
+if TYPE_CHECKING:
+    from perfbench.report.plain_tables import PlainTables
 
 _NEEDED = ("model", "device", "tenants", "rate", "slo")
 
@@ -49,30 +53,20 @@ def _plan(arguments: argparse.Namespace) -> int:
     the device's roof, or from measured runs; runs nothing. Exit code 2 where no number of devices will do."""
     from perfbench.report.formats import put
 
-    if arguments.check is not None:
-        from perfbench.capacity import check
+    put(planned(arguments), arguments.format)
+    return 0
 
-        put(check.table(arguments.check), arguments.format)
-        return 0
+
+def planned(arguments: argparse.Namespace) -> PlainTables:
+    """What the command's arguments ask for. PerfbenchError for what can't be planned."""
+    from perfbench.capacity import check
     from perfbench.capacity.answer import answer
     from perfbench.capacity.question import Question, prepare
 
+    if arguments.check is not None:
+        return check.table(arguments.check)
     if missing := [name for name in _NEEDED if getattr(arguments, name) is None]:
         raise PerfbenchError(f"plan: expected --{missing[0]} too (see perfbench plan --help)")
-    asked = Question(
-        model=arguments.model,
-        device=arguments.device,
-        tenants=arguments.tenants,
-        rate=arguments.rate,
-        slo=arguments.slo,
-        methods=arguments.methods,
-        dtype=arguments.dtype,
-        prompt_tokens=arguments.prompt_tokens,
-        new_tokens=arguments.new_tokens,
-        zipf=arguments.zipf,
-        price_per_hour=arguments.price_per_hour,
-        rows=arguments.rows,
-        runs=arguments.run,
-    )
-    put(answer(prepare(asked)), arguments.format)
-    return 0
+    names = {field.name for field in fields(Question)} - {"runs"}
+    asked = {name: value for name, value in vars(arguments).items() if name in names}
+    return answer(prepare(Question(**asked, runs=arguments.run)))
