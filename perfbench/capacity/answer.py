@@ -48,9 +48,9 @@ def answer(planned: Planned) -> PlainTables:
 def _title(planned: Planned) -> str:
     question, traffic, targets = planned.question, planned.scenario.traffic, planned.scenario.targets
     device = planned.device.name if planned.device is not None else question.device
-    mix = f"Zipf {traffic.zipf_exponent:g}"
+    mix = f"Zipf {traffic.zipf_exponent:g}" if traffic.zipf_exponent else "all alike"
     return (
-        f"{question.model} {question.dtype} on {device}; {question.tenants:,} tenants, {mix}, {question.rate:g} "
+        f"{question.model} {question.dtype} on {device}; {question.tenants:,} tenants, {mix}, {question.rate:,.6g} "
         f"requests/s in all; prompts {_lengths(traffic.prompt_tokens)}, new {_lengths(traffic.new_tokens)}; "
         f"{100 * targets.share:g}% within {targets.ttft_ms:g} ms to the first token and {targets.itl_ms:g} ms between "
         "tokens, on average"

@@ -115,7 +115,7 @@ class _Arm:
         }
 
     def _times(self, keys: Iterable[Key]) -> MeasuredTimes:
-        return of_run(self.manifest, self.measured, keys, self.folder).times(str(self.folder))
+        return of_run(self.manifest, self.measured, keys, self.folder).times(str(self.folder), None)
 
     def _simulated(self, key: Key, times: MeasuredTimes) -> list[outcome.Answered]:
         found = simulate(self.asked.requests(key, len(self.measured[key].answered)), self.serving, times)

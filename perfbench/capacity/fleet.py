@@ -27,7 +27,9 @@ _ALONE_S = 1e4
 _WARM, _MOST_WARM = 10, 100_000
 # A measurement has so many requests for each row at least: with fewer, rows that are free at the start would hide that
 # the server is given too much.
-_ROUNDS = 10
+_ROUNDS = 20
+# Of a device's requests may be one tenant's, so that all devices can be as busy as each other.
+LARGEST_PART = 0.25
 # A device with this share of the busiest one's requests is as busy.
 _AS_BUSY = 0.99
 
@@ -96,26 +98,24 @@ class Missed:
 @lru_cache(maxsize=256)
 def busiest(traffic: Traffic, tenants: int, rate: float, devices: int) -> Load:
     """Deals the tenants, the most popular first, each to the device with the fewest requests so far; one who sends more
-    than a device's part of all is dealt to as many as that takes. Of devices as busy as each other it is the one with
-    most tenants."""
+    than LARGEST_PART of a device's requests is dealt to as many as that takes. Of devices as busy as each other it is
+    the one with most tenants."""
     weights = popularity(traffic, tenants)
     total = sum(weights)
-    parts = sorted(
-        (weight / homes for weight in weights for homes in [max(1, math.ceil(weight * devices / total))]
-         for _ in range(homes)),
-        reverse=True,
-    )  # fmt: skip
-    own: list[list[float]] = [[] for _ in range(devices)]
+    homes = [max(1, math.ceil(weight * devices / total / LARGEST_PART)) for weight in weights]
+    parts = ((weight / count, tenant) for tenant, (weight, count) in enumerate(zip(weights, homes, strict=True)))
+    own: list[dict[int, float]] = [{} for _ in range(devices)]
     by_load = [(0.0, device) for device in range(devices)]
-    for part in parts:
-        load, device = by_load[0]
-        own[device].append(part)
-        heapq.heapreplace(by_load, (load + part, device))
+    for part, tenant in sorted(parts, key=lambda one: -one[0]):
+        for _ in range(homes[tenant]):
+            load, device = by_load[0]
+            own[device][tenant] = own[device].get(tenant, 0.0) + part
+            heapq.heapreplace(by_load, (load + part, device))
     most = max(load for load, _ in by_load)
     load, device = max(
         ((load, device) for load, device in by_load if load >= _AS_BUSY * most), key=lambda one: len(own[one[1]])
     )
-    return Load(tuple(own[device]), rate * load / total)
+    return Load(tuple(own[device].values()), rate * load / total)
 
 
 def plan(fleet: Fleet) -> Found | Missed:
@@ -200,7 +200,7 @@ def _fewest(fleet: Fleet, rows: int, most: int) -> Found | None:
 def _start(fleet: Fleet, rows: int) -> int:
     """As many devices as their throughput with every row busy says, at which a search begins."""
     load = busiest(fleet.traffic, fleet.tenants, fleet.rate, 1)
-    due = all_at_once(fleet.traffic, fleet.tenants, 6 * rows, "full")
+    due = all_at_once(fleet.traffic, fleet.tenants, _ROUNDS * rows, "full")
     full = _answered(due, _serving(fleet, rows, len(load.weights)), fleet.times)
     return max(1, math.ceil(fleet.rate / outcome.throughput_per_s(full)))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from perfbench.capacity import turns
 from perfbench.capacity.times import MeasuredTimes, reading_line
-from perfbench.errors import PerfbenchError, RunDirectoryError
+from perfbench.errors import RunDirectoryError
 from perfbench.figures.roof import DEVICES, known_device
 from perfbench.run_folder.run_directory import RunDirectory
 from perfbench.spec.arms import Arm
@@ -62,11 +62,13 @@ def _device_of(environment: Mapping[str, Any]) -> str:
 
 
 def times_of(
-    sources: Sequence[Source], backbone: str, dtype: str, arm: Arm, load_s: float | None
+    sources: Sequence[Source], backbone: str, dtype: str, arm: Arm, load_bytes: int, host_bytes_per_s: float | None
 ) -> MeasuredTimes | None:
-    """What the runs say of an arm on this backbone; None where none has measured it. A traffic run is taken before
-    others, as it has measured the loads of adapters too; else these take `load_s`. PerfbenchError where that is not
-    known either."""
+    """What the runs say of an arm on this backbone; None where none has measured it.
+
+    A traffic run is taken before others, as it has measured the loads of adapters too. With others one takes
+    `load_bytes` over `host_bytes_per_s`; None: over the speed of the machine's memory, which the runs have measured.
+    """
     for source in sources:
         if source.traffic and (found := _of_traffic(source, backbone, dtype, arm)) is not None:
             return found
@@ -74,12 +76,8 @@ def times_of(
     for runtime in _RUNTIMES:
         points = [point for source in runs for point in _points(source, runtime, backbone, dtype, arm)]
         if points:
-            if load_s is None:
-                raise PerfbenchError(
-                    f"--run {points[0].folder}: says nothing of how long an adapter takes to load, and for {CPU} no "
-                    "table does; give a run of perfbench traffic"
-                )
-            return _of_points(points, load_s)
+            speed = host_bytes_per_s or min(point.memory_bytes_per_s for point in points)
+            return _of_points(points, load_bytes / speed)
     return None
 
 
@@ -95,12 +93,13 @@ def _of_traffic(source: Source, backbone: str, dtype: str, arm: Arm) -> Measured
     keys = [key for key in measured if key.arm == proved[0]]
     lengths = scenario["traffic"]["prompt_tokens"]["median"], scenario["traffic"]["new_tokens"]["median"]
     text = f"{source.folder}, turns of live traffic, prompts about {lengths[0]}, new about {lengths[1]}"
-    return turns.of_run(source.manifest, measured, keys, source.folder).times(text)
+    return turns.of_run(source.manifest, measured, keys, source.folder).times(text, scenario["server"]["chunk_tokens"])
 
 
 @dataclass(frozen=True)
 class _Point:
-    """A case of one batch: seconds of a decode step, and of reading all prompts; `pieces`: as so many."""
+    """A case of one batch: seconds of a decode step, and of reading all prompts; `pieces`: as so many.
+    memory_bytes_per_s: of the machine."""
 
     folder: Path
     runtime: str
@@ -110,6 +109,7 @@ class _Point:
     step_s: float
     read_s: float
     pieces: int
+    memory_bytes_per_s: float
 
 
 def _points(source: Source, runtime: str, backbone: str, dtype: str, arm: Arm) -> Iterator[_Point]:
@@ -117,14 +117,15 @@ def _points(source: Source, runtime: str, backbone: str, dtype: str, arm: Arm) -
         load = comparison["workload"]
         of_this = (comparison["backbone"], comparison["dtype"], comparison["runtime"]) == (backbone, dtype, runtime)
         lone = load.get("beams", 1) == 1 and load.get("prompt_tokens") and not load.get("follow_up_tokens")
-        if not of_this or not lone or load["tenants"] != load["requests"]:
+        if not of_this or not lone or load["tenants"] != load["requests"] or not comparison.get("roof"):
             continue
         for case in (source.manifest["cases"][name] for name in comparison["case_ids"]):
             if case["status"] == "ok" and case["summary"] and _is(arm, case["method"], case["options"]):
                 step, first = (case["summary"][name]["median"] / 1e3 for name in ("itl_ms", "ttft_ms"))
                 pieces = load["requests"] if runtime == "continuous" else 1
                 lengths = load["prompt_tokens"], load["new_tokens"]
-                yield _Point(source.folder, runtime, load["requests"], *lengths, step, first, pieces)
+                speed = comparison["roof"]["bytes_per_s"]
+                yield _Point(source.folder, runtime, load["requests"], *lengths, step, first, pieces, speed)
 
 
 def _of_points(points: Sequence[_Point], load_s: float) -> MeasuredTimes:

@@ -175,13 +175,12 @@ def _times(
 ) -> list[RoofTimes | MeasuredTimes]:
     """Of an arm: from the roof, where the device has one, and from what was measured."""
     found: list[RoofTimes | MeasuredTimes] = []
-    plan, load_s = _plan(question, config, arm), None
+    plan, host = _plan(question, config, arm), None
+    load_bytes = bytes_of(plan, question.dtype)
     if device is not None:
-        load_bytes = bytes_of(plan, question.dtype)
-        roof = RoofTimes(config, question.dtype, device, plan, load_bytes, host_bytes_per_s(question.device))
-        load_s = roof.load_s()
-        found.append(roof)
-    measured = times_of(sources, question.model, question.dtype, arm, load_s)
+        host = host_bytes_per_s(question.device)
+        found.append(RoofTimes(config, question.dtype, device, plan, load_bytes, host))
+    measured = times_of(sources, question.model, question.dtype, arm, load_bytes, host)
     if measured is not None:
         found.append(measured)
         if question.rows is not None and question.rows > measured.most_rows:
@@ -207,7 +206,7 @@ def _fleet(
         targets=scenario.targets,
         times=times,
         memory=Memory.of(config, question.dtype, scenario.traffic, memory, bytes_of(plan, question.dtype)),
-        chunk_tokens=None if reads_whole(plan) else scenario.server.chunk_tokens,
+        chunk_tokens=None if reads_whole(plan) else times.chunk_tokens or scenario.server.chunk_tokens,
         rows=question.rows,
     )
 

@@ -38,6 +38,7 @@ class RoofTimes:
     host_bytes_per_s: float
     origin = "roof"
     most_rows = None
+    chunk_tokens = None
 
     def step_s(self, rows: int, tokens: int, adapters: int) -> float:
         """As `simulation.Times` has it."""
@@ -119,13 +120,15 @@ def reading_line(reads: Sequence[tuple[int, float]], steps: Mapping[int, float])
 class MeasuredTimes:
     """From a run. steps: number of rows -> seconds of a decode step; between two of them a straight line is drawn,
     below the first its seconds stand. A piece of a prompt takes read_s_at_least and so many seconds more for each
-    token; load: seconds to bring an adapter from the host. source: the folder, and what was measured in it."""
+    token; load: seconds to bring an adapter from the host. source: the folder, and what was measured in it;
+    chunk_tokens: in what pieces prompts were read, None where each was read at once."""
 
     steps: Mapping[int, float]
     read_s_at_least: float
     read_s_per_token: float
     load: float
     source: str
+    chunk_tokens: int | None = None
     origin = "measured"
 
     @property

@@ -62,8 +62,8 @@ class Turns:
     reads: list[tuple[int, float]] = field(default_factory=list)
     starts: list[tuple[bool, float]] = field(default_factory=list)
 
-    def times(self, source: str) -> MeasuredTimes:
-        """Their means. PerfbenchError where there are none."""
+    def times(self, source: str, chunk_tokens: int | None) -> MeasuredTimes:
+        """Their means; chunk_tokens: as the server had it. PerfbenchError where there are none."""
         of_rows: dict[int, list[float]] = defaultdict(list)
         for rows, seconds in self.steps:
             of_rows[rows].append(seconds)
@@ -75,7 +75,7 @@ class Turns:
         loads = [seconds for loaded, seconds in self.starts if loaded]
         begin = fmean(bare) if bare else 0.0
         load = max(0.0, fmean(loads) - begin) if loads else 0.0
-        return MeasuredTimes(steps, least + begin, slope, load, source)
+        return MeasuredTimes(steps, least + begin, slope, load, source, chunk_tokens)
 
 
 def of_run(manifest: Mapping[str, Any], measured: Mapping[Key, Measured], keys: Iterable[Key], folder: Path) -> Turns:

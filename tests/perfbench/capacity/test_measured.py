@@ -30,7 +30,7 @@ def median(folder: Path, method: str, name: str) -> float:
 
 
 def test_runs_give_the_steps_of_their_rows_and_a_line_through_their_first_tokens() -> None:
-    found = times_of([Source.read(folder, "h200") for folder in H200], "llama2-7b", "bf16", arm("lora"), 0.001)
+    found = times_of([Source.read(folder, "h200") for folder in H200], "llama2-7b", "bf16", arm("lora"), 64_000, 64e6)
     assert found is not None
     one, eight = (median(folder, "lora", "itl_ms") for folder in H200)
     assert found.steps == {1: one, 8: eight}
@@ -42,20 +42,28 @@ def test_runs_give_the_steps_of_their_rows_and_a_line_through_their_first_tokens
 
 def test_an_arm_is_known_by_its_options_and_not_by_its_label() -> None:
     sources = [Source.read(H200[1], "h200")]
-    other = times_of(sources, "llama2-7b", "bf16", arm("lora", rank=16), 0.001)
+    other = times_of(sources, "llama2-7b", "bf16", arm("lora", rank=16), 64_000, 64e6)
     assert other is not None
     assert other.steps == {8: median(H200[1], "lora-16", "itl_ms")}
-    assert times_of(sources, "llama2-7b", "bf16", arm("lora", rank=64), 0.001) is None
-    assert times_of(sources, "llama2-13b", "bf16", arm("lora"), 0.001) is None
-    assert times_of(sources, "llama2-7b", "fp16", arm("lora"), 0.001) is None
+    assert times_of(sources, "llama2-7b", "bf16", arm("lora", rank=64), 64_000, 64e6) is None
+    assert times_of(sources, "llama2-13b", "bf16", arm("lora"), 64_000, 64e6) is None
+    assert times_of(sources, "llama2-7b", "fp16", arm("lora"), 64_000, 64e6) is None
 
 
 def test_live_traffic_goes_before_batches_and_knows_the_loads() -> None:
     traffic, batches = (Source.read(RESULTS / name, CPU) for name in ("cpu-traffic", "cpu-multitenant"))
-    found = times_of([batches, traffic], "llama-256x8", "fp32", arm("lora"), 0.5)
+    found = times_of([batches, traffic], "llama-256x8", "fp32", arm("lora"), 600_000, None)
     assert found is not None
     assert sorted(found.steps) == list(range(1, 9))
     assert 0 < found.load_s() < 0.001
+
+
+def test_on_a_cpu_an_adapter_comes_at_the_speed_of_its_memory() -> None:
+    source = Source.read(RESULTS / "cpu-multitenant", CPU)
+    found = times_of([source], "llama-256x8", "fp32", arm("lora"), 600_000, None)
+    assert found is not None
+    assert sorted(found.steps) == [4]
+    assert found.load_s() == 600_000 / source.manifest["comparisons"][0]["roof"]["bytes_per_s"]
 
 
 def test_a_run_of_another_device_is_refused() -> None:

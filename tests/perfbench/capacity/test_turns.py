@@ -57,7 +57,7 @@ def measured() -> dict[Key, Measured]:
 
 
 def test_planted_times_are_found_again(measured: dict[Key, Measured]) -> None:
-    found = of_run(MANIFEST, measured, KEYS, Path("run")).times("run")
+    found = of_run(MANIFEST, measured, KEYS, Path("run")).times("run", 64)
     assert found.steps == pytest.approx(PLANTED.steps, rel=1e-3)
     assert found.read_s_at_least == pytest.approx(PLANTED.read_s_at_least, rel=1e-3)
     assert found.read_s_per_token == pytest.approx(PLANTED.read_s_per_token, rel=1e-3)
@@ -70,7 +70,7 @@ def test_a_load_that_is_missing_from_the_requests_is_seen(measured: dict[Key, Me
         key: found._replace(answered=[replace(one, loaded=False) for one in found.answered or ()])
         for key, found in measured.items()
     }
-    assert of_run(MANIFEST, silent, KEYS, Path("run")).times("run").load == 0.0
+    assert of_run(MANIFEST, silent, KEYS, Path("run")).times("run", 64).load == 0.0
 
 
 def test_requests_of_another_seed_are_refused(measured: dict[Key, Measured]) -> None:
@@ -83,4 +83,4 @@ def test_requests_of_another_seed_are_refused(measured: dict[Key, Measured]) -> 
 def test_measurements_that_were_given_up_say_nothing(measured: dict[Key, Measured]) -> None:
     given_up = {key: found._replace(answered=None) for key, found in measured.items()}
     with pytest.raises(PerfbenchError, match=r"^run: expected requests of several tokens that were answered, got none"):
-        of_run(MANIFEST, given_up, KEYS, Path("run")).times("run")
+        of_run(MANIFEST, given_up, KEYS, Path("run")).times("run", 64)
