@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from perfbench.capacity.fleet import Found, Missed, at_share, plan
+from perfbench.capacity.fleet import MOST_ROWS, ROUNDS, Found, Missed, at_share, plan
 from perfbench.capacity.question import Asked, Planned
 from perfbench.errors import PerfbenchError
 from perfbench.files.plain_text import format_bytes
@@ -20,8 +20,8 @@ from perfbench.traffic import outcome
 ORIGINS = ("measured", "roof")
 _WORDS = {"ttft": "to its first token", "itl": "between its tokens"}
 _LEGEND = (
-    "The busiest device is simulated, for {requests:,} requests or more, {repetitions} times. resident: adapters that "
-    "it holds. loads, MB: of adapters from the host, a second, of one device. ttft, itl: within which {share:g}% of "
+    "The busiest device is simulated, for {requests:,} requests and {rounds} for each row at least, {repetitions} times. "
+    "resident: adapters that it holds. loads, MB: of adapters from the host, a second, of one device. ttft, itl: within which {share:g}% of "
     "the requests got their first token, and their tokens on average. bound by: what would be missed with one device "
     "less; memory, rows: they wait for a row, and more do not fit, or were not measured."
 )
@@ -135,7 +135,7 @@ _FIGURES = (
 
 def bound_by(asked: Asked, found: Found) -> str | None:
     """What would be missed with one device less: ttft or itl; where requests wait for a row, memory if more rows do not
-    fit, and rows if no more of them are asked for, or were measured. None where one device is enough."""
+    fit, and rows if no more of them are asked for, were measured, or are tried. None where one device is enough."""
     if found.fewer is None:
         return None
     counted = [one for answered in found.fewer for one in outcome.counted(answered)]
@@ -146,7 +146,15 @@ def bound_by(asked: Asked, found: Found) -> str | None:
         return "ttft"
     if asked.fleet.memory.resident(2 * found.fewer_rows) < (1 if asked.fleet.adapters else 0):
         return "memory"
-    return "rows" if found.fewer_rows in (asked.fleet.rows, asked.fleet.times.most_rows) else "ttft"
+    return "rows" if found.fewer_rows == _most_rows(asked)[0] else "ttft"
+
+
+def _most_rows(asked: Asked) -> tuple[int, str]:
+    """(how many rows a device may have whatever fits, why)"""
+    if asked.fleet.rows is not None:
+        return asked.fleet.rows, "are asked for"
+    measured = asked.fleet.times.most_rows
+    return (MOST_ROWS, "are tried") if measured is None else (measured, "were measured")
 
 
 def _shares(simulated: Sequence[Sequence[outcome.Answered]], targets: Targets) -> tuple[float, float]:
@@ -189,10 +197,8 @@ def _why(line: Line, found: Found) -> str:
             "enough of them."
         )
     if by == "rows":
-        return (
-            f"What binds are the rows: with {one:,}, requests wait for one, and no more than {found.fewer_rows} "
-            f"{'are asked for' if line.asked.fleet.rows else 'were measured'}."
-        )
+        most, why = _most_rows(line.asked)
+        return f"What binds are the rows: with {one:,}, requests wait for one, and no more than {most} {why}."
     if not late:
         return f"What binds is the time to the first token: with {one:,}, the wait for a row grows with every request."
     return f"What binds is the time to the first token: with {one:,}, {late:.0%} of {name}'s requests miss it."
@@ -225,6 +231,6 @@ def _listed(names: Sequence[str]) -> str:
 def _note(planned: Planned) -> str:
     fleet = planned.asked[0].fleet
     legend = _LEGEND.format(
-        requests=fleet.traffic.requests, repetitions=fleet.repetitions, share=100 * fleet.targets.share
+        requests=fleet.traffic.requests, rounds=ROUNDS, repetitions=fleet.repetitions, share=100 * fleet.targets.share
     )
     return "\n".join([legend, *planned.notes])

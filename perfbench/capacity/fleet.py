@@ -27,7 +27,7 @@ _ALONE_S = 1e4
 _WARM, _MOST_WARM = 10, 100_000
 # A measurement has so many requests for each row at least: with fewer, rows that are free at the start would hide that
 # the server is given too much.
-_ROUNDS = 20
+ROUNDS = 20
 # Of a device's requests may be one tenant's, so that all devices can be as busy as each other.
 LARGEST_PART = 0.25
 # A device with this share of the busiest one's requests is as busy.
@@ -74,8 +74,8 @@ class Found:
     load: Load
     resident: int
     simulated: list[list[Answered]]
-    fewer: list[list[Answered]] | None
-    fewer_rows: int
+    fewer: list[list[Answered]] | None = None
+    fewer_rows: int = 0
 
     @property
     def loaded_share(self) -> float:
@@ -95,7 +95,7 @@ class Missed:
     rows: int = 1
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def busiest(traffic: Traffic, tenants: int, rate: float, devices: int) -> Load:
     """Deals the tenants, the most popular first, each to the device with the fewest requests so far; one who sends more
     than LARGEST_PART of a device's requests is dealt to as many as that takes. Of devices as busy as each other it is
@@ -127,6 +127,7 @@ def plan(fleet: Fleet) -> Found | Missed:
     if (missed := _alone(fleet)) is not None:
         return missed
     best: Found | None = None
+    fewer_rows = 0
     for rows in sizes:
         most = MOST_DEVICES if best is None else best.devices - (not best.loaded_share)
         if not most or (best and not _holds(_simulated(fleet, rows, most), fleet.targets)):
@@ -134,12 +135,13 @@ def plan(fleet: Fleet) -> Found | Missed:
         found = _fewest(fleet, rows, most)
         if found is None or (best and (found.devices, found.loaded_share) >= (best.devices, best.loaded_share)):
             continue
-        if best and found.devices == best.devices:
-            found = replace(found, fewer=best.fewer, fewer_rows=best.fewer_rows)
+        if best is None or found.devices < best.devices:
+            fewer_rows = rows
         best = found
     if best is None:
         return Missed("devices", MOST_DEVICES + 1, MOST_DEVICES)
-    return best
+    fewer = _simulated(fleet, fewer_rows, best.devices - 1, whole=True) if best.devices > 1 else None
+    return replace(best, fewer=fewer, fewer_rows=fewer_rows)
 
 
 def _sizes(fleet: Fleet) -> Iterator[int]:
@@ -193,14 +195,13 @@ def _fewest(fleet: Fleet, rows: int, most: int) -> Found | None:
     load = busiest(fleet.traffic, fleet.tenants, fleet.rate, held)
     simulated = tried[held]
     assert simulated is not None
-    fewer = _simulated(fleet, rows, held - 1, whole=True) if held > 1 else None
-    return Found(held, rows, load, _serving(fleet, rows, len(load.weights)).resident, simulated, fewer, rows)
+    return Found(held, rows, load, _serving(fleet, rows, len(load.weights)).resident, simulated)
 
 
 def _start(fleet: Fleet, rows: int) -> int:
     """As many devices as their throughput with every row busy says, at which a search begins."""
     load = busiest(fleet.traffic, fleet.tenants, fleet.rate, 1)
-    due = all_at_once(fleet.traffic, fleet.tenants, _ROUNDS * rows, "full")
+    due = all_at_once(fleet.traffic, fleet.tenants, ROUNDS * rows, "full")
     full = _answered(due, _serving(fleet, rows, len(load.weights)), fleet.times)
     return max(1, math.ceil(fleet.rate / outcome.throughput_per_s(full)))
 
@@ -211,7 +212,7 @@ def _simulated(fleet: Fleet, rows: int, devices: int, *, whole: bool = False) ->
     load = busiest(fleet.traffic, fleet.tenants, fleet.rate, devices)
     tenants, found = len(load.weights), []
     serving = _serving(fleet, rows, tenants)
-    traffic = replace(fleet.traffic, requests=max(fleet.traffic.requests, _ROUNDS * rows))
+    traffic = replace(fleet.traffic, requests=max(fleet.traffic.requests, ROUNDS * rows))
     misses = outcome.most_misses(len(outcome.counted_places(traffic.requests)), fleet.targets)
     limit = (None, 0) if whole else (fleet.targets, misses)
     before = _used_before(load.weights, serving.resident) if fleet.adapters else OrderedDict()

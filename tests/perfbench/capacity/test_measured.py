@@ -58,6 +58,31 @@ def test_live_traffic_goes_before_batches_and_knows_the_loads() -> None:
     assert 0 < found.load_s() < 0.001
 
 
+def test_on_runtime_continuous_prompts_are_read_one_after_the_other() -> None:
+    """Planted: 2 ms and 50 us a token for each prompt, 1 ms and 0.5 ms a row for each step."""
+    workloads = [(rows, tokens) for rows in (1, 4, 8) for tokens in (16, 64)]
+    comparisons = [
+        {
+            "backbone": "b", "dtype": "fp32", "runtime": "continuous", "case_ids": [str(place)],
+            "workload": {"requests": rows, "tenants": rows, "prompt_tokens": tokens, "new_tokens": 9, "beams": 1},
+            "roof": {"bytes_per_s": 1e9},
+        }
+        for place, (rows, tokens) in enumerate(workloads)
+    ]  # fmt: skip
+    cases = {
+        str(place): {
+            "status": "ok", "method": "none", "options": {},
+            "summary": {"itl_ms": {"median": 1 + rows / 2}, "ttft_ms": {"median": rows * (2 + 0.05 * tokens)}},
+        }
+        for place, (rows, tokens) in enumerate(workloads)
+    }  # fmt: skip
+    source = Source(Path("run"), {"comparisons": comparisons, "cases": cases}, traffic=False)
+    found = times_of([source], "b", "fp32", arm("none"), 0, None)
+    assert found is not None
+    assert [found.step_s(rows, 0, 0) for rows in (1, 2, 8)] == pytest.approx([1.5e-3, 2e-3, 5e-3])
+    assert found.read_s(40, 0, False) == pytest.approx(4e-3)
+
+
 def test_on_a_cpu_an_adapter_comes_at_the_speed_of_its_memory() -> None:
     source = Source.read(RESULTS / "cpu-multitenant", CPU)
     found = times_of([source], "llama-256x8", "fp32", arm("lora"), 600_000, None)
