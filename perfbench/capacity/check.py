@@ -57,7 +57,7 @@ def table(folder: Path) -> PlainTables:
     ]
     parts = [abs(row["simulated_tenants"] / row["tenants"] - 1) for row in rows]
     lead = (
-        f"Simulated, the most tenants come out {max(parts):.0%} beside the measured number at most, and "
+        f"The largest number of tenants comes out at most {max(parts):.0%} off the measured one, "
         f"{sum(parts) / len(parts):.0%} on average."
     )
     return PlainTables(_columns(), [(f"{folder}, measured and simulated", lines)], _LEGEND, lead=lead)
