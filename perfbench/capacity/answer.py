@@ -21,9 +21,9 @@ ORIGINS = ("measured", "roof")
 _WORDS = {"ttft": "to its first token", "itl": "between its tokens"}
 _LEGEND = (
     "The busiest device is simulated, for {requests:,} requests and {rounds} for each row at least, {repetitions} "
-    "times. resident: adapters that it holds. loads, MB: of adapters from the host, a second, of one device. ttft, itl: "
-    "within which {share:g}% of the requests got their first token, and their tokens on average. bound by: what would be "
-    "missed with one device less; memory, rows: they wait for a row, and more do not fit, or were not measured."
+    "times. resident: adapters that it holds. loads, MB: of adapters from the host, a second, of one device. ttft, "
+    "itl: within which {share:g}% of the requests got their first token, and their tokens on average. bound by: what "
+    "would be missed with one device less; memory, rows: they wait for a row, and more do not fit, or are not known of."
 )
 
 
