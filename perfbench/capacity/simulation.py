@@ -11,7 +11,6 @@ import heapq
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol
 
 from perfbench.spec.traffic import NOBODY, Targets
@@ -90,6 +89,7 @@ class _Run:
         self.tenants: Counter[int] = Counter()  # of the rows that decode
         self.resident: OrderedDict[int, None] = OrderedDict.fromkeys(resident)  # the last used at the end
         self.steps: list[float] = []  # when each ended
+        self.gaps_ms: list[float] = []  # how long after the one before
         self.ended: list[Answered | None] = [None] * len(due)
         self.late = 0
 
@@ -148,6 +148,7 @@ class _Run:
         if not rows:
             return
         self.now += self.times.step_s(rows, self.tokens, len(self.tenants))
+        self.gaps_ms.append((self.now - self.steps[-1]) * 1e3 if self.steps else 0.0)
         self.steps.append(self.now)
         self.tokens += rows
         while self.decoding and self.decoding[0][0] == len(self.steps):
@@ -162,14 +163,17 @@ class _Run:
 
     def _end(self, one: _Open) -> None:
         due = self.due[one.place]
-        moments = [one.first_s, *self.steps[one.first_step : one.first_step + due.new_tokens - 1]]
+        # Its first gap is what was left of the turn in which it was read; while it decodes no turn is without a step.
+        start, end = one.first_step, one.first_step + due.new_tokens - 1
+        first = ((self.steps[start] - one.first_s) * 1e3,) if end > start else ()
+        last_s = self.steps[end - 1] if end > start else one.first_s
         found = Answered(
             due_s=due.due_s,
             tenant=due.tenant,
             wait_ms=(one.began_s - due.due_s) * 1e3,
             ttft_ms=(one.first_s - due.due_s) * 1e3,
-            total_ms=(moments[-1] - due.due_s) * 1e3,
-            itl_ms=tuple((later - earlier) * 1e3 for earlier, later in pairwise(moments)),
+            total_ms=(last_s - due.due_s) * 1e3,
+            itl_ms=(*first, *self.gaps_ms[start + 1 : end]),
             loaded=one.loaded,
         )
         self.ended[one.place] = found
