@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -239,7 +240,15 @@ def test_importing_perfbench_loads_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["validate", "scenarios/smoke.yaml"], ["list"], ["list", "lora"], ["params"]]
+    "arguments",
+    [
+        ["--help"],
+        ["validate", "scenarios/smoke.yaml"],
+        ["list"],
+        ["list", "lora"],
+        ["params"],
+        shlex.split("plan --model llama2-7b --device h100 --tenants 9 --rate 1 --slo ttft=500ms,itl=40ms"),
+    ],
 )
 def test_quick_commands_load_nothing_heavy(arguments):
     code = (

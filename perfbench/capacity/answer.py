@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from perfbench.capacity.fleet import MOST_ROWS, ROUNDS, Found, Missed, at_share, plan
+from perfbench.capacity.fleet import MOST_ROWS, Found, Missed, at_share, plan
 from perfbench.capacity.question import Asked, Planned
 from perfbench.errors import PerfbenchError
 from perfbench.files.plain_text import format_bytes
@@ -20,10 +20,10 @@ from perfbench.traffic import outcome
 ORIGINS = ("measured", "roof")
 _WORDS = {"ttft": "to its first token", "itl": "between its tokens"}
 _LEGEND = (
-    "The busiest device is simulated, for {requests:,} requests and {rounds} for each row at least, {repetitions} "
-    "times. resident: adapters that it holds. loads, MB: of adapters from the host, a second, of one device. ttft, "
-    "itl: within which {share:g}% of the requests got their first token, and their tokens on average. bound by: what "
-    "would be missed with one device less; memory, rows: they wait for a row, and more do not fit, or are not known of."
+    "The busiest device is simulated, {repetitions} times {requests:,} requests or more. resident: adapters that it "
+    "holds. loads, MB: of adapters from the host, a second, of one device. ttft, itl: within which {share:g}% of the "
+    "requests got their first token, and their tokens on average. bound by: what would be missed with one device less; "
+    "memory, rows: they wait for a row, and more do not fit, or are not known of."
 )
 
 
@@ -190,7 +190,7 @@ def _why(line: Line, found: Found) -> str:
     late, slow = _shares(found.fewer, line.asked.fleet.targets)
     name, one = line.asked.arm.label, found.devices - 1
     if by == "itl":
-        return f"What binds is the time between tokens: with {one:,}, {slow:.0%} of {name}'s requests miss it."
+        return f"What binds is the time between tokens: with {one:,}, {slow:.1%} of {name}'s requests miss it."
     if by == "memory":
         return (
             f"What binds is memory: with {one:,}, requests wait for a row, and beside the weights there is no room for "
@@ -201,7 +201,7 @@ def _why(line: Line, found: Found) -> str:
         return f"What binds are the rows: with {one:,}, requests wait for one, and no more than {most} {why}."
     if not late:
         return f"What binds is the time to the first token: with {one:,}, the wait for a row grows with every request."
-    return f"What binds is the time to the first token: with {one:,}, {late:.0%} of {name}'s requests miss it."
+    return f"What binds is the time to the first token: with {one:,}, {late:.1%} of {name}'s requests miss it."
 
 
 def _missed(line: Line) -> str:
@@ -231,6 +231,6 @@ def _listed(names: Sequence[str]) -> str:
 def _note(planned: Planned) -> str:
     fleet = planned.asked[0].fleet
     legend = _LEGEND.format(
-        requests=fleet.traffic.requests, rounds=ROUNDS, repetitions=fleet.repetitions, share=100 * fleet.targets.share
+        requests=fleet.traffic.requests, repetitions=fleet.repetitions, share=100 * fleet.targets.share
     )
     return "\n".join([legend, *planned.notes])

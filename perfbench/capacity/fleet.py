@@ -25,9 +25,9 @@ _ALONE_S = 1e4
 # Uses of adapters before the first request, for each tenant, so that the device holds those that it holds in the long
 # run; and how many of them at most.
 _WARM, _MOST_WARM = 10, 100_000
-# A measurement has so many requests for each row at least: with fewer, rows that are free at the start would hide that
-# the server is given too much.
-ROUNDS = 20
+# A measurement has so many requests at least for each row that can be busy, and lasts so many times the target for the
+# first token: in a shorter one rows that are free at the start, or a target far off, would hide a queue that grows.
+_ROUNDS = 20
 # Of a device's requests may be one tenant's, so that all devices can be as busy as each other.
 LARGEST_PART = 0.25
 # A device with this share of the busiest one's requests is as busy.
@@ -201,7 +201,7 @@ def _fewest(fleet: Fleet, rows: int, most: int) -> Found | None:
 def _start(fleet: Fleet, rows: int) -> int:
     """As many devices as their throughput with every row busy says, at which a search begins."""
     load = busiest(fleet.traffic, fleet.tenants, fleet.rate, 1)
-    due = all_at_once(fleet.traffic, fleet.tenants, ROUNDS * rows, "full")
+    due = all_at_once(fleet.traffic, fleet.tenants, _ROUNDS * rows, "full")
     full = _answered(due, _serving(fleet, rows, len(load.weights)), fleet.times)
     return max(1, math.ceil(fleet.rate / outcome.throughput_per_s(full)))
 
@@ -212,7 +212,7 @@ def _simulated(fleet: Fleet, rows: int, devices: int, *, whole: bool = False) ->
     load = busiest(fleet.traffic, fleet.tenants, fleet.rate, devices)
     tenants, found = len(load.weights), []
     serving = _serving(fleet, rows, tenants)
-    traffic = replace(fleet.traffic, requests=max(fleet.traffic.requests, ROUNDS * rows))
+    traffic = replace(fleet.traffic, requests=_enough(fleet, rows, load.rate))
     misses = outcome.most_misses(len(outcome.counted_places(traffic.requests)), fleet.targets)
     limit = (None, 0) if whole else (fleet.targets, misses)
     before = _used_before(load.weights, serving.resident) if fleet.adapters else OrderedDict()
@@ -223,6 +223,14 @@ def _simulated(fleet: Fleet, rows: int, devices: int, *, whole: bool = False) ->
             return None
         found.append(answered)
     return found
+
+
+def _enough(fleet: Fleet, rows: int, rate: float) -> int:
+    """How many requests a measurement has with so many of them a second."""
+    first_s = fleet.targets.ttft_ms / 1e3
+    # So many are in flight where each takes as long as it may.
+    busy = rate * (first_s + fleet.traffic.new_tokens.median * fleet.targets.itl_ms / 1e3)
+    return max(fleet.traffic.requests, math.ceil(_ROUNDS * max(rate * first_s, min(rows, busy))))
 
 
 def _used_before(weights: Sequence[float], resident: int) -> OrderedDict[int, None]:

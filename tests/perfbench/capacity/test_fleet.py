@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 from perfbench.capacity import fit
+from perfbench.capacity.answer import bound_by
 from perfbench.capacity.fit import Memory
 from perfbench.capacity.fleet import Fleet, Found, Missed, busiest, plan
+from perfbench.capacity.question import Asked
 from perfbench.capacity.times import MeasuredTimes, RoofTimes
 from perfbench.figures.roof import DEVICES
 from perfbench.methods import parameters
 from perfbench.methods.registry import METHODS
+from perfbench.spec.arms import Arm
 from perfbench.spec.backbone_config import find_config, parameter_count, shape_of
 from perfbench.spec.traffic import Lengths, Targets, Traffic
 from perfbench.traffic import outcome
@@ -147,3 +150,27 @@ def test_the_roof_needs_no_more_devices_than_slower_steps() -> None:
     slower = Slower(CONFIG, "bf16", DEVICES["a40"], plan_of_it, adapter, 32e9)
     least, more = (plan(asked(times, device=48 * 2**30, adapter=adapter, rate=300.0)) for times in (roof, slower))
     assert least.devices < more.devices  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"device": 14.2 * 2**30, "rate": 100.0}, "memory"),
+        ({"rows": 2}, "rows"),
+        ({"rate": 200.0, "targets": Targets(40.0, 40.0, 0.99)}, "ttft"),
+        ({"rate": 200.0, "targets": Targets(5000.0, 13.0, 0.99)}, "itl"),
+        ({"rate": 1.0}, None),
+    ],
+)
+def test_what_one_device_less_would_miss_is_named(more: dict[str, Any], expected: str | None) -> None:
+    one = Asked(Arm("lora", "lora", METHODS["lora"].options()), asked(TIMES, **more), "measured")
+    found = plan(one.fleet)
+    assert isinstance(found, Found)
+    assert bound_by(one, found) == expected
+
+
+def test_a_target_far_off_hides_no_queue_that_grows() -> None:
+    """Reading alone takes 5 ms of a prompt, and 20 us more of each token: one device reads fewer than 150 a second."""
+    found = plan(asked(TIMES, rate=150.0, targets=Targets(2000.0, 40.0, 0.99)))
+    assert isinstance(found, Found)
+    assert found.devices > 1
