@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,20 +138,41 @@ class Prepared:
 
         return default_out(self.scenario)
 
-    def measure(self, out: Path, *, resume: bool = False, retry_failed: bool = False, say: Say = _to_stderr) -> Run:
+    def measure(
+        self,
+        out: Path,
+        *,
+        resume: bool = False,
+        retry_failed: bool = False,
+        cluster: str | None = None,
+        say: Say = _to_stderr,
+    ) -> Run:
         """Measures what is not measured yet into the folder `out`. Raises as `run`."""
         from perfbench.files import run_lock
         from perfbench.measure import inputs, needed_memory
         from perfbench.measure.run import execute
 
-        if not self.large:
+        if not self.large and cluster is None:  # the nodes' memory is not this machine's
             needed_memory.check(self.scenario, self.comparisons)
         for note in inputs.check(self.comparisons):
             say(note)
         say(f"{self.work} -> {out}")
-        with run_lock.held(out, resume=resume):
-            execute(self.scenario, self.comparisons, out, resume=resume, retry_failed=retry_failed)
+        with run_lock.held(out, resume=resume), _children(cluster) as children:
+            execute(self.scenario, self.comparisons, out, resume=resume, retry_failed=retry_failed, children=children)
         return Run(out)
+
+
+@contextmanager
+def _children(cluster: str | None) -> Iterator[Any]:
+    """Where a run's child processes come from: this machine (None), or the nodes of the cluster at this address."""
+    if cluster is None:
+        yield None
+        return
+    from perfbench.cluster.ray_cluster import connected
+    from perfbench.cluster.remote_children import RemoteChildren
+
+    with connected(cluster) as connection:
+        yield RemoteChildren(connection)
 
 
 def prepare(

@@ -22,7 +22,7 @@ FLOORS = (
     {"methods.registry", "methods.shape", "methods.options", "methods.dtypes"},
     {"files", "figures", "machine", "spec", "run_folder", "progress", "crash_report", "interruption"},
     {"report", "history", "gate", "doctor"},
-    {"measure", "profiling", "verify", "traffic", "serving", "capacity"},
+    {"measure", "profiling", "verify", "traffic", "serving", "capacity", "cluster"},
     {"kernels"},
     {"methods"},
     {"runtimes", "proof", "peft", "on_device", "ab_worker"},

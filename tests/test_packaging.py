@@ -36,7 +36,7 @@ def test_nobody_is_told_to_install_another_project(folder: str) -> None:
 
 def test_the_extra_all_has_what_the_others_bring_to_a_user() -> None:
     extras = PROJECT["optional-dependencies"]
-    for_users = ("parquet", "hub", "pandas", "tensorboard", "gguf", "serve")
+    for_users = ("parquet", "hub", "pandas", "tensorboard", "gguf", "serve", "cluster")
     assert extras["all"] == [line for name in for_users for line in extras[name]]
     assert set(extras) == {*for_users, "all", "lm-eval", "docs", "test"}
 

@@ -19,6 +19,8 @@ def add(commands: Any) -> None:
     add_plugin(run)
     run.add_argument("--case", metavar="GLOB", help="only the cases whose id matches, and the baseline beside them")
     run.add_argument("--processes", type=positive, metavar="N", help="repeat all of it in N fresh processes")
+    about = "measure on a Ray cluster: HOST:PORT, `auto` for this machine's, `local` to start one here"
+    run.add_argument("--cluster", metavar="ADDRESS", help=about)
     run.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     _add_large(run)
     add_out(run, "runs/<scenario>-<time>")
@@ -122,11 +124,18 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     out = out_of(arguments, prepared.default_out, "run directory")
     try:
-        run = prepared.measure(out, resume=arguments.resume, retry_failed=arguments.retry_failed, say=notes.print)
+        run = prepared.measure(
+            out,
+            resume=arguments.resume,
+            retry_failed=arguments.retry_failed,
+            cluster=arguments.cluster,
+            say=notes.print,
+        )
     except KeyboardInterrupt:
         case = ["--case", arguments.case] if arguments.case else []
         again = ["--processes", str(arguments.processes)] if arguments.processes else []
         again += [cost.LIFTED] if arguments.large else []
+        again += ["--cluster", arguments.cluster] if arguments.cluster else []
         return interrupted(["run", arguments.scenario, *case, *again], arguments, out)
     render(run.manifest, "table")
     notes.print(f"results: {out}")

@@ -20,6 +20,10 @@ WORKER_LOG = "worker.log"
 FRESH, KEPT = "perfbench.measure.on_device.worker", "perfbench.measure.on_device.kept_worker"
 
 
+class NodeLost(Exception):
+    """The machine of a child, or what started it there, ended in the middle of a job, which may run again elsewhere."""
+
+
 class Child:
     """One process; what its libraries say goes to `log`."""
 
@@ -86,7 +90,10 @@ class Children:
 
     kept_log: None for a fresh child for each job, which is what `perfbench run` does; or the log of one child that
     stays for the jobs that follow, so that its backbone is loaded once. To be closed at the end.
+    at_once: how many jobs may be under way.
     """
+
+    at_once = 1
 
     def __init__(self, kept_log: Path | None = None):
         self._kept_log = kept_log

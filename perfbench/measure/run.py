@@ -7,7 +7,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any
 from perfbench import __version__
 from perfbench.errors import PerfbenchError, RunDirectoryError
 from perfbench.machine import environment
-from perfbench.measure.children import WORKER_LOG, Children
+from perfbench.measure.children import WORKER_LOG, Children, NodeLost
 from perfbench.progress import RunProgress
+from perfbench.report import words
 from perfbench.run_folder.run_directory import SCHEMA_VERSION, RunDirectory, pending_case
 from perfbench.spec import cases, method_plugins
 from perfbench.spec.cases import Case, Comparison
@@ -26,6 +28,8 @@ from perfbench.spec.scenario import Scenario
 # How a case ends that is not measured again by a resumed run.
 DIED = ("crashed", "out_of_memory")
 FINAL = ("check_failed", "check_void", *DIED)
+# A job whose machines are lost so often is not tried once more.
+MOST_LOSSES = 10
 
 
 def threads() -> int:
@@ -87,13 +91,12 @@ def execute(
     directory.manifest["finished_at"] = None
     chosen = [one for one in comparisons if only is None or one.id in only]
     jobs = list(_jobs(chosen, scenario.isolation))
-    if children is None or scenario.isolation != "shared" or scenario.processes > 1:
+    if children is None or (children.keeps and (scenario.isolation != "shared" or scenario.processes > 1)):
         children = Children()  # a kept child would be no fresh process
     arms = sum(len(_cases_of(job)) for job in jobs)
     try:
         with RunProgress(arms * (1 + scenario.rounds)) as progress:
-            for job in jobs:
-                Supervisor(directory, scenario, progress, children).run(job)
+            _run_all(jobs, children.at_once, lambda job: Supervisor(directory, scenario, progress, children).run(job))
     except PerfbenchError:
         if not resume and not directory.samples():
             shutil.rmtree(out, ignore_errors=True)
@@ -103,6 +106,22 @@ def execute(
     directory.summarise()
     directory.write_manifest()
     return directory
+
+
+def _run_all(jobs: Sequence[Job], at_once: int, run: Callable[[Job], None]) -> None:
+    """Every job, so many at once; the first error ends them all, once the jobs under way have heard of it."""
+    if at_once == 1:
+        for job in jobs:
+            run(job)
+        return
+    with ThreadPoolExecutor(at_once) as pool:
+        under_way = [pool.submit(run, job) for job in jobs]
+        try:
+            for done in as_completed(under_way):
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _make_pending(known: dict[str, Any], fresh: dict[str, Any]) -> None:
@@ -162,6 +181,7 @@ class Supervisor:
         self.progress = progress
         self.children = children
         self.in_flight: str | None = None
+        self.losses = 0
 
     @property
     def _cases(self) -> dict[str, Any]:
@@ -170,13 +190,18 @@ class Supervisor:
 
     def run(self, job: Job) -> None:
         """Until every case of the job is measured or has failed for good."""
+        if self.children.at_once == 1:  # here, and not on the nodes of a cluster, which say themselves what they are
+            for entry in self._comparisons(job):
+                if "machine" in entry:
+                    self._expect_same_machine(entry, environment.collect(self.scenario.device, threads()))
         self.progress.already(sum(len(done) for done in self._done(job).values()))
         for first in range(0, self.scenario.rounds, self.scenario.repetitions):
             self._measure(job, range(first, first + self.scenario.repetitions))
-        for case in _cases_of(job):
-            if self._cases[case.id]["status"] == "pending" and self._cases[case.id]["check"]:
-                self._cases[case.id]["status"] = "ok"
-        self.directory.write_manifest()
+        with self.directory.lock:
+            for case in _cases_of(job):
+                if self._cases[case.id]["status"] == "pending" and self._cases[case.id]["check"]:
+                    self._cases[case.id]["status"] = "ok"
+            self.directory.write_manifest()
 
     def _measure(self, job: Job, rounds: range) -> None:
         """The `rounds` of one fresh process; of several, where a case killed one."""
@@ -185,10 +210,21 @@ class Supervisor:
             if timed and all(self._cases[case.id]["exact"] and self._is_proved(case.id) for case in alive):
                 return
             left = (replace(one, cases=tuple(case for case in one.cases if case in alive)) for one in job)
-            ended = self._child(tuple(one for one in left if one.cases), rounds)
+            try:
+                ended = self._child(tuple(one for one in left if one.cases), rounds)
+            except NodeLost as lost:
+                self._lost(job, lost)
+                continue
             if ended is None:
                 return
             self._fail(alive, *ended)
+
+    def _lost(self, job: Job, lost: NodeLost) -> None:
+        """A machine that is gone is no fault of the case in flight: the job goes on elsewhere, with what it has."""
+        self.losses += 1
+        if self.losses > MOST_LOSSES:
+            raise PerfbenchError(f"{job[0].id}: its machine was lost {self.losses} times ({lost}); go on with --resume")
+        self.progress.warn(f"{job[0].id}: its machine was lost ({lost}); it goes on elsewhere")
 
     def _done(self, job: Job) -> dict[str, set[int]]:
         """Case id -> the rounds of which there is a sample, for the cases that can still be measured.
@@ -198,7 +234,9 @@ class Supervisor:
         rounds: dict[str, set[int]] = {
             case.id: set() for case in _cases_of(job) if self._cases[case.id]["status"] not in FINAL
         }
-        for sample in self.directory.samples():
+        with self.directory.lock:
+            samples = self.directory.samples()
+        for sample in samples:
             if sample["case"] in rounds:
                 rounds[sample["case"]].add(sample["round"])
         if self.scenario.isolation != "shared" and len(_cases_of(job)) == 2:
@@ -222,7 +260,8 @@ class Supervisor:
                     self.children.give_back(child)
                     return None
                 else:
-                    self._take(event, job, process_number)
+                    with self.directory.lock:
+                        self._take(event, job, process_number)
         except BaseException:
             child.end()
             raise
@@ -270,12 +309,15 @@ class Supervisor:
         elif kind == "sample":
             self.directory.append_sample({**event, "process": process_number})
             self.progress.advance()
+        elif kind == "machine":
+            for entry in self._comparisons(job):
+                self._expect_same_machine(entry, event["environment"])
+                entry["machine"] = event["environment"]
+            self.directory.write_manifest()
         elif kind == "backbone":
-            ids = {comparison.id for comparison in job}
-            for entry in self.directory.manifest["comparisons"]:
-                if entry["id"] in ids:
-                    entry["backbone_parameters"], entry["backbone_bytes"] = event["parameters"], event["bytes"]
-                    entry["roof"] = event["roof"]
+            for entry in self._comparisons(job):
+                entry["backbone_parameters"], entry["backbone_bytes"] = event["parameters"], event["bytes"]
+                entry["roof"] = event["roof"]
             self.directory.write_manifest()
         elif kind == "case":
             case_id, status = event.pop("case"), event.pop("status")
@@ -296,12 +338,30 @@ class Supervisor:
             self._cases[event["case"]]["exact"] = event["exact"]
             self.directory.write_manifest()
 
+    def _comparisons(self, job: Job) -> list[Any]:
+        """What run.json says of the comparisons of a job."""
+        ids = {comparison.id for comparison in job}
+        return [entry for entry in self.directory.manifest["comparisons"] if entry["id"] in ids]
+
+    def _expect_same_machine(self, comparison: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """PerfbenchError where an earlier part of the comparison was measured on another kind of machine: speeds of two
+        kinds are no comparison."""
+        begun = any(sample["case"] in comparison["case_ids"] for sample in self.directory.samples())
+        before = comparison.get("machine") or self.directory.manifest["environment"]
+        first, here = (words.machine(one, comparison["device"]) for one in (before, now))
+        if begun and first != here:
+            raise PerfbenchError(
+                f"{comparison['id']}: was begun on {first}, and would go on on {here}: speeds of unlike machines are "
+                "not compared; bring the first machine back, or begin anew with another --out"
+            )
+
     def _fail(self, alive: Sequence[Case], status: str, reason: str) -> None:
         """Marks the case in flight, or all of them where the child died before any: the backbone did not load."""
-        for case in alive:
-            if self.in_flight in (None, case.id):
-                self._cases[case.id].update(status=status, reason=reason)
-        self.directory.write_manifest()
+        with self.directory.lock:
+            for case in alive:
+                if self.in_flight in (None, case.id):
+                    self._cases[case.id].update(status=status, reason=reason)
+            self.directory.write_manifest()
 
 
 def cause(code: int, log: str = WORKER_LOG) -> str:

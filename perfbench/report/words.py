@@ -62,7 +62,8 @@ def machine(environment: Mapping[str, Any], device: str) -> str:
 
 def hardware(manifest: Manifest, comparison: Mapping[str, Any], group: Sequence[Row]) -> str:
     """The machine and the number of rounds, which belong beside every number."""
-    here = machine(manifest["environment"], str(comparison["device"]))
+    measured_on = comparison.get("machine") or manifest["environment"]  # a node of a cluster, or what started the run
+    here = machine(measured_on, str(comparison["device"]))
     counted = sorted({row["rounds"] for row in group if row["rounds"] is not None})
     if not counted:
         return f"On {here}; nothing was timed."
@@ -76,7 +77,7 @@ def hardware(manifest: Manifest, comparison: Mapping[str, Any], group: Sequence[
     of = f" of {planned} planned" if planned is not None and counted != [planned] else ""
     return (
         f"On {here}; medians of {rounds}{of} rounds{within}."
-        f"{busy(manifest['environment'])}{_correlated(manifest, comparison, group)}"
+        f"{busy(measured_on)}{_correlated(manifest, comparison, group)}"
     )
 
 

@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -98,6 +99,8 @@ class RunDirectory:
         self.manifest: Manifest = manifest
         self.manifest_path = path / MANIFEST
         self.samples_path = path / SAMPLES
+        # Of the threads that bring the jobs of a run to their ends, where there are several.
+        self.lock = threading.RLock()
         # Until this process has looked, the last line may be torn by the kill of an earlier one.
         self._ends_whole = False
         # Of samples.jsonl, once this process has written it.

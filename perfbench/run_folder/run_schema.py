@@ -144,15 +144,6 @@ _ROOF = _object(
     "name", "bytes_per_s", "flops_per_s", "memory_bytes", "source",
     null=True,
 )  # fmt: skip
-_COMPARISON = _object(
-    {
-        **dict.fromkeys(("id", "backbone", "dtype", "device", "runtime"), _TEXT),
-        "workload": _WORKLOAD,
-        "case_ids": {"type": "array", "items": _TEXT, "uniqueItems": True},
-        **dict.fromkeys(("backbone_parameters", "backbone_bytes"), _MAYBE_COUNT),
-        "roof": _ROOF,
-    }
-)
 _CPU = _object(
     {
         **dict.fromkeys(("model", "governor"), _MAYBE_TEXT),
@@ -168,6 +159,16 @@ ENVIRONMENT = _object(
         "checkout": _object({"commit": _MAYBE_TEXT, "dirty": _or_null("boolean")}, null=True),
         "versions": _object({}, others=_MAYBE_TEXT, null=True),
         **dict.fromkeys(("python", "os", "device_kind"), _MAYBE_TEXT),
+    }
+)
+_COMPARISON = _object(
+    {
+        **dict.fromkeys(("id", "backbone", "dtype", "device", "runtime"), _TEXT),
+        "workload": _WORKLOAD,
+        "case_ids": {"type": "array", "items": _TEXT, "uniqueItems": True},
+        **dict.fromkeys(("backbone_parameters", "backbone_bytes"), _MAYBE_COUNT),
+        "roof": _ROOF,
+        "machine": ENVIRONMENT,  # of a run on a cluster
     }
 )
 _SCENARIO = _object(
