@@ -25,6 +25,8 @@ from perfbench.machine import environment
 
 # Kinds of events that are not the child's own.
 MACHINE, ENDED = "machine", "ended"
+# Not a child's own temporary folder, which TMPDIR names.
+LOCKS = Path("/tmp" if os.name == "posix" else tempfile.gettempdir())
 PACKAGE = Path(__file__).parents[1]
 _BETWEEN_TRIES_S = 0.2
 _LOG_BYTES = 20_000
@@ -103,8 +105,7 @@ class Turn:
     def __init__(self, device: str):
         own = os.environ.get("CUDA_VISIBLE_DEVICES", "all") if device == "cuda" else device
         name = hashlib.sha256(f"{_boot_id()} {own}".encode()).hexdigest()[:16]
-        # Not in a child's own temporary folder, which TMPDIR names.
-        self.path = Path("/tmp" if os.name == "posix" else tempfile.gettempdir()) / f"perfbench-host-{name}.lock"
+        self.path = LOCKS / f"perfbench-host-{name}.lock"
         self._descriptor: int | None = None
 
     def taken(self) -> bool:

@@ -25,11 +25,19 @@ sys.exit(job["code"])
 """
 HOLDER = """
 import sys
-from perfbench.cluster.node import Turn
-turn = Turn(sys.argv[1])
+from pathlib import Path
+from perfbench.cluster import node
+node.LOCKS = Path(sys.argv[2])
+turn = node.Turn(sys.argv[1])
 print(turn.taken(), flush=True)
 sys.stdin.read()
 """
+
+
+@pytest.fixture(autouse=True)
+def _own_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else is timed on this machine."""
+    monkeypatch.setattr(node, "LOCKS", tmp_path)
 
 
 @pytest.fixture
@@ -67,7 +75,10 @@ def test_the_user_s_settings_of_speed_are_the_child_s(child: str, monkeypatch: p
 
 def hold(device: str) -> subprocess.Popen[str]:
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, device], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLDER, device, str(node.LOCKS)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "True\n"

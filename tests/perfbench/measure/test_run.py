@@ -379,13 +379,13 @@ def test_an_isolated_run_that_was_killed_is_resumed(scenario: Path, tmp_path: Pa
 
 def test_a_run_that_was_killed_while_it_prepared_is_resumed(scenario: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with running(scenario, out, 3, samples=0) as (process, worker):
+    with running(scenario, out, LONG, samples=0) as (process, worker):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         psutil.wait_procs([worker], timeout=20)
     prepared = {arm: case["check"] for arm, case in by_arm(out).items() if case["check"]}
     assert prepared
-    resumed = perfbench("run", scenario, "--out", out, "--set", "repetitions=3", "--resume")
+    resumed = perfbench("run", scenario, "--out", out, "--set", f"repetitions={LONG}", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     for arm, before in prepared.items():
         proved = by_arm(out)[arm]["check"]["proved_rounds"]
