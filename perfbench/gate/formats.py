@@ -15,7 +15,7 @@ from perfbench.errors import PerfbenchError
 from perfbench.figures.metrics import METRICS
 from perfbench.figures.stats import summary
 from perfbench.files.plain_text import one_line
-from perfbench.gate.gate_report import Finding, Report
+from perfbench.gate.gate_report import WORDS, Finding, Report
 from perfbench.gate.text import change_words, columns_of, markdown, print_report, sides, unit_of
 from perfbench.report import formats
 
@@ -101,6 +101,12 @@ def _custom(report: Report, *, bigger: bool) -> str:
         if (METRICS[one.figure].better == "higher") == bigger
     ]
     return _json(entries)
+
+
+def badge(report: Report) -> str:
+    """The JSON of an endpoint badge of shields.io: the verdict, in its colour."""
+    color = {"pass": "brightgreen", "regression": "red", "inconclusive": "yellow"}.get(report.verdict, "lightgrey")
+    return _json({"schemaVersion": 1, "label": "perfbench", "message": WORDS[report.verdict].lower(), "color": color})
 
 
 def bencher(report: Report) -> str:
@@ -274,6 +280,7 @@ FORMATS: dict[str, Callable[[Report], str]] = {
     "annotations": github_annotations,
     "github-benchmark-bigger": lambda report: _custom(report, bigger=True),
     "github-benchmark-smaller": lambda report: _custom(report, bigger=False),
+    "badge": badge,
     "bencher": bencher,
     "pytest-benchmark": pytest_benchmark,
     "json": as_json,

@@ -19,7 +19,7 @@ from perfbench.errors import PerfbenchError
 from perfbench.figures.metrics import METRICS
 from perfbench.gate import policy, stored
 from perfbench.gate.formats import MAX_ANNOTATIONS, names, written
-from perfbench.gate.gate_report import Finding, Measured, Report, judge
+from perfbench.gate.gate_report import EXIT_CODES, WORDS, Finding, Measured, Report, judge
 from perfbench.gate.text import one_line, print_report, shared_prefix
 from tests.perfbench.gate import runs
 
@@ -196,6 +196,15 @@ def test_bencher_reads_its_metric_format(report: Report, hostile: Report) -> Non
 def test_names_too_long_for_bencher_stay_apart() -> None:
     findings = [Finding("exact", "x" * 2000 + end, "bytes_per_tenant", "pass", 1, 1, 0.0) for end in "ab"]
     assert len(json.loads(written(judge("", "", findings), "bencher"))) == 2
+
+
+@pytest.mark.parametrize("verdict", list(EXIT_CODES))
+def test_a_badge_says_the_verdict(verdict: str) -> None:
+    """With the fields that shields.io's endpoint badge asks for."""
+    found = json.loads(written(Report(verdict, "why"), "badge"))
+    assert found["schemaVersion"] == 1
+    assert (found["label"], found["message"]) == ("perfbench", WORDS[verdict].lower())
+    assert (found["color"] == "brightgreen") == (verdict == "pass")
 
 
 def test_pytest_benchmark_itself_reads_its_format(tmp_path: Path, report: Report) -> None:

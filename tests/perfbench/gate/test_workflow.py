@@ -47,7 +47,7 @@ def test_every_command_of_the_workflow_parses(monkeypatch: pytest.MonkeyPatch, t
     ab, run, history = (parser().parse_args(command[: _end(command)]) for command in found)
     assert (ROOT / ab.scenario).is_file()
     assert (ROOT / ab.policy).is_file()
-    assert len(writes_of(ab.write)) == 4
+    assert len(writes_of(ab.write)) == 5
     assert run.scenario == ab.scenario or Path(run.scenario) == ab.scenario
     assert history.runs == [run.out]
 
@@ -121,6 +121,53 @@ def test_only_what_can_not_be_told_is_neutral(merge: Path, code: int, red: int) 
     (merge / ".venv" / "bin" / "perfbench").write_text(f"#!/bin/sh\nexit {code}\n")
     assert compared(merge).returncode == red
     assert compared(merge, INCONCLUSIVE="3").returncode == code
+
+
+# Keeps comments in a file as GitHub does, one JSON object a line; of --jq it knows what the workflow asks.
+GH = """#!{python}
+import json, sys
+from pathlib import Path
+
+words = sys.argv[1:]
+kept = Path({kept!r})
+comments = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+body = next((Path(word.removeprefix("body=@")).read_text() for word in words if word.startswith("body=@")), None)
+place = next(word for word in words if word.startswith("repos/"))
+if "--jq" in words:
+    mark = words[words.index("--jq") + 1].split('"')[1]
+    print("\\n".join(str(one["id"]) for one in comments if one["body"].startswith(mark)))
+elif "PATCH" in words:
+    (found,) = [one for one in comments if place.endswith("/" + str(one["id"]))]
+    found["body"] = body
+else:
+    comments.append({{"id": 10 + len(comments), "body": body}})
+kept.write_text("".join(json.dumps(one) + "\\n" for one in comments))
+"""
+
+
+def test_the_pull_request_has_one_comment_which_is_edited(tmp_path: Path) -> None:
+    (step,) = [step for step in steps() if step.get("name", "").startswith("Say it in the pull request")]
+    kept = tmp_path / "comments"
+    kept.write_text(json.dumps({"id": 7, "body": "a reviewer's, who quotes <!-- perfbench -->"}) + "\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gh").write_text(GH.format(python=sys.executable, kept=str(kept)))
+    (tmp_path / "bin" / "gh").chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "GH_TOKEN": "x",
+        "COMMENTS": "repos/o/r/issues/3/comments", "COMMENT": "repos/o/r/issues/comments",
+    }  # fmt: skip
+    assert set(step["env"]) <= set(environment)
+
+    def said() -> list[str]:
+        shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]]
+        subprocess.run(shell, cwd=tmp_path, env=environment, check=True)
+        return [json.loads(line)["body"] for line in kept.read_text().splitlines()][1:]
+
+    assert said() == []  # nothing was compared
+    (tmp_path / "perfbench-out").mkdir()
+    for verdict in ("PASS", "FAIL"):
+        (tmp_path / "perfbench-out" / "report.md").write_text(f"**{verdict}**\n")
+        assert said() == [f"<!-- perfbench -->\n**{verdict}**\n"]
 
 
 def test_nothing_of_github_is_pasted_into_a_shell() -> None:
