@@ -73,11 +73,11 @@ def _plan(job: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
     comparisons = cases.expand(resolved)
     if job["case"]:
         comparisons = cases.select(comparisons, job["case"])
-    shared = {(one.backbone, one.dtype, one.device, one.workload) for one in comparisons}
+    shared = {(one.backbone, one.dtype, one.quantisation, one.device, one.workload) for one in comparisons}
     if len(shared) > 1:
         raise PerfbenchError(
-            f"{job['scenario']}: expected one backbone, dtype and workload, got {len(shared)} combinations of them; "
-            "choose with --case or --set"
+            f"{job['scenario']}: expected one backbone, dtype, quantisation and workload, got {len(shared)} "
+            "combinations of them; choose with --case or --set"
         )
     ids = [case.id for comparison in comparisons for case in comparison.cases]
     return comparisons, {

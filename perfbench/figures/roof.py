@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from perfbench.errors import PerfbenchError, nearest
-from perfbench.methods.dtypes import DTYPES
+from perfbench.methods.dtypes import DTYPES, QUANTISATIONS
 from perfbench.methods.shape import MODULES, SHARED_INPUT, BackboneShape
 from perfbench.spec.backbone_config import parameter_count, windows
 
@@ -98,6 +98,7 @@ def decode_step(
     generated_tokens: int,
     beams: int,
     adapters: Iterable[tuple[Iterable[Any], Sequence[int]]] = (),
+    quantisation: str = "none",
 ) -> Work:
     """The least work of a step that finds the prompts and `generated_tokens` more of each row in the cache.
 
@@ -118,10 +119,15 @@ def decode_step(
     attention = 2 * shape.heads * shape.head_dim * seen
     kinds = [(list(plan), tenants) for plan, tenants in adapters if tenants]
     of_kinds = [_of_adapters(shape, plan, tenants, beams) for plan, tenants in kinds]
+    kept = QUANTISATIONS[quantisation]
+    quantised = 0  # less than the linears take in `dtype`
+    if kept is not None:
+        outputs = shape.layers * sum(d_out for _, d_out in map(shape.features, MODULES)) + shape.vocab
+        quantised = linears * (size - kept[0]) - outputs * kept[1]
     # What all tenants share is read once.
     shared = max((_shared_numbers(plan) for plan, _ in kinds), default=0)
     return Work(
-        weight_bytes=weights * size,
+        weight_bytes=weights * size - quantised,
         cache_bytes=2 * shape.kv_heads * shape.head_dim * cached * size,
         adapter_bytes=(shared + sum(numbers for numbers, _ in of_kinds)) * size,
         flops=2 * (linears * rows + attention + sum(products for _, products in of_kinds)),

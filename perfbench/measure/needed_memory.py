@@ -52,9 +52,13 @@ def of_comparison(comparison: Comparison, config: dict[str, Any]) -> Needed:
         prompt_tokens=[load.prompt_tokens or 1] * load.requests,
         generated_tokens=load.new_tokens + load.follow_up_tokens - 1,  # the last one is never read
         beams=load.beams,
+        quantisation=comparison.quantisation,
     )
+    weights = backbone_config.parameter_count(config) * size
+    if comparison.quantisation != "none":
+        weights = last.weight_bytes + config["vocab_size"] * config["hidden_size"] * size  # the embedding stays
     return Needed(
-        weights=backbone_config.parameter_count(config) * size,
+        weights=weights,
         adapters=numbers(largest) * (load.resident + 1) * size,  # the bank has an empty slot beside
         arm=largest.arm,
         cache=last.cache_bytes,

@@ -155,7 +155,7 @@ def _jobs(comparisons: Sequence[Comparison], isolation: str) -> Iterator[Job]:
     if isolation == "shared":
         alike: dict[Any, list[Comparison]] = {}
         for comparison in comparisons:
-            key = (comparison.backbone, comparison.dtype, comparison.device, comparison.workload)
+            key = replace(comparison, id="", runtime="", cases=())
             alike.setdefault(key, []).append(comparison)
         yield from map(tuple, alike.values())
         return

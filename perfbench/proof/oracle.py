@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 from perfbench.methods.plan import AdapterPlan, LayerPlan, LowRank
 from perfbench.methods.shape import MODULE_PATHS, BackboneShape
 from perfbench.runtimes.backbone import Backbone
+from perfbench.runtimes.int8_linear import Int8Linear
 
 # What 16 bits round off shows in 32, what 32 round off in 64.
 WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
@@ -67,9 +68,9 @@ def logits(backbone: Backbone, sequences: Sequence[Served], dtype: torch.dtype) 
             # An activated pair sees nothing of the tokens before its invocation.
             late = [one.shared_tokens if plan.activated else 0 for one, plan in zip(sequences, plans, strict=True)]
             streams = _layer(layer, streams, plans, scales, late, angles, window, shape, model.config)
-        head = model.get_output_embeddings().weight.to(dtype)
+        head = model.get_output_embeddings()
         last = [stream[len(one.prompt) - 1 :] for stream, one in zip(streams, sequences, strict=True)]
-        return [_norm(stream, model.model.norm, model.config) @ head.T for stream in last]
+        return [_times(_norm(stream, model.model.norm, model.config), head) for stream in last]
 
 
 def beam_search(
@@ -114,7 +115,7 @@ def _layer(
         """(x s) W^T + bias, plus what is added of x, then scaled and rotated, each sequence by its own plan."""
         own = layer.get_submodule(MODULE_PATHS[module])
         read = [_scaled_input(x, plan, module) for x, plan in zip(inputs, plans, strict=True)]
-        outputs = torch.cat(read) @ own.weight.to(inputs[0].dtype).T
+        outputs = _times(torch.cat(read), own)
         if own.bias is not None:
             outputs = outputs + own.bias.to(outputs.dtype)
         found = list(outputs.split([len(x) for x in inputs]))
@@ -143,6 +144,13 @@ def _layer(
     activation = ACT2FN[config.hidden_act]
     gated = [activation(g) * u for g, u in zip(linear("gate", inputs), linear("up", inputs), strict=True)]
     return [stream + out for stream, out in zip(streams, linear("down", gated), strict=True)]
+
+
+def _times(x: torch.Tensor, linear: Any) -> torch.Tensor:
+    """x W^T; of 8-bit weights W = q s by q and s themselves, which are exact in every dtype."""
+    if isinstance(linear, Int8Linear):
+        return (x @ linear.q.to(x.dtype).T) * linear.scale.to(x.dtype)
+    return x @ linear.weight.to(x.dtype).T
 
 
 def _of_heads(outputs: list[torch.Tensor], attention: Any, name: str, config: Any) -> list[torch.Tensor]:

@@ -42,6 +42,7 @@ def rows(manifest: Manifest) -> list[Row]:
 def _row(comparison: Comparison, case: Case, name: str | None, paper: Paper | None) -> Row:
     row: Row = {"comparison": comparison["id"]}
     row |= {field: comparison[field] for field in ("backbone", "dtype", "device", "runtime")}
+    row |= {"quantisation": comparison.get("quantisation", "none")}
     row |= {field: comparison["workload"].get(field) for field in WORKLOAD}
     row |= {"case": case["id"]} | {field: case[field] for field in ("arm", "method", "kernels", "status")}
     summary = case["summary"] or {}

@@ -9,7 +9,7 @@ from typing import Any
 from perfbench.report.chart import Chart
 from perfbench.report.comparison_charts import Arm, percent_kept
 from perfbench.report.read import Run
-from perfbench.report.words import title
+from perfbench.report.words import title, where
 
 # Field of the workload -> (what its axis says, the sets of fields that may go along with it, holding the same value).
 _AXES: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
@@ -50,7 +50,7 @@ def _rest(point: Point, field: str, along: tuple[str, ...]) -> Any:
     """All that has to be equal for two comparisons to differ in `field`, and those `along` with it, alone."""
     load = point.comparison["workload"]
     others = tuple((key, str(load[key])) for key in sorted(load) if key != field and key not in along)
-    return (point.run.label, *(point.comparison[key] for key in ("backbone", "dtype", "device", "runtime")), others)
+    return (point.run.label, where(point.comparison), others)
 
 
 def _scaling(field: str, label: str, along: tuple[str, ...], points: Sequence[Point]) -> Iterator[Chart]:
@@ -85,8 +85,7 @@ def _subject(point: Point, field: str, along: tuple[str, ...]) -> str:
     moving = {field, *along}
     shown = ("prompt_tokens", "new_tokens", "beams", "requests", "tenants", "resident")
     fixed = [f"{key.removesuffix('_tokens').replace('_', ' ')} {load[key]}" for key in shown if key not in moving]
-    where = " ".join(str(point.comparison[key]) for key in ("backbone", "dtype", "device", "runtime"))
-    return f"{point.run.label}: {where}; {', '.join(fixed)}"
+    return f"{point.run.label}: {where(point.comparison)}; {', '.join(fixed)}"
 
 
 def across_runs(points: Sequence[Point]) -> Iterator[Chart]:

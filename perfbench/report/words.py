@@ -40,7 +40,7 @@ def title(comparison: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) ->
     load = comparison["workload"]
     counts = {field: load.get(field) for field in ("new_tokens", "beams", "requests")}
     parts = [
-        " ".join(str(comparison[field]) for field in ("backbone", "dtype", "device", "runtime")),
+        where(comparison),
         f"prompt {load.get('prompt_tokens') or 'as in the file'}, "
         + ", ".join(f"{field.removesuffix('_tokens')} {count}" for field, count in counts.items()),
         f"tenants {load.get('tenants')} ({load.get('tenant_mix')}), resident {load.get('resident')}",
@@ -50,6 +50,13 @@ def title(comparison: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) ->
         if field not in (*WORKLOAD, *_RARE) and any(other["workload"].get(field) != value for other in others):
             parts.append(f"{field} {value}")
     return "; ".join(parts)
+
+
+def where(comparison: Mapping[str, Any]) -> str:
+    """The backbone and what it runs in, such as `llama-110m fp32 int8 cpu static`."""
+    quantisation = comparison.get("quantisation", "none")
+    numbers = comparison["dtype"] if quantisation == "none" else f"{comparison['dtype']} {quantisation}"
+    return f"{comparison['backbone']} {numbers} {comparison['device']} {comparison['runtime']}"
 
 
 def machine(environment: Mapping[str, Any], device: str) -> str:

@@ -313,7 +313,7 @@ class RunDirectory:
         """Arm -> its case on runtime transformers with kernels eager, everything else being as in `comparison`."""
 
         def shared(one: Comparison) -> tuple[Any, ...]:
-            return one["backbone"], one["dtype"], one["device"], one["workload"]
+            return one["backbone"], one["dtype"], one.get("quantisation", "none"), one["device"], one["workload"]
 
         return {
             case["arm"]: case

@@ -49,6 +49,7 @@ class Comparison(TypedDict):
     runtime: str
     workload: dict[str, Any]
     case_ids: list[str]
+    quantisation: NotRequired[str]
     backbone_parameters: NotRequired[int | None]
     backbone_bytes: NotRequired[int | None]
     roof: NotRequired[dict[str, Any] | None]
@@ -164,6 +165,7 @@ ENVIRONMENT = _object(
 _COMPARISON = _object(
     {
         **dict.fromkeys(("id", "backbone", "dtype", "device", "runtime"), _TEXT),
+        "quantisation": _TEXT,
         "workload": _WORKLOAD,
         "case_ids": {"type": "array", "items": _TEXT, "uniqueItems": True},
         **dict.fromkeys(("backbone_parameters", "backbone_bytes"), _MAYBE_COUNT),

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from perfbench.errors import BackboneError
 from perfbench.methods import dtypes
 from perfbench.methods.shape import MODULE_PATHS, BackboneShape
-from perfbench.runtimes.packed_linear import address, unpack
+from perfbench.runtimes import int8_linear
+from perfbench.runtimes.packed_linear import address, held_bytes, unpack
 from perfbench.spec.backbone_config import BESIDE_AN_ADAPTER, find_config, is_named
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype.torch_name) for name, dtype in dtypes.DTYPES.items()}
@@ -63,7 +64,7 @@ class Backbone:
         Weights that runtime static has packed are there in the usual order too, from now on as long as the skeleton
         is; in that order alone where no arm of that runtime is left.
         """
-        if self.fused is not None and not self.fused.used and unpack(self.model):
+        if self.fused is not None and not self.fused.used and (unpack(self.model) or int8_linear.part(self.model)):
             self.fused = None
         shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
         return copy.deepcopy(self.model, memo=dict(shared))
@@ -88,11 +89,12 @@ def tokenizer_of(name: str) -> Any:
 
 def tensor_bytes(model: torch.nn.Module) -> int:
     """Bytes of a model's parameters and buffers; what lies in one place counts once."""
-    return sum({address(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
+    return sum({address(t): held_bytes(t) for t in (*model.parameters(), *model.buffers())}.values())
 
 
-def load(name: str, dtype: str, device: str, seed: int) -> Backbone:
-    """The backbone `name` in `dtype` on `device`. BackboneError says what is missing and what to do.
+def load(name: str, dtype: str, device: str, seed: int, quantisation: str = "none") -> Backbone:
+    """The backbone `name` in `dtype` on `device`, its linears as `quantisation` (a key of QUANTISATIONS) has them.
+    BackboneError says what is missing and what to do.
 
     A named shape is made on the device in its own dtype: at no time is there an fp32 or a host copy.
     """
@@ -101,6 +103,8 @@ def load(name: str, dtype: str, device: str, seed: int) -> Backbone:
     torch_dtype = DTYPES[dtype]
     model = _random(config, torch_dtype, device, seed) if is_named(name) else _real(name, torch_dtype, device)
     model.eval().requires_grad_(False)
+    if quantisation == "int8":
+        int8_linear.quantise(model)
     # End-of-sequence is off, so that every request makes exactly N tokens; no sampling setting is kept.
     model.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None, bos_token_id=None)
     return Backbone(name, shape, model, torch_dtype, torch.device(device))

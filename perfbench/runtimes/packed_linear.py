@@ -47,6 +47,12 @@ def address(tensor: torch.Tensor) -> int:
     return found
 
 
+def held_bytes(tensor: torch.Tensor) -> int:
+    """What a tensor, packed or not, takes: packed 8-bit weights have sums of theirs beside them, and may be padded."""
+    found: int = torch.ops.mkldnn._nbytes(tensor) if tensor.is_mkldnn else tensor.nbytes
+    return found
+
+
 def packed_form(weight: torch.Tensor) -> torch.Tensor | None:
     """weight [D_out, D_in], packed: an opaque tensor of the same shape, for `torch.ops.mkldnn._linear_pointwise`. None
     where oneDNN has no product for it, or would pad it: its bytes are then more than those that are reported."""

@@ -13,6 +13,7 @@ import torch
 
 from perfbench.errors import AdapterError
 from perfbench.runtimes.backbone import Backbone
+from perfbench.runtimes.int8_linear import Int8Linear
 from perfbench.runtimes.packed_linear import PackedLinear
 
 
@@ -40,6 +41,8 @@ def exact_sums(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     for path, module in model.named_modules():
         if isinstance(module, PackedLinear):
             found[f"{path}.weight"] = _sums_of_rows(module.weight.detach())
+        elif isinstance(module, Int8Linear):
+            found[f"{path}.q"] = _sums_of_rows(module.q)
     return found
 
 

@@ -28,7 +28,7 @@ class AdaptedLinear(torch.nn.Module):
 
     def __init__(self, base: torch.nn.Linear, kernels: str):
         super().__init__()
-        self.weight, self.bias = base.weight, base.bias
+        self.base = base
         self.pair: tuple[torch.Tensor, torch.Tensor] | None = None
         self.scale_minus_one: torch.Tensor | None = None
         self.acts: torch.Tensor | None = None
@@ -45,7 +45,7 @@ class AdaptedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, S, D_in] -> [rows, S, D_out]; rows of one request lie side by side."""
-        y = linear(self._scaled_input(x), self.weight, self.bias)
+        y = self.base.forward(self._scaled_input(x))
         if self.pair is not None:
             a, b = self.pair
             groups = a.shape[0]
@@ -108,7 +108,7 @@ class PromptVectors:
         if own.normalised:
             pooled = layer.input_layernorm(pooled)
         vectors = self._generate(pooled, own.w_down, own.w_up, own.bias_minus_one)
-        sizes = [self.modules[name].weight.shape[0] for name in own.modules]
+        sizes = [self.modules[name].base.out_features for name in own.modules]
         for name, vector in zip(own.modules, vectors.split(sizes, dim=1), strict=True):
             stored = self.stored.get(name)
             self.modules[name].scale_minus_one = vector if stored is None else one_after_the_other(stored, vector)

@@ -1,6 +1,6 @@
 """The comparisons and cases of a scenario, with stable readable ids. Free of torch.
 
-A comparison is what can be compared: one backbone, dtype, device, runtime and workload. Its cases are the
+A comparison is what can be compared: one backbone, dtype, quantisation, device, runtime and workload. Its cases are the
 arms that the runtime can serve, each with each kernel set. An id depends on its own values only, never on what else
 is on an axis.
 """
@@ -96,6 +96,7 @@ class Comparison:
     runtime: str
     workload: Workload
     cases: tuple[Case, ...]
+    quantisation: str = "none"
 
 
 # Of one scenario; more than fit on a screen for hours, and in memory with ease.
@@ -108,16 +109,17 @@ def expand(scenario: Scenario, *, large: bool = False) -> tuple[Comparison, ...]
     ScenarioError when two different points would have one id, and when there are more than MOST_POINTS, unless `large`.
     """
     count = sum(map(count_points, scenario.workload))
-    count *= len(scenario.backbone) * len(scenario.dtype) * len(scenario.runtime)
+    axes_of_run = (scenario.backbone, scenario.dtype, scenario.quantisation, scenario.runtime)
+    count *= math.prod(map(len, axes_of_run))
     if count > MOST_POINTS and not large:
         raise ScenarioError(
             f"{scenario.source.origin(())}: expected at most {MOST_POINTS:,} comparisons, the product of all axes, "
             f"got {count:,}; choose fewer values, or say --large"
         )
     found: dict[str, Comparison] = {}
-    for backbone, dtype, runtime in itertools.product(scenario.backbone, scenario.dtype, scenario.runtime):
+    for backbone, dtype, quantisation, runtime in itertools.product(*axes_of_run):
         for workload in (point for axes in scenario.workload for point in _points(axes)):
-            comparison = _comparison(scenario, backbone, dtype, runtime, workload)
+            comparison = _comparison(scenario, backbone, dtype, quantisation, runtime, workload)
             other = found.setdefault(comparison.id, comparison)
             if other != comparison:
                 what = f"{_difference(other, comparison)} have one id, {comparison.id}"
@@ -195,13 +197,17 @@ def _points(axes: WorkloadAxes) -> Iterator[Workload]:
             yield Workload(**{**point, "prompts": axes.prompts, "tenant_mix": mix, "resident": resident})
 
 
-def _comparison(scenario: Scenario, backbone: str, dtype: str, runtime: str, workload: Workload) -> Comparison:
+def _comparison(
+    scenario: Scenario, backbone: str, dtype: str, quantisation: str, runtime: str, workload: Workload
+) -> Comparison:
     """The comparison at one point of the axes, with a case for each arm and kernel set."""
-    prefix = f"{_backbone_part(backbone)}-{dtype}-{scenario.device}/{runtime}/{_workload_part(workload)}"
+    numbers = dtype if quantisation == "none" else f"{dtype}-{quantisation}"
+    prefix = f"{_backbone_part(backbone)}-{numbers}-{scenario.device}/{runtime}/{_workload_part(workload)}"
     return Comparison(
         id=prefix,
         backbone=backbone,
         dtype=dtype,
+        quantisation=quantisation,
         device=scenario.device,
         runtime=runtime,
         workload=workload,

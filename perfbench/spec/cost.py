@@ -40,7 +40,7 @@ class Cost:
 def of_scenario(scenario: Scenario) -> Cost:
     """That of all the cases of `scenario`, none of which is made for it; a point that is written twice counts twice."""
     served = sum(serves(runtime, arm.method) for runtime in scenario.runtime for arm in scenario.methods)
-    arms = len(scenario.backbone) * len(scenario.dtype) * len(scenario.kernels) * served
+    arms = len(scenario.backbone) * len(scenario.dtype) * len(scenario.quantisation) * len(scenario.kernels) * served
     return _cost(scenario, ((arms * count_points(axes), max(axes.new_tokens)) for axes in scenario.workload))
 
 

@@ -35,6 +35,22 @@ def kernels_problem(kernels: str, device_kind: str, runtimes: Sequence[str]) -> 
     return None
 
 
+def quantisation_problem(
+    quantisation: str, device_kind: str, kernels: Sequence[str], methods: Sequence[str]
+) -> tuple[str, str] | None:
+    """(field, why) weights of this `quantisation` can't be served, with the way out; None where they can."""
+    if quantisation == "none":
+        return None
+    if device_kind != "cpu":
+        return "quantisation", f"{quantisation}: its products run on a CPU, this run is on {device_kind}; choose none"
+    if other := [name for name in kernels if name != "eager"]:
+        return "kernels", f"{other[0]}: it reads no weights of quantisation {quantisation}; choose kernels eager"
+    if merged := [name for name in methods if METHODS[name].served_by == "merged"]:
+        what = f"{merged[0]}: weights of quantisation {quantisation} would have to be rounded again with what is merged"
+        return "methods", f"{what}; leave it out, or choose quantisation none"
+    return None
+
+
 def unsupported(runtime: str, config: Mapping[str, Any]) -> str | None:
     """What in a Llama-family `config` keeps `runtime` from running it, with the way out; None where it can."""
     if runtime == "transformers":

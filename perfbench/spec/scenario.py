@@ -24,7 +24,7 @@ from perfbench.methods.shape import BackboneShape
 from perfbench.spec import backbone_config, shipped
 from perfbench.spec.arms import Arm, read_arms, unserved
 from perfbench.spec.refusal import axis, refuse
-from perfbench.spec.runtime_support import kernels_problem, unsupported
+from perfbench.spec.runtime_support import kernels_problem, quantisation_problem, unsupported
 from perfbench.spec.scenario_schema import first_written, problems
 from perfbench.spec.workload_axes import WorkloadAxes, axes_at, workload_places
 
@@ -42,6 +42,7 @@ class Scenario:
     question: str
     backbone: tuple[str, ...]
     dtype: tuple[str, ...]
+    quantisation: tuple[str, ...]
     device: str  # cpu | cuda
     runtime: tuple[str, ...]
     kernels: tuple[str, ...]
@@ -216,6 +217,10 @@ def of_source(source: Source, path: Path, device_kind: str, notes: tuple[str, ..
         if (reason := kernels_problem(name, device_kind, runtimes)) is not None:
             refuse(source, reason, "kernels")
     arms = read_arms(source, path)
+    quantisations = axis(values.get("quantisation", "none"))
+    for name in quantisations:
+        if problem := quantisation_problem(name, device_kind, kernels, [arm.method for arm in arms]):
+            refuse(source, problem[1], problem[0])
     notes += tuple(unserved(source, arms, runtimes))
     if device_kind == "cpu" and "fp16" in dtypes:
         refuse(source, "fp16 on the CPU is slow and partly unsupported by torch; choose bf16 or fp32", "dtype")
@@ -224,6 +229,7 @@ def of_source(source: Source, path: Path, device_kind: str, notes: tuple[str, ..
         question=values.get("question", ""),
         backbone=axis(values["backbone"]),
         dtype=dtypes,
+        quantisation=quantisations,
         device=device_kind,
         runtime=runtimes,
         kernels=kernels,

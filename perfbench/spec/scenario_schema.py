@@ -18,7 +18,7 @@ from jsonschema import Draft202012Validator, ValidationError, validators
 from perfbench.errors import nearest
 from perfbench.files.plain_text import shown
 from perfbench.files.yaml_source import Place, Source
-from perfbench.methods.dtypes import DTYPES
+from perfbench.methods.dtypes import DTYPES, QUANTISATIONS
 from perfbench.methods.options import NoOptions
 from perfbench.methods.registry import METHODS, Method
 from perfbench.spec.option_schema import schema_of
@@ -171,6 +171,11 @@ _FIELDS: Schema = {
         "the shared model: a named shape with random weights, a folder, or a hub id owner/model",
     ),
     "dtype": _axis(_one_of("dtype", DTYPES), "the type of the weights and of the arithmetic"),
+    "quantisation": _axis(
+        _one_of("quantisation", QUANTISATIONS),
+        "how the weights of the backbone's linears are kept; int8: in 8 bits with a scale for each output, on a CPU",
+        default="none",
+    ),
     "runtime": _axis(_one_of("runtime", RUNTIMES), "what generates the tokens", default="transformers"),
     "kernels": _axis(_one_of("kernels", KERNELS), "what computes the adapters' part", default="eager"),
     "workload": _workload(WORKLOAD_REQUIRED),

@@ -42,12 +42,12 @@ class KeptBackbone:
 
     def __init__(self, load: Any):
         self._load = load
-        self._asked: tuple[str, str, str, int] | None = None
+        self._asked: tuple[str, str, str, int, str] | None = None
         self._found: Any = None
 
-    def load(self, name: str, dtype: str, device: str, seed: int) -> Any:
+    def load(self, name: str, dtype: str, device: str, seed: int, quantisation: str = "none") -> Any:
         """As `backbone.load`."""
-        asked = (name, dtype, device, seed)
+        asked = (name, dtype, device, seed, quantisation)
         if asked != self._asked:
             self._asked = self._found = None
             self.tidy()

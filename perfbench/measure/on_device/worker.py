@@ -115,7 +115,7 @@ def open_session(job: dict[str, Any], first: Any, emit: Emit) -> Session:
     if (fault := repetition.clock_fault()) is not None:
         raise PerfbenchError(f"the clock: {fault}")
     emit("phase", case=None, text=f"loading {first.backbone}")
-    backbone = backbones.load(first.backbone, first.dtype, first.device, job["seed"])
+    backbone = backbones.load(first.backbone, first.dtype, first.device, job["seed"], first.quantisation)
     batch = workload.make(first.workload, backbone, job["seed"])
     _spare_from_collection()
     return Session(job, first, backbone, batch, emit)
@@ -126,7 +126,7 @@ class Session:
 
     def __init__(self, job: dict[str, Any], first: Any, backbone: Any, batch: Any, emit: Emit):
         self.job = job
-        self.dtype = first.dtype
+        self.dtype, self.quantisation = first.dtype, first.quantisation
         self.resident = first.workload.resident
         self.backbone = backbone
         self.batch = batch
@@ -208,6 +208,7 @@ class Session:
                 generated_tokens=generated,
                 beams=batch.beams,
                 adapters=own,
+                quantisation=self.quantisation,
             )
             for generated, own in ((0, adapters), (batch.new_tokens - 2, adapters), (batch.new_tokens - 2, []))
         )
@@ -314,7 +315,7 @@ class Session:
                 continue
             self.emit("phase", case=case.id, text="reading the adapters with PEFT")
             own = self.backbone
-            fresh = fresh or backbones.load(own.name, self.dtype, str(own.device), self.job["seed"])
+            fresh = fresh or backbones.load(own.name, self.dtype, str(own.device), self.job["seed"], self.quantisation)
             every = adapter_folders(case.options.adapters, case.method, self.resident)
             sampled = check.sample(self.batch.slots, self.job["seed"])[: check.SAMPLED_REQUESTS]
             folders = {i: every[self.batch.slots[i]] for i in sampled if self.batch.slots[i] != -1}

@@ -59,7 +59,9 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
     method_plugins.load_again(job["plugins"])
     comparison = cases.from_json(job["comparison"])
     emit("phase", case=None, text=f"loading {comparison.backbone}")
-    backbone = backbones.load(comparison.backbone, comparison.dtype, comparison.device, job["seed"])
+    backbone = backbones.load(
+        comparison.backbone, comparison.dtype, comparison.device, job["seed"], comparison.quantisation
+    )
     whole = workload.make(comparison.workload, backbone, job["seed"])
     profiled = [_build(case, comparison, backbone, whole, job, emit) for case in comparison.cases]
     emit("phase", case=None, text="warming up")

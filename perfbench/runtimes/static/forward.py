@@ -19,6 +19,7 @@ from perfbench.kernels import (
     swiglu_epilogue,
     vector_generator,
 )
+from perfbench.runtimes.int8_linear import Int8Weight
 from perfbench.runtimes.static.adapters import BARE, Bound, BoundGenerator, BoundLayer, each_request_s
 from perfbench.runtimes.static.product import OF_FEW_ROWS, product, takes_tail
 from perfbench.runtimes.static.weights import Projection, Weights
@@ -177,7 +178,7 @@ class Forward:
         own, y = self._own, x.new_empty(len(x), projection.columns)
         for columns, minus_one in bound.inputs:
             read = x if minus_one is None else self._scaled(x, minus_one, own)
-            if projection.packed:
+            if projection.packed or isinstance(projection.weight, Int8Weight):
                 y[:, columns] = of_rows(read, projection.weight, projection.bias)[:, columns]
                 continue
             bias = None if projection.bias is None else projection.bias[columns]

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from perfbench.kernels import few_rows_product
 from perfbench.kernels.placement import on_gpu
+from perfbench.runtimes.int8_linear import Int8Weight
 from perfbench.runtimes.packed_linear import is_packed, onednn_has
 
 # With more values than this in x oneDNN is faster.
@@ -30,8 +31,10 @@ def takes_tail(x: torch.Tensor) -> bool:
     return on_gpu(x)
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def product(x: torch.Tensor, weight: torch.Tensor | Int8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [rows, D_in], weight [D_out, D_in], packed or not, bias [D_out] or None -> [rows, D_out], contiguous."""
+    if isinstance(weight, Int8Weight):
+        return weight.product(x, bias)
     packed = is_packed(weight)
     if not packed and not onednn_has(x):
         return linear(x, weight, bias)

@@ -17,6 +17,7 @@ import torch
 from perfbench.errors import BackboneError
 from perfbench.methods.shape import MODULE_PATHS, SHARED_INPUT, BackboneShape
 from perfbench.runtimes.backbone import Backbone
+from perfbench.runtimes.int8_linear import Int8Linear, Int8Weight, join
 from perfbench.runtimes.packed_linear import pack
 from perfbench.runtimes.static.cache import CacheSize, KVCache
 from perfbench.spec.runtime_support import unsupported
@@ -26,18 +27,18 @@ Rooms = dict[str, int]
 
 
 class Projection:
-    """One fused product, of the linear modules of `model` at `paths`. weight [D_out, D_in], which may be packed;
-    bias [D_out] or None; tail [room, D_in], which a packed weight lacks; a tail's bias is 0."""
+    """One fused product, of the linear modules of `model` at `paths`. weight [D_out, D_in], which may be packed
+    or of 8 bits; bias [D_out] or None; tail [room, D_in], which a packed weight lacks; a tail's bias is 0."""
 
     def __init__(self, model: torch.nn.Module, paths: Sequence[str]):
-        packed = pack(model, paths)
+        packed = _packed(model, paths)
         self._linears: list[Any] = [model.get_submodule(path) for path in paths]
         self.columns = sum(linear.out_features for linear in self._linears)
         self.packed = packed is not None
         if packed is None:
             self._lay_out(0)
         else:
-            self.weight: torch.Tensor = packed
+            self.weight: torch.Tensor | Int8Weight = packed
             self.bias = self._join_biases(0)
 
     def _lay_out(self, room: int) -> None:
@@ -85,7 +86,7 @@ class Weights:
     embed: torch.nn.Module
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
-    head: torch.Tensor  # packed where it may be, and is not the embedding too
+    head: torch.Tensor | Int8Weight  # packed where it may be, and is not the embedding too
     eps: float
     activation: str
     cos: torch.Tensor
@@ -156,8 +157,8 @@ def _fused(backbone: Backbone) -> Weights:
     half = backbone.shape.head_dim // 2
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     packed = None
-    if head.weight is not embed.weight:
-        packed = pack(model, [next(path for path, module in model.named_modules() if module is head)])
+    if isinstance(head, Int8Linear) or head.weight is not embed.weight:
+        packed = _packed(model, [next(path for path, module in model.named_modules() if module is head)])
     sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
     return Weights(
         shape=backbone.shape,
@@ -181,6 +182,12 @@ def _layer(layer: Any, family: str) -> LayerWeights:
     return LayerWeights(
         projections, _norm(layer.input_layernorm, family), _norm(layer.post_attention_layernorm, family)
     )
+
+
+def _packed(model: torch.nn.Module, paths: Sequence[str]) -> torch.Tensor | Int8Weight | None:
+    """The weights at `paths`, one below the other; None where they stay as they are."""
+    linears: list[Any] = [model.get_submodule(path) for path in paths]
+    return join(linears) if isinstance(linears[0], Int8Linear) else pack(model, paths)
 
 
 def _norm(module: Any, family: str) -> torch.Tensor:
