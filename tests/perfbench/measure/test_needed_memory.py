@@ -33,8 +33,8 @@ def written(folder: Path, **fields: Any) -> str:
     return str(folder / "x.yaml")
 
 
-def needed(file: str) -> needed_memory.Needed:
-    (comparison,) = cases.expand(scenario.resolve(scenario.load(file), "cpu"))
+def needed(file: str, *sets: str) -> needed_memory.Needed:
+    (comparison,) = cases.expand(scenario.resolve(scenario.load(file, sets), "cpu"))
     return needed_memory.of_comparison(comparison, backbone_config.find_config(comparison.backbone))
 
 
@@ -48,6 +48,15 @@ def test_the_three_figures_are_those_counted_by_hand(tmp_path: Path) -> None:
     assert found.weights == 4 * backbone_config.parameter_count(backbone_config.NAMED_CONFIGS["llama-tiny"])
     assert found.bytes == found.adapters + found.cache + found.weights
     assert needed(written(tmp_path, dtype="bf16")).bytes * 2 == found.bytes
+
+
+def test_weights_of_8_bits_count_as_such(tmp_path: Path) -> None:
+    file = written(tmp_path)
+    in_8_bits = needed(file, "quantisation=int8")
+    linears = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 172) + 256 * 64
+    outputs = 3 * (2 * 64 + 2 * 32 + 2 * 172 + 64) + 256
+    assert needed(file).weights - in_8_bits.weights == 3 * linears - 4 * outputs
+    assert in_8_bits.cache == needed(file).cache
 
 
 def test_it_is_below_what_a_real_run_held_and_not_far() -> None:

@@ -114,6 +114,20 @@ def test_two_folders_of_one_name_have_different_ids():
     assert [comparison.id for comparison in both] == [a.id, b.id]
 
 
+def test_weights_of_8_bits_are_an_axis_and_in_the_id():
+    alone, *others = expanded("quantisation=[none, int8]", "dtype=[fp32, bf16]")
+    assert alone == expanded()[0], "without them an id is as it was"
+    assert [(one.id.split("/")[0], one.quantisation) for one in (alone, *others)] == [
+        ("llama-tiny-fp32-cpu", "none"),
+        ("llama-tiny-fp32-int8-cpu", "int8"),
+        ("llama-tiny-bf16-cpu", "none"),
+        ("llama-tiny-bf16-int8-cpu", "int8"),
+    ]
+    assert from_json(to_json(others[0])) == others[0]
+    older = {key: value for key, value in to_json(alone).items() if key != "quantisation"}
+    assert from_json(older) == alone
+
+
 def test_a_hub_id_keeps_its_owner():
     assert expanded("backbone=meta-llama/Llama-2-7b-hf")[0].id.startswith("meta-llama--Llama-2-7b-hf-fp32-cpu/")
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from perfbench.errors import ScenarioError
+from perfbench.machine import compiler
 from perfbench.spec import backbone_config, cases, scenario
 from perfbench.spec.runtime_support import unsupported
 
@@ -87,3 +88,34 @@ def test_an_arm_is_left_out_aloud_where_another_runtime_serves_it(tmp_path: Path
     assert "runtime static: without peft, which it can't serve" in found.notes
     arms = {c.runtime: [case.arm for case in c.cases] for c in cases.expand(found)}
     assert arms == {"transformers": ["none", "lora", "peft"], "static": ["none", "lora"]}
+
+
+QUANTISED = """
+backbone: llama-tiny
+dtype: fp32
+quantisation: [none, int8]
+runtime: static
+kernels: {kernels}
+methods: [lora, {method}]
+workload: {{prompt_tokens: 4, new_tokens: 4, requests: 1, tenants: 1}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "message"),
+    [
+        ({"method": "lora-merged"}, "cpu", "methods: lora-merged: weights of quantisation int8 would have to"),
+        ({"kernels": "triton"}, "cuda", "quantisation: int8: its products run on a CPU, this run is on cuda"),
+        ({}, "cuda", "quantisation: int8: its products run on a CPU, this run is on cuda"),
+        ({"kernels": "compiled"}, "cpu", "kernels: compiled: it reads no weights of quantisation int8; choose"),
+    ],
+)  # fmt: skip
+def test_what_reads_no_8_bit_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, str], kind: str, message: str
+) -> None:
+    monkeypatch.setattr(compiler, "problem", lambda: None)
+    path = tmp_path / "x.yaml"
+    path.write_text(QUANTISED.format(**({"kernels": "eager", "method": "ia3"} | fields)))
+    with pytest.raises(ScenarioError, match=message):
+        scenario.resolve(scenario.load(path), kind)
+    assert scenario.resolve(scenario.load(path, ["quantisation=none"]), kind).quantisation == ("none",)

@@ -15,6 +15,7 @@ from jsonschema import Draft202012Validator
 
 from perfbench.errors import BackboneError, ScenarioError
 from perfbench.files.yaml_source import read
+from perfbench.methods.dtypes import QUANTISATIONS
 from perfbench.methods.registry import METHODS
 from perfbench.spec.backbone_config import is_named
 from perfbench.spec.cases import expand
@@ -95,6 +96,7 @@ def test_these_scenarios_are_shipped():
         "mixed_methods",
         "multitenant",
         "para_table4",
+        "quantised",
         "real_135m",
         "rivals",
         "shared_context",
@@ -295,6 +297,7 @@ def test_wrong_key_name_or_type(old, new, message):
         ("quesion: why", "x.yaml:9: quesion: unknown key 'quesion'; did you mean 'question'?"),
         ("isolation: share", "x.yaml:9: isolation: unknown isolation 'share'; did you mean 'shared'?"),
         ("runtime: transformer", "x.yaml:9: runtime: unknown runtime 'transformer'; did you mean 'transformers'?"),
+        ("quantisation: int4", "x.yaml:9: quantisation: unknown quantisation 'int4'; did you mean 'int8'?"),
         ("kernels: eagre", "x.yaml:9: kernels: unknown kernels 'eagre'; did you mean 'eager'?"),
         ("paper: para_table3", "x.yaml:9: paper: unknown paper 'para_table3'; did you mean 'para_table4'?"),
         ("warmup: 0", "x.yaml:9: warmup: expected an integer >= 1, got 0"),
@@ -588,7 +591,7 @@ def test_the_registrys_defaults_pass_the_schema(method):
 
 
 def test_axes_of_the_schema_are_the_tables():
-    for name, table in {"runtime": RUNTIMES, "kernels": KERNELS}.items():
+    for name, table in {"runtime": RUNTIMES, "kernels": KERNELS, "quantisation": QUANTISATIONS}.items():
         assert schema()["properties"][name]["anyOf"][0]["enum"] == list(table)
 
 
