@@ -137,6 +137,29 @@ def sweep_table(path: str) -> str:
     return "\n".join(lines)
 
 
+def quantised_table(path: str) -> str:
+    """For each workload and method what weights of 8 bits change: the decode speed, and the share of the bare
+    backbone's that is kept, within each."""
+    heads = ["requests", "method", "tokens/s", "in 8 bits", "times", "kept, %", "in 8 bits", "read in a step, MiB"]
+    lines = [f"| {' | '.join(heads)} |", f"| ---: | --- |{' ---: |' * (len(heads) - 2)}"]
+    found = {(row["requests"], row["method"], row["quantisation"]): row for row in _rows(path)}
+    for requests, method in dict.fromkeys(key[:2] for key in found):
+        pair = [found[requests, method, quantisation] for quantisation in ("none", "int8")]
+        speeds = [row["decode_tokens_per_s"] for row in pair]
+        kept = []
+        for row in pair:
+            mid, low, high = (row[f"kept_decode_tokens_per_s{end}"] for end in ("", "_low", "_high"))
+            kept.append("-" if mid is None else f"{100 * mid:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+        read = " to ".join(f"{row['bytes_per_decode_step'] / 2**20:,.0f}" for row in pair)
+        cells = [
+            f"{requests}",
+            "baseline" if method == "none" else NAMES[method],
+            *(f"{speed:,.0f}" for speed in speeds),
+        ]
+        lines.append(f"| {' | '.join([*cells, f'{speeds[1] / speeds[0]:.2f}', *kept, read])} |")
+    return "\n".join(lines)
+
+
 def answer(path: str) -> str:
     """The sentences under the last table of a run, as they are printed."""
     lines = whole_table(path).splitlines()
@@ -299,6 +322,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "table": whole_table,
     "short": short_table,
     "sweep": sweep_table,
+    "quantised": quantised_table,
     "answer": answer,
     "power": power_table,
     "accuracy": accuracy_table,

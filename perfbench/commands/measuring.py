@@ -8,7 +8,7 @@ from typing import Any
 
 from perfbench.commands.arguments import add_format, add_out, add_plugin, add_set, interrupted, out_of, positive
 from perfbench.errors import PerfbenchError
-from perfbench.methods.dtypes import DTYPES
+from perfbench.methods.dtypes import DTYPES, QUANTISATIONS
 
 
 def add(commands: Any) -> None:
@@ -74,6 +74,9 @@ def add(commands: Any) -> None:
     roof.add_argument("backbone", nargs="?", default="llama2-7b", help="a named shape, folder or hub id")
     roof.add_argument("--device", default="a40", help="a GPU, such as a40 or h200; `here` measures this machine")
     roof.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="type of weights, cache and arithmetic")
+    roof.add_argument(
+        "--quantisation", choices=tuple(QUANTISATIONS), default="none", help="how linear weights are kept"
+    )
     about = "batch sizes, each of which gets a table (default: 1 8 64)"
     roof.add_argument("--requests", type=positive, nargs="+", default=[1, 8, 64], metavar="N", help=about)
     about = "how many tenants the requests of a batch belong to (default: one tenant for each request)"
@@ -275,6 +278,7 @@ def _roof(arguments: argparse.Namespace) -> int:
         prompt_tokens=arguments.prompt_tokens,
         new_tokens=arguments.new_tokens,
         beams=arguments.beams,
+        quantisation=arguments.quantisation,
     )
     put(table(asked, device), arguments.format)
     return 0

@@ -38,6 +38,7 @@ class Question:
     prompt_tokens: int
     new_tokens: int
     beams: int
+    quantisation: str = "none"
 
 
 def bounds(question: Question, requests: int) -> dict[str, tuple[Work, Work]]:
@@ -72,6 +73,7 @@ def bounds(question: Question, requests: int) -> dict[str, tuple[Work, Work]]:
                 generated_tokens=generated,
                 beams=question.beams,
                 adapters=adapters,
+                quantisation=question.quantisation,
             )
             for generated in (0, max(question.new_tokens - 2, 0))
         )
@@ -93,8 +95,9 @@ def table(question: Question, device: Device) -> PlainTables:
 
 def _part(question: Question, device: Device, requests: int) -> tuple[str, list[dict[str, Any]]]:
     tenants = requests if question.tenants is None else question.tenants
+    weights = "" if question.quantisation == "none" else f" {question.quantisation}"
     title = (
-        f"{question.backbone} {question.dtype} on {device.name}; prompt {question.prompt_tokens}, new "
+        f"{question.backbone} {question.dtype}{weights} on {device.name}; prompt {question.prompt_tokens}, new "
         f"{question.new_tokens}, beams {question.beams}, requests {requests}, tenants {tenants}"
     )
     work, steps = bounds(question, requests), max(question.new_tokens - 1, 1)
@@ -102,8 +105,8 @@ def _part(question: Question, device: Device, requests: int) -> tuple[str, list[
         name: [least_s_of_step(first, last, step, steps, device, question.dtype) for step in range(steps)]
         for name, (first, last) in work.items()
     }
-    asked = {"backbone": question.backbone, "dtype": question.dtype, "device": device.name, "requests": requests,
-             "tenants": tenants}  # fmt: skip
+    asked = {"backbone": question.backbone, "dtype": question.dtype, "quantisation": question.quantisation,
+             "device": device.name, "requests": requests, "tenants": tenants}  # fmt: skip
     rows = [
         {
             **asked,
