@@ -7,8 +7,8 @@ fp32, and reads past the end of rows that are no multiple of its blocks; so this
 8-bit numbers, which is exact in int32. A row of x is written with as many digits of 8 bits as its dtype has bytes,
 x = t (d0 + 256 d1 + ...), t the same for the row, and one product reads the weights once for the digits of all rows.
 
-What that cuts off is less than rounding leaves: at most 2^-32 of a row's largest value in fp32 and 2^-16 in bf16, from
-each of its D_in values, which is in all less than half a unit in the last place of the largest alone up to 2^14 values.
+What that cuts off is less than 2^-30 of a row's largest value in fp32 and 2^-15 in bf16; rounding that value itself to
+its dtype takes up to 2^-24 and 2^-8 of it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ _EXACT = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 # Of a product at a time: the digits of a long prompt would take more memory than the weights.
 MOST_ROWS = 256
 
-# By the number of digits: where each begins, what it counts, and 128 in each, by which they are stored as uint8.
-_COUNTS = (2, 4)
-_SHIFTS = {n: torch.arange(0, 8 * n, 8, dtype=torch.int32).view(n, 1, 1) for n in _COUNTS}
-_PLACES = {n: torch.tensor([[256.0**i for i in range(n)]]) for n in _COUNTS}
-_MIDDLE = {2: 0x8080, 4: 0x80808080 - 2**32}
+# The largest value of a row as a whole number. It has 4 digits, of which the first 2 are enough for bf16; by their
+# number where each begins, what it counts, and 128 in each (they are stored as uint8) with half of what is left out.
+_FULL = 127 * 2**24
+_BEGIN = {2: (16, 24), 4: (0, 8, 16, 24)}
+_SHIFTS = {n: torch.tensor(begin, dtype=torch.int32).view(n, 1, 1) for n, begin in _BEGIN.items()}
+_PLACES = {n: torch.tensor([[2.0**at for at in begin]]) for n, begin in _BEGIN.items()}
+_MIDDLE = {2: 0x80808000 - 2**32, 4: 0x80808080 - 2**32}
 _NO_POINT = torch.zeros(1, dtype=torch.int64)
 
 
@@ -72,14 +74,13 @@ class Int8Weight(torch.nn.Module):
 
 
 def _by_digits(x: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    rows, count = len(x), x.element_size()
-    wide, full = x.float(), 127 * 256 ** (count - 1)
+    rows, count, wide = len(x), x.element_size(), x.float()
     largest = wide.abs().amax(dim=1, keepdim=True)
-    fixed = (wide * (full / largest)).round_().to(torch.int32).add_(_MIDDLE[count])
+    fixed = (wide * (_FULL / largest)).to(torch.int32).add_(_MIDDLE[count])
     digits = (fixed >> _SHIFTS[count]).to(torch.uint8)  # [count, rows, D_in]
     sums = _of_bytes(digits.flatten(0, 1), 128, stored, scale)
     y = (_PLACES[count] @ sums.view(count, rows * len(scale))).view(rows, len(scale))
-    return y.mul_(largest / full).to(x.dtype)
+    return y.mul_(largest / _FULL).to(x.dtype)
 
 
 def _of_bytes(x: torch.Tensor, zero: int, stored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
