@@ -3,8 +3,8 @@
 q and s are those of torchao's Int8WeightOnlyConfig (0.18: compared bit for bit, in fp32 and in bf16): of every
 `nn.Linear`, the head included, a tied embedding staying as it is. Inputs are never rounded to 8 bits. torch's own
 product for such weights, `_weight_int8pack_mm`, takes 4 to 30 times as long as that of fp32 weights where inputs are
-fp32, and reads past the end of rows that are no multiple of its blocks; so this one is made of oneDNN's product of
-8-bit numbers, which is exact in int32. A row of x is written with as many digits of 8 bits as its dtype has bytes,
+fp32, and ends the process where D_in is 172 (torch 2.13); so this one is made of oneDNN's product of 8-bit numbers,
+which is exact in int32. A row of x is written with as many digits of 8 bits as its dtype has bytes,
 x = t (d0 + 256 d1 + ...), t the same for the row, and one product reads the weights once for the digits of all rows.
 
 What that cuts off is less than 2^-30 of a row's largest value in fp32 and 2^-15 in bf16; rounding that value itself to
