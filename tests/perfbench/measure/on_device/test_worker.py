@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from perfbench.measure.on_device import worker
+from perfbench.measure.run import manifest_of
 from perfbench.proof import same_adapters
+from perfbench.report.words import title
 from perfbench.runtimes.static.arm import StaticArm
 from perfbench.runtimes.transformers_plan import PlanArm
 from perfbench.spec import cases, scenario
@@ -81,6 +83,31 @@ def test_what_peft_serves_is_compared_with_the_same_adapters_in_every_round(
         assert same == ["transformers", "static"]
     assert "same_tokens_as" not in found["transformers/lora"][0]
     assert len(compared) == 2 * 2 * ROUNDS
+
+
+def test_a_job_of_8_bit_weights_says_so_in_its_figures(tmp_path: Path) -> None:
+    """Both runtimes are checked, PEFT's arms too, and what a step must read is counted in 8 bits; run.json has it."""
+    file = tmp_path / "x.yaml"
+    file.write_text(SCENARIO.format(methods="[lora, peft]", beams=1, rounds=1))
+    exact, held = {}, {}
+    for name in ("none", "int8"):
+        resolved = scenario.resolve(scenario.load(file, [f"quantisation={name}"]), "cpu")
+        comparisons = cases.expand(resolved)
+        events = said(tmp_path, f"[lora, peft]\nquantisation: {name}", rounds=[0], prepared={}, counted=[])
+        checked = {event["case"]: event["status"] for event in events if event["event"] == "case"}
+        assert checked == {case.id: "ok" for comparison in comparisons for case in comparison.cases}
+        assert reasons(events) == {}
+        exact[name] = [one["exact"]["bytes_per_decode_step"] for one in events if one["event"] == "counted"]
+        held[name] = next(one["bytes"] for one in events if one["event"] == "backbone")
+        manifest = manifest_of(resolved, comparisons)
+        assert {one["quantisation"] for one in manifest["comparisons"]} == {name}
+        assert manifest["scenario"]["quantisation"] == [name]
+        assert title(manifest["comparisons"][0], []).startswith(
+            "llama-tiny fp32 cpu" if name == "none" else "llama-tiny fp32 int8 cpu"
+        )
+    linears, outputs = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 172) + 256 * 64, 3 * (3 * 64 + 64 + 2 * 172) + 256
+    assert {a - b for a, b in zip(exact["none"], exact["int8"], strict=True)} == {3 * linears - 4 * outputs}
+    assert held["int8"] < held["none"] / 2
 
 
 @pytest.mark.parametrize(("arm", "name"), [(PlanArm, "transformers/lora"), (StaticArm, "static/lora")])
