@@ -59,7 +59,7 @@ CACHING = """
                 clock.mark()
             return self._kept"""
 # Acts while prompts are read, and is forgotten for the tokens after them.
-LINEAR = """        y = linear(self._scaled_input(x), self.weight, self.bias)
+LINEAR = """        y = self.base.forward(self._scaled_input(x))
 """
 PREFILL_ONLY = (
     LINEAR
