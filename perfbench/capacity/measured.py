@@ -117,6 +117,7 @@ def _points(source: Source, runtime: str, backbone: str, dtype: str, arm: Arm) -
         load = comparison["workload"]
         of_this = (comparison["backbone"], comparison["dtype"], comparison["runtime"]) == (backbone, dtype, runtime)
         lone = load.get("beams", 1) == 1 and load.get("prompt_tokens") and not load.get("follow_up_tokens")
+        of_this = of_this and comparison.get("quantisation", "none") == "none"
         if not of_this or not lone or load["tenants"] != load["requests"] or not comparison.get("roof"):
             continue
         for case in (source.manifest["cases"][name] for name in comparison["case_ids"]):

@@ -50,6 +50,20 @@ def test_an_arm_is_known_by_its_options_and_not_by_its_label() -> None:
     assert times_of(sources, "llama2-7b", "fp16", arm("lora"), 64_000, 64e6) is None
 
 
+def test_steps_over_weights_of_8_bits_are_not_those_of_full_ones() -> None:
+    folder = RESULTS / "cpu-quantised"
+    found = times_of([Source.read(folder, CPU)], "llama-110m", "fp32", arm("lora"), 600_000, None)
+    cases = json.loads((folder / "run.json").read_text(encoding="utf-8"))["cases"]
+    assert found is not None
+    assert found.steps == {
+        rows: cases[f"llama-110m-fp32-cpu/static/p32-n16-b1-q{rows}-t{rows}-r{rows}-distinct/lora-eager"]["summary"][
+            "itl_ms"
+        ]["median"]
+        / 1e3
+        for rows in (1, 4, 8)
+    }
+
+
 def test_live_traffic_goes_before_batches_and_knows_the_loads() -> None:
     traffic, batches = (Source.read(RESULTS / name, CPU) for name in ("cpu-traffic", "cpu-multitenant"))
     found = times_of([batches, traffic], "llama-256x8", "fp32", arm("lora"), 600_000, None)
