@@ -37,7 +37,8 @@ class Expand(NamedTuple):
     """What a fused kernel is told of the expand. tensors: h, and which adapter each request has; numbers: elements of h
     between splits and rows, and rows of a request; modules: for each (b, first rank, elements of h between adapters,
     ranks, first column, columns, elements between adapters), or of a shared b (b, first rank, ranks, first column,
-    columns, vectors of ranks, elements between them, vectors of columns, elements between them); most_ranks: of one
+    columns, vectors of ranks, elements between them, vectors of columns, elements between them), or of a bias (bias,
+    first column, columns, elements between adapters); most_ranks: of one
     module; apart: whether no column is of two modules; constants by name."""
 
     tensors: tuple[torch.Tensor, torch.Tensor]
@@ -187,7 +188,7 @@ def expand_arguments(h: torch.Tensor | None, expansion: Expansion | None, y: tor
     """
     if h is None or expansion is None:
         return Expand((y, y), (0, 0, 1), (), 1, True, {"SPLITS": 1, "OWN": False})
-    parts, _, own, shared, vectors = expansion
+    parts, _, own, shared, vectors, bias = expansion
     ranks, adapters = expansion.ranks, expansion.adapters
     every = adapters * (ranks - shared) + shared
     check_own(own, y)
@@ -207,6 +208,10 @@ def expand_arguments(h: torch.Tensor | None, expansion: Expansion | None, y: tor
         check_stack("of_columns", of_columns, (adapters, b.shape[1]), y)
         two = of_ranks, of_ranks.stride(0), of_columns, of_columns.stride(0)
         modules.append((b, rank + h.shape[2] - ranks, len(b), column, b.shape[1], *two))
+    if bias is not None:
+        first, added = bias
+        check_stack("bias", added.unsqueeze(1), (adapters, 1, added.shape[1]), y)
+        modules.append((added, first, added.shape[1], added.stride(0)))
     return Expand(
         (h, y if own is None else own),
         (h.stride(0), h.stride(1), len(y) // requests_of(adapters, own, len(y))),

@@ -36,7 +36,8 @@ class Expansion(NamedTuple):
     parts: for each module (first rank, first column, b [T, R, D_out]); alike: [T, modules, R, D_out] where the modules
     fill the product and have one size, whose views the parts then are; own: int64 [requests], which of the T adapters
     each request has, -1 none; where it is None there is one for each request in order, or one for all; shared: so many
-    ranks, the last ones, are the same with every adapter; vectors: modules whose second halves are shared too.
+    ranks, the last ones, are the same with every adapter; vectors: modules whose second halves are shared too; bias:
+    (first column, [T, columns]), which each adapter adds beside what hangs on its ranks.
     """
 
     parts: tuple[tuple[int, int, torch.Tensor], ...]
@@ -44,6 +45,7 @@ class Expansion(NamedTuple):
     own: torch.Tensor | None = None
     shared: int = 0
     vectors: tuple[VectorPart, ...] = ()
+    bias: tuple[int, torch.Tensor] | None = None
 
     @property
     def ranks(self) -> int:
@@ -80,9 +82,12 @@ def joined(own: torch.Tensor | None, shared: torch.Tensor) -> torch.Tensor:
     return shared if own is None else torch.cat([own, shared], dim=2)
 
 
-def expand(y: torch.Tensor, h: torch.Tensor, expansion: Expansion) -> None:
-    """Adds to y [G x M, D] in place, for each module the product of its ranks of h [G, M, R] and its b."""
+def expand(y: torch.Tensor, h: torch.Tensor, expansion: Expansion, acts: torch.Tensor | None = None) -> None:
+    """Adds to y [G x M, D] in place, for each module the product of its ranks of h [G, M, R] and its b, and its bias;
+    acts: bool [G x M, 1], which rows get a bias, None for all."""
     groups, rows, _ = h.shape
+    if expansion.bias is not None:
+        add_bias(y, *expansion.bias, acts)
     if torch.compiler.is_compiling():
         _expand_by_sums(y.view(groups, rows, -1), h, expansion)
         return
@@ -102,6 +107,15 @@ def expand(y: torch.Tensor, h: torch.Tensor, expansion: Expansion) -> None:
         add_between_vectors(grouped, h, part, part.of_ranks, part.of_columns)
 
 
+def add_bias(y: torch.Tensor, first: int, bias: torch.Tensor, acts: torch.Tensor | None) -> None:
+    """Adds to y [G x M, D] in place, from column `first` on, each group's bias [G, columns] where its row `acts`."""
+    own = y[:, first : first + bias.shape[1]].unflatten(0, (len(bias), -1))
+    if acts is None:
+        own.add_(bias.unsqueeze(1))
+    else:
+        own.addcmul_(acts.view(len(bias), -1, 1).to(y.dtype), bias.unsqueeze(1))
+
+
 def _expand_by_sums(y: torch.Tensor, h: torch.Tensor, expansion: Expansion) -> None:
     """The same for y [G, M, D], in sums that Inductor fuses with what stands around them; a product it has to call."""
     for rank, column, weight in expansion.parts:
@@ -119,6 +133,13 @@ def add_between_vectors(
     own = h[:, :, part.rank : part.rank + ranks] * of_ranks.unsqueeze(1)
     added = torch.mm(own.flatten(0, 1), part.b).unflatten(0, own.shape[:2])
     y[:, :, part.column : part.column + columns].addcmul_(added, of_columns.unsqueeze(1))
+
+
+def each_request_s(stacked: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
+    """[requests, D]: the row of `stacked` [T, D] that each request has by `own` of `Expansion`, zeros for -1."""
+    if own is None:
+        return stacked
+    return stacked[own.clamp(min=0)].masked_fill_((own < 0).unsqueeze(1), 0.0)
 
 
 def as_ranks(columns: torch.Tensor, groups: int) -> torch.Tensor:

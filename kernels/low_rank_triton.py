@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from perfbench.kernels.launch import INTERPRETED, check, check_own, check_rows, check_stack, requests_of, tile
-from perfbench.kernels.low_rank import Expansion, add_between_vectors
+from perfbench.kernels.low_rank import Expansion, add_between_vectors, add_bias, each_request_s
 from perfbench.kernels.settings import setting
 
 
@@ -155,9 +155,9 @@ def expand_columns(
     an adapter's own pairs the ranks from START on.
 
     h: where the row's ranks begin; modules: (b, first rank with the first adapter, elements of h from there to the next
-    adapter's, ranks, first column, columns, elements between adapters) of each. A module that owns none of the columns
-    costs one comparison; of the others FAR_R ranks are loaded as one tile [FAR_R, BLOCK], and STAGES - 1 tiles are
-    under way while one is added; 0: no module has ranks beyond START.
+    adapter's, ranks, first column, columns, elements between adapters) of each, and the others that `Expand` names. A
+    module that owns none of the columns costs one comparison; of the others FAR_R ranks are loaded as one tile [FAR_R,
+    BLOCK], and STAGES - 1 tiles are under way while one is added; 0: no module has ranks beyond START.
     """
     for i in tl.static_range(len(modules)):
         if len(modules[i]) == 7:
@@ -165,6 +165,8 @@ def expand_columns(
                 values = _expand_module(
                     values, h, modules[i], adapter, FIRST, columns, mask, H_SPLIT, START, SPLITS, BLOCK, FAR_R, STAGES
                 )
+        elif len(modules[i]) == 4:
+            values = _add_bias(values, modules[i], adapter, columns, mask)
         else:
             # With its sums it holds more at once: of a quarter of the ranks nothing spills.
             values = _expand_between_vectors(
@@ -192,6 +194,13 @@ def _expand_module(
                 inner += tl.load(ranks_of_row + split * H_SPLIT + ranks, mask=there, other=0.0).to(tl.float32)
             values += tl.sum(inner[:, None] * tile, axis=0)
     return values
+
+
+@triton.jit
+def _add_bias(values, module, adapter, columns, mask):
+    bias, FIRST_COLUMN, D, STRIDE = module
+    own = mask & (adapter >= 0) & (columns >= FIRST_COLUMN) & (columns < FIRST_COLUMN + D)
+    return values + tl.load(bias + adapter * STRIDE + columns - FIRST_COLUMN, mask=own, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -278,10 +287,10 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Ten
     expand(y.view(groups * rows, d_out), planes, Expansion(((0, 0, b),)))
 
 
-def expand(y: torch.Tensor, planes: torch.Tensor, expansion: Expansion) -> None:
+def expand(y: torch.Tensor, planes: torch.Tensor, expansion: Expansion, acts: torch.Tensor | None = None) -> None:
     """As `low_rank.expand`, for many rows of each request, with the planes of `shrink` [splits, rows, R]; one launch
-    for each module, and torch's products for those between vectors. ValueError on inputs that do not fit each other or
-    are not on a GPU."""
+    for each module, and torch's own for a bias and for the products between vectors. ValueError on inputs that do not
+    fit each other or are not on a GPU."""
     parts, own = expansion.parts, expansion.own
     every, columns = y.shape
     check_rows("y", y, (every, columns), y)
@@ -303,10 +312,10 @@ def expand(y: torch.Tensor, planes: torch.Tensor, expansion: Expansion) -> None:
             SPLITS=len(planes), OWN=own is not None, BLOCK_M=block_m, BLOCK_R=tile(rank, 32), BLOCK_N=block_n,
             UPCAST=INTERPRETED, num_warps=chosen["num_warps"],
         )  # fmt: skip
+    if expansion.bias is not None:
+        first, bias = expansion.bias
+        add_bias(y, first, each_request_s(bias, own), acts)
     for part in expansion.vectors:
-        of_ranks, of_columns = part.of_ranks, part.of_columns
-        if own is not None:
-            none = (own < 0).unsqueeze(1)
-            of_ranks, of_columns = (one[own.clamp(min=0)].masked_fill_(none, 0.0) for one in (of_ranks, of_columns))
+        of_ranks, of_columns = (each_request_s(one, own) for one in (part.of_ranks, part.of_columns))
         h = planes.sum(dim=0).to(y.dtype).unflatten(0, (len(of_ranks), -1))
         add_between_vectors(y.unflatten(0, (len(of_ranks), -1)), h, part, of_ranks, of_columns)

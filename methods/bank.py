@@ -28,6 +28,7 @@ OPERATIONS = {
     "a scale of the input": "input_scale_minus_one",
     "a grouped sum": "grouped",
     "a shared pair": "shared",
+    "a bias": "bias",
 }
 
 
@@ -58,6 +59,8 @@ class Bank:
         self.free = list(range(capacity))[::-1]
         self.linear_of = linear_of
         self.layout: AdapterPlan = tuple(layer.with_scales().in_order().map(_size_of, _size_of) for layer in layout)
+        if not all(layer.bias.keys() <= layer.low_rank.keys() for layer in layout):
+            raise ValueError("a bias is added together with a low-rank pair: expected one on each of its modules")
         shrinks = [pair.a.numel() for layer in self.layout for pair in layer.low_rank.values()]
         rest = [t.numel() for layer in self.layout for t in _without_shrinks(layer)]
         self._sizes = (shrinks, rest)
@@ -225,6 +228,7 @@ def _union(layers: Sequence[LayerPlan], grouped_rank: int) -> LayerPlan:
             for module, b in layer.grouped.items()
         },
         _any_of([layer.shared for layer in layers]),
+        bias=_any_of([layer.bias for layer in layers]),
     ).map(_size_of, _size_of)
 
 

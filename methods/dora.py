@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DoraOptions(LoraOptions):
-    """As LoRA's: `rank` R; `alpha` (default: the rank); the adapted `modules`."""
+    """As LoRA's: `rank` R; `alpha` (default: the rank); the adapted `modules`; ValueError on `lora_bias`."""
+
+    def __post_init__(self) -> None:
+        if self.lora_bias:
+            raise ValueError("lora_bias: PEFT has none with DoRA, which scales each row of a weight: leave it out")
 
 
 Options = DoraOptions

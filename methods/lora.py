@@ -1,7 +1,7 @@
 """LoRA (Hu et al., 2021): y = x W + x A B on the chosen linears, never merged.
 
 FanLoRA's equation has no scale, so alpha is the rank unless it is given. Parameters: `layers.<i>.<module>.a`
-[R, D_in] and `.b` [D_out, R], as PEFT keeps them.
+[R, D_in] and `.b` [D_out, R], as PEFT keeps them; with a bias on B `.bias` [D_out], which is added before the scale.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoraOptions(MethodOptions):
-    """`rank` R; `alpha` (default: the rank, so that the scale alpha / rank is 1); the adapted `modules`."""
+    """`rank` R; `alpha` (default: the rank, so that the scale alpha / rank is 1); the adapted `modules`; `lora_bias`:
+    y += (x A B + bias) alpha / rank."""
 
     rank: int = field(default=4, metadata=RANK)
     alpha: float | None = field(default=None, metadata=ALPHA)
@@ -33,6 +34,10 @@ class LoraOptions(MethodOptions):
             **MODULES_OF_A_LAYER,
             "description": "the linear modules that get a low-rank pair in every layer; default: all seven",
         },
+    )
+    lora_bias: bool = field(
+        default=False,
+        metadata={"description": "whether each pair adds a bias too, PEFT's lora_bias, which its field `bias` is not"},
     )
 
 
@@ -46,7 +51,10 @@ def setting_of(shape: BackboneShape, options: LoraOptions) -> Setting:
 
 def shapes(shape: BackboneShape, options: LoraOptions) -> dict[str, tuple[int, ...]]:
     """Trainable parameters: name -> size."""
-    return shapes_of(setting_of(shape, options), options.rank, shape)
+    sizes = shapes_of(setting_of(shape, options), options.rank, shape)
+    if options.lora_bias:
+        sizes |= {f"{name[:-2]}.bias": size[:1] for name, size in sizes.items() if name.endswith(".b")}
+    return sizes
 
 
 def shapes_of(setting: Setting, rank: int, shape: BackboneShape) -> dict[str, tuple[int, ...]]:
@@ -70,7 +78,11 @@ def initialise(name: str, tensor: torch.Tensor, generator: torch.Generator) -> N
 
 
 def randomise(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None:
-    """A, B such that x A B has about the size of x W for weights of standard deviation 0.02: a wrong tenant shows."""
+    """A, B such that x A B has about the size of x W for weights of standard deviation 0.02: a wrong tenant shows; a
+    bias of a part of that."""
+    if name.endswith(".bias"):
+        tensor.normal_(0, 0.2, generator=generator)
+        return
     rank = tensor.shape[0] if name.endswith(".a") else tensor.shape[1]
     if name.endswith(".a"):
         tensor.normal_(0, 1 / math.sqrt(tensor.shape[1]), generator=generator)
@@ -80,10 +92,10 @@ def randomise(name: str, tensor: torch.Tensor, generator: torch.Generator) -> No
 
 def plan(parameters: Parameters, shape: BackboneShape, options: LoraOptions) -> AdapterPlan:
     """Low-rank pairs with alpha / rank folded into b, where the rank is that of the pair itself; with DoRA's magnitudes
-    where there are any."""
+    and biases where there are any."""
     layers = []
     for index in range(shape.layers):
-        low_rank, magnitude = {}, {}
+        low_rank, magnitude, biases = {}, {}, {}
         for module in MODULES:
             a = parameters.get(f"layers.{index}.{module}.a")
             if a is not None:
@@ -92,18 +104,20 @@ def plan(parameters: Parameters, shape: BackboneShape, options: LoraOptions) -> 
                 low_rank[module] = LowRank(a, b.t() * (alpha / a.shape[0]))
                 if (length := parameters.get(f"layers.{index}.{module}.magnitude")) is not None:
                     magnitude[module] = length
-        layers.append(LayerPlan(low_rank=low_rank, magnitude=magnitude))
+                if (bias := parameters.get(f"layers.{index}.{module}.bias")) is not None:
+                    biases[module] = bias * (alpha / a.shape[0])
+        layers.append(LayerPlan(low_rank=low_rank, magnitude=magnitude, bias=biases))
     return tuple(layers)
 
 
 def save(parameters: Parameters, shape: BackboneShape, options: LoraOptions, folder: Path, backbone: str) -> None:
-    """Writes a PEFT LoRA checkpoint folder; with magnitudes one of DoRA."""
+    """Writes a PEFT LoRA checkpoint folder; with magnitudes one of DoRA, with biases one with `lora_bias`."""
     lora_checkpoint.save(parameters, options.alpha, folder, backbone)
 
 
 def load(folder: Path, shape: BackboneShape, options: LoraOptions) -> AdapterPlan:
     """The plan of a PEFT LoRA checkpoint folder. Raises AdapterError.
 
-    Ranks, modules, alpha and use_dora are the checkpoint's own, whatever `options` say.
+    Ranks, modules, alpha, use_dora and lora_bias are the checkpoint's own, whatever `options` say.
     """
     return plan(lora_checkpoint.load(folder, shape), shape, LoraOptions())

@@ -67,8 +67,8 @@ class SharedPair:
 @dataclass(frozen=True)
 class LayerPlan:
     """What one layer gets, by module: what is added to the output by a low-rank pair, by a matrix [R, D_out] on the
-    grouped sum of the input, h_j = the sum of all x_k with k % R = j, or by a shared pair; then the output's scale and
-    its rotation; and a scale of the input [D_in], which what is added does not see. A scale on down's input is one on
+    grouped sum of the input, h_j = the sum of all x_k with k % R = j, or by a shared pair, and as a bias [D_out] where
+    there is a low-rank pair; then the output's scale and its rotation; and a scale of the input [D_in], which what is added does not see. A scale on down's input is one on
     up's output. l - 1 is kept of scales ([D_out]) because bf16's step just above 1 is 2^-7, while near 0 it keeps 8
     bits of any difference. All of them are zero where they change nothing, but for `magnitude` [D_out], DoRA's: the
     length that each row of the weight gets together with what its pair adds to it. A bank holds a scale in its place.
@@ -83,6 +83,7 @@ class LayerPlan:
     grouped: dict[str, torch.Tensor] = field(default_factory=dict)
     shared: dict[str, SharedPair] = field(default_factory=dict)
     magnitude: dict[str, torch.Tensor] = field(default_factory=dict)
+    bias: dict[str, torch.Tensor] = field(default_factory=dict)
     activated: bool = False
 
     def tensors(self) -> list[torch.Tensor]:
@@ -109,6 +110,7 @@ class LayerPlan:
                 for module, p in self.shared.items()
             },
             {module: make(length) for module, length in self.magnitude.items()},
+            {module: make(added) for module, added in self.bias.items()},
             self.activated,
         )
 

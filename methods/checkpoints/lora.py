@@ -20,8 +20,10 @@ from perfbench.methods.shape import BackboneShape
 DEFAULT_RANK = DEFAULT_ALPHA = 8
 DEFAULT_TARGETS = ("q_proj", "v_proj")
 
-# Ours -> PEFT's name; the last is DoRA's alone.
-_STORED = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+# Ours -> PEFT's name.
+_STORED = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector", "bias": "lora_B.bias"}
+# What a pair has besides, [D_out] -> the field of the configuration that says so.
+_VECTORS = {"magnitude": "use_dora", "bias": "lora_bias"}
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +32,7 @@ Parameters: TypeAlias = "dict[str, torch.Tensor]"
 
 
 def save(parameters: Parameters, alpha: float | None, folder: Path, backbone: str) -> None:
-    """Writes `layers.<i>.<module>.a|b|magnitude` as a PEFT LoRA checkpoint; every adapted linear is named in full."""
+    """Writes `layers.<i>.<module>.a|b|magnitude|bias` as a PEFT LoRA checkpoint; every linear is named in full."""
     tensors, targets, ranks = {}, [], set()
     for name, tensor in parameters.items():
         _, layer, module, matrix = name.split(".")
@@ -51,7 +53,7 @@ def save(parameters: Parameters, alpha: float | None, folder: Path, backbone: st
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": targets,
-        "use_dora": any(name.endswith(".magnitude") for name in parameters),
+        **{field: any(name.endswith(f".{kind}") for name in parameters) for kind, field in _VECTORS.items()},
         "inference_mode": True,
     }
     adapter_folder.write(folder, config, tensors)
@@ -59,7 +61,7 @@ def save(parameters: Parameters, alpha: float | None, folder: Path, backbone: st
 
 def load(folder: Path, shape: BackboneShape) -> Parameters:
     """`layers.<i>.<module>.a` [R, D_in] and `.b` [D_out, R], with PEFT's scale folded into b; of DoRA `.magnitude`
-    [D_out] too. Raises AdapterError.
+    [D_out] too, and with `lora_bias` `.bias` [D_out], which the scale multiplies as well. Raises AdapterError.
 
     A checkpoint of AdaLoRA is read as well: its pairs are of uneven rank, and modules without a rank are not there.
     """
@@ -69,28 +71,37 @@ def load(folder: Path, shape: BackboneShape) -> Parameters:
     path, described = folder / WEIGHTS, folder / CONFIG
     peft_fields.check(config, described, peft_fields.LORA)
     peft_fields.check_initialisation(config, described)
-    dora = peft_fields.flag(config, described, "use_dora")
-    kinds = {stored: own for own, stored in _STORED.items() if dora or own != "magnitude"}
+    vectors: dict[str, Parameters] = {
+        kind: {} for kind, field in _VECTORS.items() if peft_fields.flag(config, described, field)
+    }
+    if len(vectors) > 1:
+        raise AdapterError(f"{described}: lora_bias: expected false, since PEFT has none with use_dora, got true")
+    kinds = {stored: own for own, stored in _STORED.items() if own in ("a", "b", *vectors)}
     parameters: Parameters = {}
-    magnitudes: Parameters = {}
     for name, tensor in tensors.items():
         layer, module, rest = adapter_folder.place_of(name, path, shape)
         if rest not in kinds:
             raise AdapterError(f"{path}: {name}: expected {' or '.join(kinds)}, got {rest}")
         kind = kinds[rest]
-        (magnitudes if kind == "magnitude" else parameters)[f"layers.{layer}.{module}.{kind}"] = tensor
+        vectors.get(kind, parameters)[f"layers.{layer}.{module}.{kind}"] = tensor
     places = list(_places(parameters, path))
     for layer, module in places:
         _check_sizes(parameters, layer, module, path, shape)
-    if dora:
-        _check_magnitudes(magnitudes, places, path, shape)
+    for kind, found in vectors.items():
+        _check_vectors(kind, found, places, path, shape)
+    biases = vectors.get("bias", {})
     scales = _scales(config, described, path, places, parameters, shape)
     for (layer, module), scale in scales.items():
-        name = f"layers.{layer}.{module}.b"
-        parameters[name] = parameters[name] * scale
-        if not parameters[name].isfinite().all():
-            raise AdapterError(f"{described}: lora_alpha: expected a finite adapter, got {scale:g} times {name}")
-    return parameters | magnitudes
+        for own, name in ((parameters, f"layers.{layer}.{module}.b"), (biases, f"layers.{layer}.{module}.bias")):
+            if name in own:
+                own[name] = own[name] * scale
+                if not own[name].isfinite().all():
+                    raise AdapterError(
+                        f"{described}: lora_alpha: expected a finite adapter, got {scale:g} times {name}"
+                    )
+    for found in vectors.values():
+        parameters |= found
+    return parameters
 
 
 def _places(parameters: Parameters, path: Path) -> Iterator[tuple[int, str]]:
@@ -127,18 +138,20 @@ def _check_sizes(parameters: Parameters, layer: int, module: str, path: Path, sh
         )
 
 
-def _check_magnitudes(magnitudes: Parameters, places: list[tuple[int, str]], path: Path, shape: BackboneShape) -> None:
+def _check_vectors(
+    kind: str, vectors: Parameters, places: list[tuple[int, str]], path: Path, shape: BackboneShape
+) -> None:
     """AdapterError unless there is one of the right size for each pair, and none besides."""
-    named = {f"layers.{layer}.{module}.magnitude": (layer, module) for layer, module in places}
-    missing = [(layer, f"{module_name(layer, module)}.{_STORED['magnitude']}") for layer, module in places
-               if f"layers.{layer}.{module}.magnitude" not in magnitudes]  # fmt: skip
+    named = {f"layers.{layer}.{module}.{kind}": (layer, module) for layer, module in places}
+    missing = [(layer, f"{module_name(layer, module)}.{_STORED[kind]}") for layer, module in places
+               if f"layers.{layer}.{module}.{kind}" not in vectors]  # fmt: skip
     adapter_folder.expect_places(path, missing, [layer for layer, _ in places], shape)
-    for name, tensor in magnitudes.items():
+    for name, tensor in vectors.items():
         if name not in named:
             raise AdapterError(f"{path}: {name}: expected the pair that belongs to it, got none")
         layer, module = named[name]
-        stored = f"{module_name(layer, module)}.{_STORED['magnitude']}"
-        adapter_folder.expect_size(path, stored, tensor, (shape.features(module)[1],), magnitudes.values())
+        stored = f"{module_name(layer, module)}.{_STORED[kind]}"
+        adapter_folder.expect_size(path, stored, tensor, (shape.features(module)[1],), vectors.values())
 
 
 def _scales(

@@ -42,6 +42,7 @@ LORA = Fields(
             "lora_alpha",
             "use_rslora",
             "use_dora",
+            "lora_bias",
             "rank_pattern",
             "alpha_pattern",
             "target_modules",
@@ -73,7 +74,6 @@ LORA = Fields(
         "fan_in_fan_out": False,
         "kasa_config": None,
         "layer_replication": None,
-        "lora_bias": False,
         "megatron_config": None,
         "modules_to_save": None,
         "monteclora_config": None,
@@ -99,7 +99,7 @@ ADALORA = Fields(
     without_effect=LORA.without_effect
     | {"r", "use_rslora", "alpha_pattern", "init_lora_weights", "lora_dropout"}
     | {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"},
-    fixed={**LORA.fixed, "target_parameters": None, "use_dora": False},
+    fixed={**LORA.fixed, "target_parameters": None, "use_dora": False, "lora_bias": False},
 )
 IA3 = Fields(
     served=frozenset({"target_modules", "exclude_modules", "feedforward_modules"}),

@@ -156,6 +156,7 @@ def _of_adapters(shape: BackboneShape, plan: Sequence[Any], tenants: Sequence[in
         made = layer.generator.bias_minus_one.numel() if layer.generator is not None else 0
         numbers += len(set(tenants)) * stored + len(tenants) * made
         # An addition is half of the two operations that a product is counted as.
+        added = sum(bias.numel() for bias in layer.bias.values())
         summed = sum(
             shape.features(modules[0])[0] // 2
             for modules in SHARED_INPUT.values()
@@ -166,7 +167,7 @@ def _of_adapters(shape: BackboneShape, plan: Sequence[Any], tenants: Sequence[in
             next((layer.shared[module].a.numel() for module in modules if module in layer.shared), 0)
             for modules in SHARED_INPUT.values()
         )
-        products += len(tenants) * beams * (stored + made + summed + shared)
+        products += len(tenants) * beams * (stored - added // 2 + made + summed + shared)
     return numbers, products
 
 

@@ -38,7 +38,7 @@ from perfbench.methods.registry import METHODS
 from perfbench.methods.shape import BackboneShape
 
 # Their configurations are types of PEFT's once these are imported, which `load` needs for a folder of theirs.
-from perfbench.peft import para, projected_ia3  # noqa: F401
+from perfbench.peft import known_warnings, para, projected_ia3  # noqa: F401
 
 # (model, shape, options) -> the module to train
 Attach = Callable[[Any, BackboneShape, Any], Any]
@@ -69,7 +69,12 @@ def find(name: str) -> TrainedMethod:
 
 def _peft(config: Callable[[BackboneShape, Any], peft.PeftConfig]) -> Attach:
     """A method that PEFT puts on the model, by its configuration."""
-    return lambda model, shape, options: peft.get_peft_model(model, config(shape, options))
+
+    def attach(model: Any, shape: BackboneShape, options: Any) -> Any:
+        with known_warnings.unsaid():
+            return peft.get_peft_model(model, config(shape, options))
+
+    return attach
 
 
 def options_of(name: str, options: Any) -> Any:
@@ -190,8 +195,9 @@ def save(module: Any, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
-            # PEFT takes a module that AdaLoRA has left no rank for one whose weights were not gathered.
-            if module.active_peft_config.peft_type == PeftType.ADALORA:
+            # PEFT takes a module that AdaLoRA has left no rank for one whose weights were not gathered, and a bias too.
+            saved = module.active_peft_config
+            if saved.peft_type == PeftType.ADALORA or getattr(saved, "lora_bias", False):
                 warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape")
             # Without being told PEFT would ask the hub whether the vocabulary has grown.
             module.save_pretrained(str(temporary), save_embedding_layers=False)
@@ -215,9 +221,7 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     _check(folder, kind, BackboneShape.of_config(model.config.to_dict()))
     if trainable and kind in _SOFT_TOKENS:
         raise FinetuneError(f"{folder}: PEFT can't go on training soft tokens from a folder; resume the run instead")
-    with warnings.catch_warnings():
-        # PEFT takes AdaLoRA's ranks, which name parameters, for LoRA's, which name modules.
-        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+    with known_warnings.unsaid():
         module = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     return module if trainable else module.requires_grad_(False)
 

@@ -25,7 +25,12 @@ def config(method: Any, shape: BackboneShape, options: Any, *, use_dora: bool = 
         targets = [module_name(layer, module) for layer, modules in enumerate(setting) for module in modules]
     alpha: Any = options.rank if options.alpha is None else options.alpha
     return LoraConfig(
-        use_dora=use_dora, task_type="CAUSAL_LM", r=options.rank, lora_alpha=alpha, target_modules=targets
+        use_dora=use_dora,
+        lora_bias=getattr(options, "lora_bias", False),
+        task_type="CAUSAL_LM",
+        r=options.rank,
+        lora_alpha=alpha,
+        target_modules=targets,
     )
 
 

@@ -8,7 +8,6 @@ which they are trained: what reads the folder, finds the prompt's end and applie
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-import perfbench.peft  # noqa: F401  makes known to PEFT what it lacks
+from perfbench.peft import known_warnings  # with it PEFT knows what it lacks
 from perfbench.proof import oracle
 from perfbench.proof.best_choices import PlanOf, served
 from perfbench.proof.check import NOISE_FACTORS, relative_difference
@@ -52,9 +51,7 @@ def fault_of(
 def _logits(fresh: Backbone, folder: Path, asked: oracle.Served) -> torch.Tensor:
     """[N, V]: PEFT's, in the dtype of the backbone. Afterwards `fresh` is as it was, unless the adapter changed it."""
     options: dict[str, Any] = {"autocast_adapter_dtype": False, "torch_device": str(fresh.device)}
-    with warnings.catch_warnings():
-        # PEFT takes AdaLoRA's ranks, which name parameters, for LoRA's, which name modules.
-        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+    with known_warnings.unsaid():
         model: Any = PeftModel.from_pretrained(fresh.skeleton(), str(folder), **options)
     model = model.eval().to(fresh.dtype)
     with torch.inference_mode():

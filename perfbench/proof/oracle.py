@@ -121,7 +121,8 @@ def _layer(
         found = list(outputs.split([len(x) for x in inputs]))
         for i, (x, plan, scale) in enumerate(zip(inputs, plans, scales, strict=True)):
             if (pair := plan.low_rank.get(module)) is not None:
-                found[i][late[i] :] += (x[late[i] :] @ pair.a.T) @ pair.b
+                added = (x[late[i] :] @ pair.a.T) @ pair.b
+                found[i][late[i] :] += added if module not in plan.bias else added + plan.bias[module]
             if (b := plan.grouped.get(module)) is not None:
                 found[i] = found[i] + torch.stack([x[:, j :: len(b)].sum(dim=1) for j in range(len(b))], dim=1) @ b
             if (shared := plan.shared.get(module)) is not None:

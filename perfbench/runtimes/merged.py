@@ -29,7 +29,7 @@ def merged(
     weight: torch.Tensor, bias: torch.Tensor | None, plan: LayerPlan, module: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """fp32 weight [D_out, D_in] and bias [D_out] of a linear that gives what `plan` makes of its output, of its own
-    weight and bias in fp32. AdapterError where scales hang on the prompt."""
+    weight and bias in fp32. AdapterError where scales hang on the prompt, and on a bias for a linear without one."""
     if plan.generator is not None:
         raise AdapterError("scales that are made from the prompt can't be merged into weights")
     found = weight
@@ -43,6 +43,10 @@ def merged(
         found = found + (shared.of_columns[:, None] * shared.b.T) @ (shared.of_ranks[:, None] * shared.a)
     if (length := plan.magnitude.get(module)) is not None:
         found = found * (length / found.norm(dim=1))[:, None]
+    if (added := plan.bias.get(module)) is not None:
+        if bias is None:
+            raise AdapterError(f"{module}: a bias can't be merged into a linear that has none")
+        bias = bias + added
     rows = found if bias is None else torch.cat([found, bias[:, None]], dim=1)
     turned = rows
     if (scale := plan.scale_minus_one.get(module)) is not None:

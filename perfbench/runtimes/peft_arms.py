@@ -15,6 +15,7 @@ from peft import PeftModel, PeftType
 
 from perfbench.errors import AdapterError
 from perfbench.methods.checkpoints import adapter_folder, peft_fields
+from perfbench.peft import known_warnings
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Batch, Generation, generate
 
@@ -23,9 +24,10 @@ def _load(backbone: Backbone, folders: Sequence[Path]) -> PeftModel:
     """A PEFT model with one adapter `tenant<i>` for each folder, in the backbone's dtype."""
     # autocast_adapter_dtype would keep the adapters in fp32 and cast around each product: slower than the rest.
     options: dict[str, Any] = {"autocast_adapter_dtype": False, "torch_device": str(backbone.device)}
-    model = PeftModel.from_pretrained(backbone.skeleton(), str(folders[0]), adapter_name="tenant0", **options)
-    for index, folder in enumerate(folders[1:], start=1):
-        model.load_adapter(str(folder), adapter_name=f"tenant{index}", **options)
+    with known_warnings.unsaid():
+        model = PeftModel.from_pretrained(backbone.skeleton(), str(folders[0]), adapter_name="tenant0", **options)
+        for index, folder in enumerate(folders[1:], start=1):
+            model.load_adapter(str(folder), adapter_name=f"tenant{index}", **options)
     for name, parameter in model.named_parameters():
         if ".tenant" in name:
             parameter.data = parameter.data.to(backbone.dtype)
@@ -95,7 +97,8 @@ class PeftSingleArm:
 
 def admit(model: PeftModel, folder: Path, name: str, dtype: torch.dtype, device: torch.device) -> None:
     """Loads one more adapter, as a server would for a tenant that comes in cold."""
-    model.load_adapter(str(folder), adapter_name=name, autocast_adapter_dtype=False, torch_device=str(device))
+    with known_warnings.unsaid():
+        model.load_adapter(str(folder), adapter_name=name, autocast_adapter_dtype=False, torch_device=str(device))
     for parameter_name, parameter in model.named_parameters():
         if f".{name}." in parameter_name:
             parameter.data = parameter.data.to(dtype)

@@ -22,8 +22,9 @@ class AdaptedLinear(torch.nn.Module):
     """A linear of the backbone, plus what the requests of the batch in flight get on it.
 
     While a batch is bound, of G groups of rows: pair = (a [G, R, D_in], b [G, R, D_out]), scale_minus_one [G, D_out],
-    rotation with sine [G, D_out], input_scale_minus_one [G, D_in], grouped [G, R, D_out], shared with vectors [G, any];
-    each None without one. acts: [rows, S, 1] of a prompt, 0 on the tokens on which the pair does not act.
+    rotation with sine [G, D_out], input_scale_minus_one [G, D_in], grouped [G, R, D_out], shared with vectors [G, any],
+    added_bias [G, D_out]; each None without one. acts: [rows, S, 1] of a prompt, 0 on the tokens on which pair and bias
+    do not act.
     """
 
     def __init__(self, base: torch.nn.Linear, kernels: str):
@@ -36,6 +37,7 @@ class AdaptedLinear(torch.nn.Module):
         self.input_scale_minus_one: torch.Tensor | None = None
         self.grouped: torch.Tensor | None = None
         self.shared: SharedPair | None = None
+        self.added_bias: torch.Tensor | None = None
         self._low_rank: Callable[..., None] = low_rank.FORMS[kernels]
         self._row_scale: Callable[..., None] = row_scale.FORMS[kernels]
         self._rotation: Callable[..., torch.Tensor] = rotation.FORMS[kernels]
@@ -50,8 +52,11 @@ class AdaptedLinear(torch.nn.Module):
             a, b = self.pair
             groups = a.shape[0]
             # More than one token is a prompt.
-            seen = x if self.acts is None or x.shape[1] == 1 else x * self.acts
+            acts = None if x.shape[1] == 1 else self.acts
+            seen = x if acts is None else x * acts
             self._low_rank(y.view(groups, -1, y.shape[-1]), seen.reshape(groups, -1, x.shape[-1]), a, b)
+            if self.added_bias is not None:
+                low_rank.add_bias(y.view(-1, y.shape[-1]), 0, self.added_bias, acts)
         if self.grouped is not None:
             groups, rank, _ = self.grouped.shape
             h = self._grouped_sum(x.reshape(-1, x.shape[-1]), rank, groups)
@@ -81,7 +86,7 @@ class AdaptedLinear(torch.nn.Module):
     def release(self) -> None:
         """The linear is the backbone's own again."""
         self.pair = self.scale_minus_one = self.rotation = self.input_scale_minus_one = None
-        self.grouped = self.shared = self.acts = None
+        self.grouped = self.shared = self.added_bias = self.acts = None
 
 
 class PromptVectors:
@@ -150,6 +155,8 @@ class PlanArm:
         for own, linears in zip(taken, self._linears, strict=True):
             for name, pair in own.low_rank.items():
                 linears[name].pair, linears[name].acts = (pair.a, pair.b), acts
+            for name, bias in own.bias.items():
+                linears[name].added_bias = bias
             for name, scale in own.scale_minus_one.items():
                 linears[name].scale_minus_one = scale
             for name, turned in own.rotation.items():

@@ -76,6 +76,7 @@ def _of_bound(bound: Bound, rows: slice, own: torch.Tensor | None) -> Bound:
             parts=tuple((rank, column, b[rows]) for rank, column, b in expansion.parts),
             alike=some(expansion.alike),
             own=own,
+            bias=None if expansion.bias is None else (expansion.bias[0], expansion.bias[1][rows]),
             vectors=tuple(
                 part._replace(of_ranks=part.of_ranks[rows], of_columns=part.of_columns[rows])
                 for part in expansion.vectors

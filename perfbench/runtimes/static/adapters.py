@@ -232,7 +232,9 @@ class Adapters:
             if (pair := mine.shared.get(module)) is not None
         )
         alike = None if vectors else alike
-        bound.expansion = Expansion(tuple(parts), alike, self.own, bound.summed + of_shared, vectors)
+        biases = {module: mine.bias[module] for module in modules if module in mine.bias}
+        bias = (columns[next(iter(biases))], self._side_by_side(shape, modules, biases)) if biases else None
+        bound.expansion = Expansion(tuple(parts), alike, self.own, bound.summed + of_shared, vectors, bias)
 
     def _pairs(
         self, mine: LayerPlan, paired: list[str], columns: dict[str, int]
@@ -295,11 +297,6 @@ class Adapters:
         sizes = {module: shape.features(module)[1] for module in between}
         stretch = self._rest.new_zeros(*rows, sum(sizes.values()))
         return stretch, [stretch[..., columns[module] : columns[module] + sizes[module]] for module in scaled]
-
-
-def each_request_s(stacked: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """[requests, D]: the row of `stacked` [T, D] that each request has by `own` int64 [requests], zeros for -1."""
-    return stacked[own.clamp(min=0)].masked_fill_((own < 0).unsqueeze(1), 0.0)
 
 
 def first_columns(shape: BackboneShape, modules: Sequence[str]) -> dict[str, int]:

@@ -20,7 +20,7 @@ from perfbench.kernels import (
     vector_generator,
 )
 from perfbench.runtimes.int8_linear import Int8Weight
-from perfbench.runtimes.static.adapters import BARE, Bound, BoundGenerator, BoundLayer, each_request_s
+from perfbench.runtimes.static.adapters import BARE, Bound, BoundGenerator, BoundLayer
 from perfbench.runtimes.static.product import OF_FEW_ROWS, product, takes_tail
 from perfbench.runtimes.static.weights import Projection, Weights
 
@@ -137,7 +137,8 @@ class Forward:
         apart = acts is not None or (prefill and len(x) > MOST_ROWS_WITH_TAIL)
         if bound.weight is None or not takes_tail(x) or apart:
             seen = x if acts is None else x * acts
-            return self._beside(of_rows(x, projection.weight, projection.bias), seen, bound, prefill=prefill)
+            y = of_rows(x, projection.weight, projection.bias)
+            return self._beside(y, seen, bound, prefill=prefill, acts=acts)
         own, adapters = 0 if bound.a is None else bound.a.shape[0] * bound.a.shape[1], bound.expansion.adapters
         shared = bound.expansion.shared
         both = of_rows(x, bound.weight, bound.bias)
@@ -145,7 +146,7 @@ class Forward:
         return y, self._from_product(ranks[:, : own + shared], adapters, shared)
 
     def _beside(
-        self, y: torch.Tensor, x: torch.Tensor, bound: Bound, *, prefill: bool
+        self, y: torch.Tensor, x: torch.Tensor, bound: Bound, *, prefill: bool, acts: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """y, and h by a product of its own."""
         if bound.expansion is None:
@@ -161,7 +162,7 @@ class Forward:
         if not prefill or h is None:
             return y, h
         # With many rows of a request its adapter is worth a product of tiles: the epilogues take it row by row.
-        self._expand(y, h, bound.expansion)
+        self._expand(y, h, bound.expansion, acts)
         return y, None
 
     def _of_scaled_inputs(
@@ -222,7 +223,7 @@ class Forward:
             if place.columns is not None:
                 place.to.copy_(vectors[:, place.columns])
             if place.stored is not None:
-                stored = place.stored if own is None else each_request_s(place.stored, own)
+                stored = low_rank.each_request_s(place.stored, own)
                 place.to.copy_(stored if place.columns is None else row_scale.one_after_the_other(stored, place.to))
 
     def _rotation(self, attention_mask: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:

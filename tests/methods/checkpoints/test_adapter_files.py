@@ -33,6 +33,7 @@ TINY = BackboneShape.of_config(find_config("llama-tiny"))
 CASES: dict[str, tuple[str, Any]] = {
     "lora": ("lora", LoraOptions()),
     "lora-alpha": ("lora", LoraOptions(rank=3, alpha=7.0, modules=("v", "down"))),
+    "lora-bias": ("lora", LoraOptions(rank=3, alpha=7.0, lora_bias=True)),
     "dora": ("dora", METHODS["dora"].options()),
     "dora-alpha": ("dora", METHODS["dora"].options(rank=3, alpha=7.0, modules=("v", "down"))),
     "fanlora": ("fanlora", FanLoraOptions()),
@@ -117,6 +118,7 @@ def test_writing_again_leaves_nothing_else_in_the_folder(tmp_path: Path) -> None
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [CONFIG, WEIGHTS]
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")  # of merging, which is asked of nobody
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("para")])
 def test_peft_serves_what_we_write(tiny: backbone.Backbone, case: str, tmp_path: Path) -> None:
     write(case, tmp_path / "adapter")

@@ -99,12 +99,15 @@ SERVED: dict[str, Callable[[], Any]] = {
     "orthogonal": lambda: lora(init_lora_weights="orthogonal"),
     "dora": lambda: lora(use_dora=True),
     "dora of unlike ranks": lambda: lora(use_dora=True, use_rslora=True, rank_pattern={"down_proj": 8}),
+    "bias": lambda: lora(lora_bias=True, use_rslora=True, alpha_pattern={"q_proj": 3}),
     "default modules": lambda: lora(target_modules=None),
 }
 
 
 # PEFT knows a parameter by its name when it takes alpha, and does not when it warns.
 @pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")
+# Of merging, which is asked of nobody, and of sizes, which for PEFT are those of matrices.
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default': 9 LoRA tensor")
 @pytest.mark.parametrize("kind", SERVED)
 def test_it_is_served_as_by_peft(kind: str, tmp_path: Path) -> None:
     folder = make(tmp_path, SERVED[kind]())

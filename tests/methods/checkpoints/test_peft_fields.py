@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activated": ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens: expected None, got [3, 4]"),
     "doubled layers": ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication: expected None, got [[0, 2]"),
     "bias": ({"bias": None}, "bias: expected 'none', got None"),
-    "a number for a flag": ({"lora_bias": 1}, "lora_bias: expected False, got 1"),
+    "a number for a flag": ({"use_qalora": 1}, "use_qalora: expected False, got 1"),
     "a later PEFT's": ({"use_magic": True}, "use_magic: expected a field that perfbench serves or one that is off"),
     "a later PEFT's object": ({"magic_config": {"a": 1}}, "got {'a': 1}"),
     "a misspelt one": ({"use_rslor": True}, "did you mean 'use_rslora'?"),

@@ -17,6 +17,7 @@ from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.ia3_original import Ia3OriginalOptions
 from perfbench.methods.miss import MissOptions
 from perfbench.methods.registry import METHODS
+from perfbench.methods.lora import LoraOptions
 from perfbench.methods.road import RoadOptions
 from perfbench.methods.shape import MODULES
 from perfbench.methods.vera import VeraOptions
@@ -64,6 +65,8 @@ OPERATIONS: dict[str, tuple[str, Any]] = {
     "none": ("none", None),
     "lora": ("lora", None),
     "fanlora": ("fanlora", None),
+    "lora-bias": ("lora", LoraOptions(lora_bias=True)),
+    "lora-bias-of-some": ("lora", LoraOptions(lora_bias=True, modules=("q", "v", "up"))),
     "para": ("para", None),
     "ia3-outputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=())),
     "ia3-inputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=("gate", "up", "o", "down"))),
