@@ -67,7 +67,7 @@ class Bank:
         self.shrinks, self.rest = (torch.zeros(capacity + 1, sum(n), dtype=dtype, device=device) for n in self._sizes)
         # What all tenants share, once for each size: zeros until the first of them brings it.
         self._sharing: set[int] = set()
-        self._activated: set[int] = set()
+        self._invocations: dict[int, tuple[int, ...]] = {}  # by slot
         self._shared = {
             key: torch.zeros(t.shape, dtype=dtype, device=device) for key, t in _matrices(self.layout).items()
         }
@@ -121,8 +121,8 @@ class Bank:
         slot = self.free.pop()
         if any(layer.shared for layer in plan):
             self._sharing.add(slot)
-        if any(layer.activated for layer in plan):
-            self._activated.add(slot)
+        if (invocation := next((o.invocation for o in plan if o.invocation is not None), None)) is not None:
+            self._invocations[slot] = invocation
         for stack, tensor in pairs:
             _write(stack[slot], tensor)
         # Two looks at what was written, and not one at each of hundreds of tensors, for which a GPU would be waited.
@@ -171,13 +171,12 @@ class Bank:
         self.shrinks[slot].zero_()
         self.rest[slot].zero_()
         self._sharing.discard(slot)
-        self._activated.discard(slot)
+        self._invocations.pop(slot, None)
         self.free.append(slot)
 
-    def leaves_shared_tokens(self, slot: int) -> bool:
-        """Whether nothing acts on the tokens that a request shares with others: its adapter is an activated one, or it
-        has none (-1)."""
-        return slot == -1 or slot in self._activated
+    def invocation_of(self, slot: int) -> tuple[int, ...] | None:
+        """What invokes the adapter in `slot`, as its plan has it; None where it acts on all tokens."""
+        return self._invocations.get(slot)
 
     def rows(self, slots: Sequence[int]) -> torch.Tensor:
         """int64 [Q] on the bank's device: where each request's adapter lies. ValueError on a slot out of range."""

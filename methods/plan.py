@@ -66,13 +66,14 @@ class SharedPair:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer gets, by module: what is added to the output by a low-rank pair, by a matrix [R, D_out] on the
-    grouped sum of the input, h_j = the sum of all x_k with k % R = j, or by a shared pair, and as a bias [D_out] where
-    there is a low-rank pair; then the output's scale and its rotation; and a scale of the input [D_in], which what is added does not see. A scale on down's input is one on
-    up's output. l - 1 is kept of scales ([D_out]) because bf16's step just above 1 is 2^-7, while near 0 it keeps 8
-    bits of any difference. All of them are zero where they change nothing, but for `magnitude` [D_out], DoRA's: the
-    length that each row of the weight gets together with what its pair adds to it. A bank holds a scale in its place.
-    `activated`: the pairs act on a request's own tokens and on what it generates, not on what all requests share.
+    """What one layer gets, by module: what is added to the output by a low-rank pair, with a bias [D_out] beside it, by
+    a matrix [R, D_out] on the grouped sum of the input, h_j = the sum of all x_k with k % R = j, or by a shared pair;
+    then the output's scale and its rotation; and a scale of the input [D_in], which what is added does not see. A scale
+    on down's input is one on up's output. l - 1 is kept of scales ([D_out]) because bf16's step just above 1 is 2^-7,
+    while near 0 it keeps 8 bits of any difference. All of them are zero where they change nothing, but for `magnitude`
+    [D_out], DoRA's: the length that each row of the weight gets together with what its pair adds to it. A bank holds a
+    scale in its place. `invocation`: the pairs and their biases act from these tokens on, as they stand last in the
+    prompt, and on what is generated, or nowhere; () stands for where a request's own tokens begin, None for all.
     """
 
     low_rank: dict[str, LowRank] = field(default_factory=dict)
@@ -84,7 +85,7 @@ class LayerPlan:
     shared: dict[str, SharedPair] = field(default_factory=dict)
     magnitude: dict[str, torch.Tensor] = field(default_factory=dict)
     bias: dict[str, torch.Tensor] = field(default_factory=dict)
-    activated: bool = False
+    invocation: tuple[int, ...] | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of the plan that is a tenant's own."""
@@ -111,7 +112,7 @@ class LayerPlan:
             },
             {module: make(length) for module, length in self.magnitude.items()},
             {module: make(added) for module, added in self.bias.items()},
-            self.activated,
+            self.invocation,
         )
 
     def in_order(self) -> LayerPlan:

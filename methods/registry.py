@@ -10,6 +10,7 @@ has read them (`perfbench.spec.method_plugins`).
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,8 @@ class Method:
     `module` is imported only when the method is used, and its `Options` are the method's; `served_by` names what runs
     it; `trained_by` is None, or `module:function` of a function (the method's module, BackboneShape, options) that
     returns the PeftConfig with which `perfbench finetune` trains the method; `peft_types`: what its `load` reads, by
-    the `peft_type` of adapter folders; `in_weights`: whether other weights of the backbone would do what the
+    the `peft_type` of adapter folders, and `peft_field` what is set in their configuration where others of the type are
+    another method's; `in_weights`: whether other weights of the backbone would do what the
     adapter does.
     """
 
@@ -37,6 +39,7 @@ class Method:
     served_by: str = "plan"
     trained_by: str | None = None
     peft_types: tuple[str, ...] = ()
+    peft_field: str | None = None
     in_weights: bool = True
 
     @property
@@ -78,7 +81,10 @@ METHODS: dict[str, Method] = {
     ),
     "alora": Method(
         "perfbench.methods.alora",
-        "activated LoRA: LoRA from a request's own tokens on, so that one cache of a shared context serves all tenants",
+        "activated LoRA: LoRA from an invocation on, so that one cache of what comes before it serves all tenants",
+        trained_by="perfbench.peft.low_rank:alora_config",
+        peft_types=("LORA",),
+        peft_field="alora_invocation_tokens",
         in_weights=False,
     ),
     "fanlora": Method(
@@ -140,3 +146,10 @@ METHODS: dict[str, Method] = {
         "perfbench.methods.lora", "the same LoRA, served by PEFT to one tenant at a time", served_by="peft-single"
     ),
 }
+
+
+def reader_of(described: Mapping[str, Any]) -> str | None:
+    """The method that serves an adapter folder with this configuration; None where none does."""
+    fitting = {name: one for name, one in METHODS.items() if described.get("peft_type") in one.peft_types}
+    marked = [name for name, one in fitting.items() if one.peft_field and described.get(one.peft_field)]
+    return next((name for name in (*marked, *fitting)), None)

@@ -7,7 +7,7 @@ not at all, is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -24,6 +24,7 @@ DEFAULT_TARGETS = ("q_proj", "v_proj")
 _STORED = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector", "bias": "lora_B.bias"}
 # What a pair has besides, [D_out] -> the field of the configuration that says so.
 _VECTORS = {"magnitude": "use_dora", "bias": "lora_bias"}
+_INVOCATION = "alora_invocation_tokens"
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +32,11 @@ if TYPE_CHECKING:
 Parameters: TypeAlias = "dict[str, torch.Tensor]"
 
 
-def save(parameters: Parameters, alpha: float | None, folder: Path, backbone: str) -> None:
-    """Writes `layers.<i>.<module>.a|b|magnitude|bias` as a PEFT LoRA checkpoint; every linear is named in full."""
+def save(
+    parameters: Parameters, alpha: float | None, folder: Path, backbone: str, invocation: Sequence[int] = ()
+) -> None:
+    """Writes `layers.<i>.<module>.a|b|magnitude|bias` as a PEFT LoRA checkpoint; every linear is named in full;
+    with `invocation` tokens one of an activated LoRA."""
     tensors, targets, ranks = {}, [], set()
     for name, tensor in parameters.items():
         _, layer, module, matrix = name.split(".")
@@ -44,7 +48,7 @@ def save(parameters: Parameters, alpha: float | None, folder: Path, backbone: st
     if len(ranks) != 1:
         raise AdapterError(f"{folder}: expected one rank over all modules, got {sorted(ranks)}")
     rank = ranks.pop()
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": backbone,
@@ -56,14 +60,31 @@ def save(parameters: Parameters, alpha: float | None, folder: Path, backbone: st
         **{field: any(name.endswith(f".{kind}") for name in parameters) for kind, field in _VECTORS.items()},
         "inference_mode": True,
     }
+    if invocation:
+        config[_INVOCATION] = list(invocation)
     adapter_folder.write(folder, config, tensors)
 
 
-def load(folder: Path, shape: BackboneShape) -> Parameters:
+def invocation(folder: Path, shape: BackboneShape) -> tuple[int, ...]:
+    """The tokens that invoke the activated LoRA in `folder`, () where it is none. Raises AdapterError."""
+    tokens = adapter_folder.describe(folder).get(_INVOCATION)
+    if tokens is None:
+        return ()
+    whole = isinstance(tokens, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in tokens)
+    if not whole or not tokens or not all(0 <= token < shape.vocab for token in tokens):
+        raise AdapterError(
+            f"{folder / CONFIG}: {_INVOCATION}: expected null or a list of tokens from 0 to {shape.vocab - 1}, got "
+            f"{peft_fields.shown(tokens)}"
+        )
+    return tuple(tokens)
+
+
+def load(folder: Path, shape: BackboneShape, *, activated: bool = False) -> Parameters:
     """`layers.<i>.<module>.a` [R, D_in] and `.b` [D_out, R], with PEFT's scale folded into b; of DoRA `.magnitude`
     [D_out] too, and with `lora_bias` `.bias` [D_out], which the scale multiplies as well. Raises AdapterError.
 
-    A checkpoint of AdaLoRA is read as well: its pairs are of uneven rank, and modules without a rank are not there.
+    A checkpoint of AdaLoRA is read as well: its pairs are of uneven rank, and modules without a rank are not there. One
+    that tokens invoke is refused, unless it is to be read as `activated`.
     """
     if adapter_folder.peft_type(folder) == adalora.PEFT_TYPE:
         return adalora.load(folder, shape)
@@ -71,6 +92,9 @@ def load(folder: Path, shape: BackboneShape) -> Parameters:
     path, described = folder / WEIGHTS, folder / CONFIG
     peft_fields.check(config, described, peft_fields.LORA)
     peft_fields.check_initialisation(config, described)
+    if (tokens := config.get(_INVOCATION)) is not None and not activated:
+        got = peft_fields.shown(tokens)
+        raise AdapterError(f"{described}: {_INVOCATION}: expected null, got {got}; method alora serves it")
     vectors: dict[str, Parameters] = {
         kind: {} for kind, field in _VECTORS.items() if peft_fields.flag(config, described, field)
     }

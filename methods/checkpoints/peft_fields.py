@@ -43,6 +43,7 @@ LORA = Fields(
             "use_rslora",
             "use_dora",
             "lora_bias",
+            "alora_invocation_tokens",
             "rank_pattern",
             "alpha_pattern",
             "target_modules",
@@ -68,7 +69,6 @@ LORA = Fields(
         }
     ),
     fixed={
-        "alora_invocation_tokens": None,
         "arrow_config": None,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -99,7 +99,13 @@ ADALORA = Fields(
     without_effect=LORA.without_effect
     | {"r", "use_rslora", "alpha_pattern", "init_lora_weights", "lora_dropout"}
     | {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"},
-    fixed={**LORA.fixed, "target_parameters": None, "use_dora": False, "lora_bias": False},
+    fixed={
+        **LORA.fixed,
+        "alora_invocation_tokens": None,
+        "lora_bias": False,
+        "target_parameters": None,
+        "use_dora": False,
+    },
 )
 IA3 = Fields(
     served=frozenset({"target_modules", "exclude_modules", "feedforward_modules"}),

@@ -14,7 +14,7 @@ from perfbench.finetune.accuracy.paths import ServingPath
 from perfbench.finetune.accuracy.serve import Tenant, ask_all, banks, probes, questions, serve, with_plan
 from perfbench.finetune.tasks.task import Example, Task
 from perfbench.methods.checkpoints import adapter_folder
-from perfbench.methods.registry import METHODS
+from perfbench.methods.registry import reader_of
 from perfbench.runtimes.backbone import Backbone
 
 
@@ -22,11 +22,10 @@ def tenants_of(adapters: Sequence[str], backbone: Backbone) -> list[Tenant]:
     """The adapters in the folders, ready for a bank. AdapterError for one that no bank can hold."""
     found = []
     for folder in adapters:
-        kind = adapter_folder.peft_type(Path(folder))
-        method = next(
-            (name for name, one in METHODS.items() if kind in one.peft_types and one.served_by == "plan"), None
-        )
+        described = adapter_folder.describe(Path(folder))
+        method = reader_of(described)
         if method is None:
+            kind = described.get("peft_type")
             raise AdapterError(f"{folder}: an adapter of type {kind} is never served here; leave out --served")
         found.append(with_plan(Tenant(folder, method, 0, Path(folder)), backbone.shape))
     return found

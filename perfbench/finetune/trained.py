@@ -34,7 +34,7 @@ from perfbench.finetune.baselines import peft_own, ssp
 from perfbench.finetune.trained_table import BASELINES, trainable, unknown_method
 from perfbench.methods import parameters
 from perfbench.methods.checkpoints import adapter_folder
-from perfbench.methods.registry import METHODS
+from perfbench.methods.registry import METHODS, reader_of
 from perfbench.methods.shape import BackboneShape
 
 # Their configurations are types of PEFT's once these are imported, which `load` needs for a folder of theirs.
@@ -218,7 +218,7 @@ def load(model: Any, folder: Path, *, trainable: bool = False) -> Any:
     kind = adapter_folder.peft_type(folder)
     if kind == OURS:
         return _load_ours(model, folder, trainable)
-    _check(folder, kind, BackboneShape.of_config(model.config.to_dict()))
+    _check(folder, BackboneShape.of_config(model.config.to_dict()))
     if trainable and kind in _SOFT_TOKENS:
         raise FinetuneError(f"{folder}: PEFT can't go on training soft tokens from a folder; resume the run instead")
     with known_warnings.unsaid():
@@ -262,11 +262,11 @@ def _load_ours(model: Any, folder: Path, trainable: bool) -> Any:
     return module.requires_grad_(False)
 
 
-def _check(folder: Path, kind: Any, shape: BackboneShape) -> None:
+def _check(folder: Path, shape: BackboneShape) -> None:
     """AdapterError unless the folder holds a whole adapter of a known type for a backbone of this shape."""
-    # The method whose reader checks it.
-    name = next((name for name, method in METHODS.items() if kind in method.peft_types), None)
-    if name is not None:
+    described = adapter_folder.describe(folder)
+    kind = described.get("peft_type")
+    if (name := reader_of(described)) is not None:
         parameters.implementation(name).load(folder, shape, METHODS[name].options())
         return
     if kind not in _SOFT_TOKENS:

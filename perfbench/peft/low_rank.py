@@ -35,3 +35,12 @@ def config(method: Any, shape: BackboneShape, options: Any, *, use_dora: bool = 
 
 
 dora_config = partial(config, use_dora=True)
+
+
+def alora_config(method: Any, shape: BackboneShape, options: Any) -> LoraConfig:
+    """Of an activated LoRA. ValueError without the tokens that invoke it."""
+    if not options.invocation:
+        raise ValueError("invocation: expected the tokens that invoke the adapter, which PEFT trains it by, got none")
+    found = config(method, shape, options)
+    found.alora_invocation_tokens = list(options.invocation)
+    return found

@@ -59,6 +59,20 @@ def _logits(fresh: Backbone, folder: Path, asked: oracle.Served) -> torch.Tensor
         read = model(input_ids=asked.prompt[None], use_cache=True)
         logits: torch.Tensor = read.logits[0, -1:]
         if len(asked.chosen) > 1:
-            rest = model(input_ids=asked.chosen[None, :-1], past_key_values=read.past_key_values, use_cache=True)
+            chosen = asked.chosen[None, :-1]
+            rest = model(
+                input_ids=chosen, past_key_values=read.past_key_values, use_cache=True, **_invoked(model, asked, chosen)
+            )
             logits = torch.cat([logits, rest.logits[0]])
     return logits
+
+
+def _invoked(model: Any, asked: oracle.Served, chosen: torch.Tensor) -> dict[str, Any]:
+    """What PEFT's `generate` tells each of its steps of an activated LoRA: whether the prompt has invoked it. Its
+    forward by itself would look for that in what it is given."""
+    if not getattr(model.active_peft_config, "alora_invocation_tokens", None):
+        return {}
+    from peft.tuners.lora.variants import get_alora_offsets_for_generate
+
+    offsets = get_alora_offsets_for_generate(model, input_ids=asked.prompt[None])["alora_offsets"]
+    return {"alora_offsets": [None if offset is None else chosen.shape[1] for offset in offsets]}

@@ -55,6 +55,7 @@ def logits(backbone: Backbone, sequences: Sequence[Served], dtype: torch.dtype) 
         streams = [embed[ids].to(dtype) for ids in tokens]
         if model.config.model_type == "gemma":
             streams = [stream * torch.tensor(shape.hidden**0.5, dtype=dtype) for stream in streams]
+        late = [_acts_from(one) for one in sequences]
         angles = _angles(model, max(map(len, tokens)), dtype, backbone.device)
         for index, layer in enumerate(model.model.layers):
             plans = [
@@ -65,8 +66,6 @@ def logits(backbone: Backbone, sequences: Sequence[Served], dtype: torch.dtype) 
                 for plan, stream, one in zip(plans, streams, sequences, strict=True)
             ]
             window = _window(model.config, index)
-            # An activated pair sees nothing of the tokens before its invocation.
-            late = [one.shared_tokens if plan.activated else 0 for one, plan in zip(sequences, plans, strict=True)]
             streams = _layer(layer, streams, plans, scales, late, angles, window, shape, model.config)
         head = model.get_output_embeddings()
         last = [stream[len(one.prompt) - 1 :] for stream, one in zip(streams, sequences, strict=True)]
@@ -169,6 +168,17 @@ def _of_length(y: torch.Tensor, length: torch.Tensor, linear: Any, pair: LowRank
         rows = rows + (pair.b.T @ pair.a).to(length.dtype)
     bias = 0.0 if linear.bias is None else linear.bias.to(y.dtype)
     return (y - bias) * (length / rows.norm(dim=1)).to(y.dtype) + bias
+
+
+def _acts_from(one: Served) -> int:
+    """The first token of a sequence on which its pairs act: what comes before their invocation is the backbone's."""
+    invocation = None if one.plan is None else next((layer.invocation for layer in one.plan if layer.invocation), None)
+    if invocation is None:
+        activated = one.plan is not None and any(layer.invocation is not None for layer in one.plan)
+        return one.shared_tokens if activated else 0
+    prompt, size = one.prompt.tolist(), len(invocation)
+    starts = [place for place in range(len(prompt)) if tuple(prompt[place : place + size]) == invocation]
+    return max(starts, default=len(prompt) + len(one.chosen))
 
 
 def _scaled_input(x: torch.Tensor, plan: LayerPlan, module: str) -> torch.Tensor:

@@ -22,7 +22,9 @@ class Batch:
     -1 for the bare backbone; rows of the model are Q x beams. eos: the tokens that end a request; none in latency
     work, where every request makes exactly new_tokens. follow_up: int64 [Q, F], what each request says next, once it
     has its new tokens; None where the conversation ends there. shared_tokens: so many of each prompt's first tokens are
-    the same for all requests, and none of them is padded.
+    the same for all requests, and none of them is padded. drawn: whether the prompts are drawn by lot; kept: of each
+    request the places [first, end) of its prompt that stay when others are drawn; acts_from: of each request the first
+    place on whose token its adapter acts, once an arm has looked (`shared_context.invoked`).
     """
 
     input_ids: torch.Tensor
@@ -33,6 +35,9 @@ class Batch:
     eos: tuple[int, ...] = ()
     follow_up: torch.Tensor | None = None
     shared_tokens: int = 0
+    drawn: bool = False
+    kept: tuple[tuple[int, int], ...] = ()
+    acts_from: tuple[int, ...] = ()
 
     def conversation(self, generated: torch.Tensor) -> Batch:
         """The second turn as a batch that reads all from the start: prompt, `generated` int64 [Q, N], follow-up."""
@@ -54,6 +59,7 @@ class Batch:
             attention_mask=self.attention_mask[request : request + 1, -length:],
             slots=(self.slots[request],),
             follow_up=None,
+            kept=(),
         )
 
 

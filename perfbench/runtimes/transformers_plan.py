@@ -15,7 +15,7 @@ from perfbench.methods.plan import Generator, Rotation, SharedPair
 from perfbench.methods.shape import MODULE_PATHS
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Batch, Generation, generate
-from perfbench.runtimes.shared_context import acting
+from perfbench.runtimes.shared_context import acting, invoked
 
 
 class AdaptedLinear(torch.nn.Module):
@@ -138,6 +138,7 @@ class PlanArm:
 
     def generate(self, batch: Batch, **observers: Any) -> Generation:
         """Binds the batch's adapters, generates, lets them go; copying them is part of the call and of its time."""
+        batch = invoked(batch, self.bank)
         self._bind(batch)
         try:
             return generate(self.model, batch, **observers)
@@ -149,7 +150,7 @@ class PlanArm:
             return
         # Where all requests have one adapter, one group of rows reads it once.
         slots = batch.slots[:1] if len(set(batch.slots)) == 1 else batch.slots
-        taken, acts = self.bank.take(slots), acting(batch, self.bank)
+        taken, acts = self.bank.take(slots), acting(batch)
         if acts is not None:
             acts = acts.repeat_interleave(batch.beams, dim=0).unsqueeze(2).to(self.model.dtype)
         for own, linears in zip(taken, self._linears, strict=True):

@@ -21,7 +21,7 @@ def tiny() -> BackboneShape:
 @pytest.mark.parametrize("method", [name for name, own in METHODS.items() if own.served_by == "plan" and own.module])
 def test_the_table_says_which_methods_read_the_prompt(tiny: BackboneShape, method: str) -> None:
     plan = parameters.meta_plan(method, tiny, METHODS[method].options())
-    alike = not any(layer.generator is not None or layer.activated for layer in plan)
+    alike = not any(layer.generator is not None or layer.invocation is not None for layer in plan)
     assert METHODS[method].in_weights == alike
 
 

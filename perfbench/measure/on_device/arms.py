@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from perfbench.errors import AdapterError
-from perfbench.measure.on_device import conversion
+from perfbench.measure.on_device import conversion, workload
 from perfbench.measure.on_device.adapter_folders import adapter_folders
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, sizes_of, union_layout
@@ -197,6 +197,7 @@ def _build_plan(
             bank.admit(plan)
         except AdapterError as error:
             raise AdapterError(f"{name}: {error}") from None
+    batch = workload.invoked(batch, bank.invocation_of)
     if not wanted:
         return BuiltArm(_plan_arm(case, backbone, bank, batch), batch, tuple(sizes), plan_of, {})
 

@@ -303,7 +303,7 @@ class Session:
         arm resident, since the weights are loaded once more for it."""
         from functools import partial
 
-        from perfbench.measure.on_device import arms
+        from perfbench.measure.on_device import arms, workload
         from perfbench.measure.on_device.adapter_folders import adapter_folders
         from perfbench.proof import by_peft, check
         from perfbench.runtimes import backbone as backbones
@@ -320,7 +320,9 @@ class Session:
             sampled = check.sample(self.batch.slots, self.job["seed"])[: check.SAMPLED_REQUESTS]
             folders = {i: every[self.batch.slots[i]] for i in sampled if self.batch.slots[i] != -1}
             plan_of = partial(arms.plan_of_tenant, case, own, self.resident, self.job["seed"])
-            fault = by_peft.fault_of(fresh, own, self.batch, folders, plan_of)
+            invocations = {slot: plan_of(slot)[0].invocation for slot in {self.batch.slots[i] for i in folders}}
+            batch = workload.invoked(self.batch, invocations.get)
+            fault = by_peft.fault_of(fresh, own, batch, folders, plan_of)
             self.emit("proved", case=case.id, rounds=[], read_by_peft=len(folders), reason=fault)
 
     def warm_up(self, cases: list[Any]) -> dict[str, Any]:

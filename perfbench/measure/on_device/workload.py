@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from perfbench.errors import ScenarioError
+from perfbench.errors import AdapterError, ScenarioError
 from perfbench.measure.on_device.prompts import read_records, tokenise
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Batch
+from perfbench.runtimes.shared_context import place_of
 from perfbench.spec.cases import Workload
 
 
@@ -53,7 +55,33 @@ def make(workload: Workload, backbone: Backbone, seed: int) -> Batch:
         workload.new_tokens,
         follow_up=follow_up,
         shared_tokens=workload.shared_tokens,
+        drawn=workload.prompts is None,
     )
+
+
+def invoked(batch: Batch, invocation_of: Callable[[int], tuple[int, ...] | None]) -> Batch:
+    """The same with the tokens that invoke the adapter in each request's slot: prompts that are drawn get them where
+    the request's own tokens begin, prompts of a file have to have them. AdapterError where they are not there, or do
+    not fit. invocation_of: slot -> as `LayerPlan.invocation`."""
+    owned = [() if slot == -1 else invocation_of(slot) or () for slot in batch.slots]
+    if not any(owned):
+        return batch
+    ids, kept = batch.input_ids.clone(), []
+    for request, tokens in enumerate(owned):
+        first = batch.shared_tokens if batch.drawn or not tokens else place_of(tokens, batch, request)
+        if first is None or first + len(tokens) > ids.shape[1]:
+            raise AdapterError(
+                f"request {request}: expected the tokens {list(tokens)}, which invoke its adapter, "
+                + (
+                    f"to fit into its own {ids.shape[1] - batch.shared_tokens} tokens"
+                    if batch.drawn
+                    else "in its prompt"
+                )
+            )
+        kept.append((first, first + len(tokens)))
+        if batch.drawn:
+            ids[request, first : first + len(tokens)] = torch.tensor(tokens, dtype=ids.dtype, device=ids.device)
+    return replace(batch, input_ids=ids, kept=tuple(kept))
 
 
 def fresh(batch: Batch, seed: int, turn: int) -> Batch:
@@ -68,6 +96,8 @@ def fresh(batch: Batch, seed: int, turn: int) -> Batch:
     follow_up = None if batch.follow_up is None else drawn(batch.follow_up.shape)
     ids = drawn(batch.input_ids.shape)
     ids[:, : batch.shared_tokens] = ids[:1, : batch.shared_tokens].clone()
+    for request, (first, end) in enumerate(batch.kept):
+        ids[request, first:end] = batch.input_ids[request, first:end]
     return replace(batch, input_ids=ids * batch.attention_mask, follow_up=follow_up)
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from perfbench.errors import AdapterError
 from perfbench.methods.bank import Bank
 from perfbench.runtimes.backbone import Backbone
+from perfbench.runtimes.continuous.residency import NOT_INVOKED
 from perfbench.runtimes.continuous.rows import Rows
 from perfbench.runtimes.generation import Batch, Generation, StepClock, end
 
@@ -32,6 +34,8 @@ class ContinuousArm:
         """As `generation.generate`, for one beam. Prompts are read one after the other, each without its padding."""
         if batch.beams != 1:
             raise ValueError(f"expected 1 beam, got {batch.beams}")
+        if self.bank is not None and any(map(self.bank.invocation_of, batch.slots)):
+            raise AdapterError(NOT_INVOKED)
         with torch.inference_mode():
             rows = self._rows_for(batch)
             read = []

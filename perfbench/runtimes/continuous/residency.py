@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from perfbench.errors import AdapterError
 from perfbench.methods.bank import Bank
 from perfbench.methods.plan import AdapterPlan
+
+NOT_INVOKED = "runtime continuous serves no adapter that tokens of the prompt invoke; choose static or transformers"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Store:
         """The adapter of a tenant. AdapterError where it does not fit the bank."""
         if tenant not in self._stored:
             plan = self._plan_of(tenant)
+            if any(layer.invocation for layer in plan):
+                raise AdapterError(NOT_INVOKED)
             self._bank.share(plan)
             slot = self._table.admit(plan)
             shrinks, rest = (part[slot].clone() for part in (self._table.shrinks, self._table.rest))

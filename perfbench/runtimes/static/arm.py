@@ -10,6 +10,7 @@ import torch
 from perfbench.methods.bank import Bank
 from perfbench.runtimes.backbone import Backbone
 from perfbench.runtimes.generation import Batch, Generation, StepClock
+from perfbench.runtimes.shared_context import invoked
 from perfbench.runtimes.static.adapters import Adapters, rooms, stacked_slots
 from perfbench.runtimes.static.cache import CacheSize
 from perfbench.runtimes.static.capture import Step, cuda_graph, run_again
@@ -48,6 +49,7 @@ class StaticArm:
         with_logits: bool = False,
     ) -> Generation:
         """As `generation.generate`. Taking the batch's adapters out of the bank is part of the call and its time."""
+        batch = invoked(batch, self.bank)
         with torch.inference_mode():
             decoder = self._decoder_for(batch)
             decoder.start(batch)

@@ -80,15 +80,17 @@ class Decoder(Forward):
         What all of them begin with is read once, by the bare backbone, where no adapter of the batch acts on it.
         """
         batch, bank = self.batch, self.adapters.bank if self.adapters else None
+        acts = None if bank is None else acting(batch)
         if not reusable(batch, bank):
-            acts = None if bank is None else acting(batch, bank)
             return self._read(batch.input_ids, 0, batch.attention_mask, acts)
         shared = batch.shared_tokens
         first = [entry[:1] for entry in self.cache.prompt]
         self._bare.read(batch.input_ids[:1, :shared], 0, batch.attention_mask[:1, :shared], first, None)
         for entry in self.cache.prompt:
             entry[1:, :, :, :shared] = entry[:1, :, :, :shared]
-        return self._read(batch.input_ids[:, shared:], shared, batch.attention_mask)
+        if acts is not None:
+            acts = acts[:, shared:] if max(batch.acts_from) > shared else None
+        return self._read(batch.input_ids[:, shared:], shared, batch.attention_mask, acts)
 
     def prefill_follow_up(self, generated: torch.Tensor) -> torch.Tensor:
         """Reads the second turn, after `generated` int64 [Q, N] of the first; logits [Q, V] of what follows it.

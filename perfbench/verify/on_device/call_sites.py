@@ -126,6 +126,7 @@ def of_seven_b() -> list[tuple[str, list[Launch]]]:
     base = unfilled("llama2-7b", 2, torch.bfloat16)
     methods: list[tuple[str, dict[str, int]]] = [(method, {}) for method in SERVED]
     methods += [(method, {"rank": LARGEST_RANK}) for method in ("lora", "para")]
+    methods += [("lora", {"lora_bias": True})]
     found = []
     for method, options in methods:
         served = Served(base, method, REQUESTS, **options)

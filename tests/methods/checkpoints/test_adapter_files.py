@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from perfbench.errors import AdapterError
 from perfbench.methods import parameters
+from perfbench.methods.alora import AloraOptions
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.checkpoints.adapter_folder import CONFIG, WEIGHTS
 from perfbench.methods.fanlora import FanLoraOptions
@@ -34,6 +35,8 @@ CASES: dict[str, tuple[str, Any]] = {
     "lora": ("lora", LoraOptions()),
     "lora-alpha": ("lora", LoraOptions(rank=3, alpha=7.0, modules=("v", "down"))),
     "lora-bias": ("lora", LoraOptions(rank=3, alpha=7.0, lora_bias=True)),
+    "alora": ("alora", AloraOptions(invocation=(5, 6))),
+    "alora-bias": ("alora", AloraOptions(rank=3, alpha=7.0, lora_bias=True, invocation=(7,))),
     "dora": ("dora", METHODS["dora"].options()),
     "dora-alpha": ("dora", METHODS["dora"].options(rank=3, alpha=7.0, modules=("v", "down"))),
     "fanlora": ("fanlora", FanLoraOptions()),
@@ -100,6 +103,7 @@ def test_what_is_written_is_read_again(case: str, tmp_path: Path) -> None:
     for new, old in zip(found, written, strict=True):
         kinds = [{name: set(own) for name, own in vars(layer).items() if isinstance(own, dict)} for layer in (new, old)]
         assert kinds[0] == kinds[1]
+        assert new.invocation == old.invocation
         for one, other in zip(new.in_order().tensors(), old.in_order().tensors(), strict=True):
             torch.testing.assert_close(one, other)
         for module, pair in old.low_rank.items():

@@ -62,7 +62,6 @@ def test_a_configuration_that_peft_makes_is_served(kind: str) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "activated": ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens: expected None, got [3, 4]"),
     "doubled layers": ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication: expected None, got [[0, 2]"),
     "bias": ({"bias": None}, "bias: expected 'none', got None"),
     "a number for a flag": ({"use_qalora": 1}, "use_qalora: expected False, got 1"),

@@ -133,7 +133,7 @@ def test_a_cache_that_is_used_across_tenants_all_the_same_is_caught(
 def test_an_activated_adapter_that_acts_on_the_context_is_caught(
     base: backbone.Backbone, runtime: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Bank, "leaves_shared_tokens", lambda self, slot: slot == -1)
+    monkeypatch.setattr(Bank, "invocation_of", lambda self, slot: None)
     found = checked(base, ("alora",), runtime, make_batch(base))
     assert found.status == "check_failed", found
 

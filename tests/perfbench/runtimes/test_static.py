@@ -15,9 +15,9 @@ from perfbench.measure.on_device import prompts
 from perfbench.methods import parameters
 from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.ia3_original import Ia3OriginalOptions
+from perfbench.methods.lora import LoraOptions
 from perfbench.methods.miss import MissOptions
 from perfbench.methods.registry import METHODS
-from perfbench.methods.lora import LoraOptions
 from perfbench.methods.road import RoadOptions
 from perfbench.methods.shape import MODULES
 from perfbench.methods.vera import VeraOptions
