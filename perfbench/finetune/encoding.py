@@ -41,15 +41,28 @@ def encode(example: Example, tokenizer: Any, *, end: bool) -> Encoded:
 
 
 def encode_split(
-    examples: Sequence[Example], tokenizer: Any, *, end: bool, max_tokens: int, leave_out: bool = False
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    end: bool,
+    max_tokens: int,
+    leave_out: bool = False,
+    invocation: Sequence[int] = (),
 ) -> tuple[list[Encoded], int]:
     """Every example of a split that fits `max_tokens`, and how many were left out because they do not.
 
-    TaskError, with the record, for the first that does not fit, unless `leave_out`; and where none is left.
+    TaskError, with the record, for the first that does not fit, unless `leave_out`; and where none is left; and for one
+    that the tokens of `invocation` do not invoke at the end of the prompt or before: PEFT would train nothing on it, or
+    from another place on than it is served.
     """
     kept: list[Encoded] = []
     for example in examples:
         encoded = encode(example, tokenizer, end=end)
+        if invocation and not _is_invoked(encoded, tuple(invocation)):
+            raise TaskError(
+                f"{place_of(example)}: expected the tokens {list(invocation)}, which invoke the adapter, in the prompt "
+                f"and not in the answer; mend the record, or the method's invocation"
+            )
         if len(encoded.ids) <= max_tokens:
             kept.append(encoded)
         elif not leave_out:
@@ -61,6 +74,11 @@ def encode_split(
     if examples and not kept:
         raise TaskError(f"{place_of(examples[0])}: none of {len(examples)} examples fits max_tokens {max_tokens}")
     return kept, len(examples) - len(kept)
+
+
+def _is_invoked(encoded: Encoded, tokens: tuple[int, ...]) -> bool:
+    ends = [end for end in range(len(tokens), len(encoded.ids) + 1) if encoded.ids[end - len(tokens) : end] == tokens]
+    return bool(ends) and ends[-1] <= encoded.prompt_tokens
 
 
 def fits(task: Task, example: Example, tokenizer: Any, context: int, leave_out: bool) -> bool:

@@ -139,7 +139,12 @@ def read_data(config: FinetuneConfig, name: str, tokenizer: Any) -> Data:
     encoded, left_out = {}, {}
     for split in ("train", "dev"):
         encoded[split], left_out[split] = encode_split(
-            splits[split], tokenizer, end=task.kind == "generate", max_tokens=config.max_tokens, leave_out=leave_out
+            splits[split],
+            tokenizer,
+            end=task.kind == "generate",
+            max_tokens=config.max_tokens,
+            leave_out=leave_out,
+            invocation=config.options.get("invocation", ()),
         )
     # Found out now, and not after hours of training.
     test = [one for one in splits.get("test", []) if fits(task, one, tokenizer, context, leave_out)]

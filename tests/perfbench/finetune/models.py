@@ -10,6 +10,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from perfbench.finetune import trained
 
 
+# The first token of every prompt of `examples`.
+INVOKING = 2
+
+
 def other_llama(**fields: Any) -> Any:
     """A random Llama with two layers of 32; `fields` of its configuration."""
     sizes = {
@@ -32,6 +36,7 @@ def examples(
     generator = torch.Generator().manual_seed(seed)
     width = prompt + answer
     ids = torch.randint(3, vocab, (rows, width), generator=generator)
+    ids[:, 0] = INVOKING
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
     for row in range(rows):
         start = prompt - row

@@ -20,9 +20,11 @@ from perfbench.methods.lora import LoraOptions
 from perfbench.methods.para import ParaOptions
 from perfbench.methods.registry import METHODS
 from perfbench.spec.backbone_config import find_config
-from tests.perfbench.finetune.models import examples, other_llama, run, train
+from tests.perfbench.finetune.models import INVOKING, examples, other_llama, run, train
 
 METHOD_NAMES = tuple(trainable())
+# Of a method that is not trained without. The token begins every prompt of `examples`.
+OPTIONS: dict[str, dict[str, Any]] = {"alora": {"invocation": [INVOKING]}}
 # Soft tokens that are not there at first change the output from the start.
 SOFT = ("prompt-tuning", "p-tuning", "p-tuning-v2", "idpg", "lpt")
 # Those of them that PEFT keeps, in a form that can't be trained further.
@@ -35,6 +37,7 @@ ALIKE = ("ia3-original", "road", "miss", "vera", "bitfit", "full")
 COUNTS: dict[str, tuple[int, float | None]] = {
     "lora": (9_994_240, 10.0),
     "dora": (11_354_112, None),  # LoRA's, and a magnitude for each of the 1,359,872 outputs
+    "alora": (9_994_240, None),
     "fanlora": (8_613_888, 8.6),
     "ia3": (9_831_936, 9.8),
     "ia3-original": (614_400, None),
@@ -62,7 +65,7 @@ def base() -> Any:
 
 
 def attached(base: Any, name: str, options: Any = None, seed: int = 0) -> Any:
-    return trained.attach(copy.deepcopy(base), name, options, seed)
+    return trained.attach(copy.deepcopy(base), name, OPTIONS.get(name) if options is None else options, seed)
 
 
 def logits(module: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -81,7 +84,7 @@ def test_the_table_has_every_method_that_is_served_and_says_so() -> None:
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_parameters_on_llama2_7b(name: str) -> None:
     exact, printed = COUNTS[name]
-    assert trained.parameter_count(name, find_config("llama2-7b")) == exact
+    assert trained.parameter_count(name, find_config("llama2-7b"), OPTIONS.get(name)) == exact
     if printed is not None:
         assert round(exact / 1e6, 1) == printed
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from perfbench.finetune.accuracy.serve import Tenant
 from perfbench.finetune.accuracy.verdict import Verdict
 from perfbench.methods.bank import Bank
 from tests.perfbench.finetune.accuracy.conftest import QUIET
+from tests.perfbench.finetune.made_up import byte_tokenizer
 
 METHODS = ("lora", "fanlora", "ia3", "para")
 PATHS = ("transformers-eager-fp32", "static-eager-fp32", "transformers-eager-bf16", "static-eager-bf16")
@@ -78,13 +80,17 @@ def test_tenants_of_all_methods_shared_one_batch(
     assert len(mixed) > len(batches) / 2, "batches of five requests have tenants of several methods"
 
 
-def test_an_adalora_is_served_as_trained(write_config: Callable[..., Path], tmp_path: Path) -> None:
-    """Pairs of uneven ranks, in one bank with LoRA's."""
-    path = write_config(tmp_path, methods=["lora", {"adalora": {"initial_rank": 4, "rank": 2}}], seeds=[0], epochs=2)
+def test_what_lora_s_kin_have_learned_is_served_as_trained(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """In one bank pairs of uneven ranks, with a bias, and pairs that act from the last sign of a sum on."""
+    methods = [
+        {"lora": {"lora_bias": True}},
+        {"adalora": {"initial_rank": 4, "rank": 2}},
+        {"alora": {"invocation": byte_tokenizer().encode("+", add_special_tokens=False)}},
+    ]
+    path = write_config(tmp_path, methods=methods, seeds=[0], epochs=2)
     _, verdict = accuracy_run.execute(accuracy_config.load(path), tmp_path / "run", resume=False, console=QUIET)
-    adaptive = [row for row in verdict.paths if row.method == "adalora"]
-    assert {row.path for row in adaptive} == set(PATHS)
-    assert all(row.verdict == "pass" and row.identity["status"] == "ok" for row in adaptive), adaptive
+    assert {(row.method, row.path) for row in verdict.paths} >= set(product(("lora", "adalora", "alora"), PATHS))
+    assert all(row.verdict == "pass" and row.identity["status"] == "ok" for row in verdict.paths), verdict.paths
     bank = read_adapters(tmp_path / "run")["sums"]["adalora"]["0"]
     assert bank["bytes_per_tenant_16_bit"] < 2 * bank["trainable_parameters"], "E is folded, and pruned ranks are gone"
 
