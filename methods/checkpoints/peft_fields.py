@@ -180,6 +180,7 @@ def _expect_default(path: Path, field: str, value: Any, default: Any) -> None:
     raise AdapterError(
         f"{path}: {field}: expected {default!r}, got {shown(value)}; what it asks for is not served, "
         f"and without it the adapter would be another one"
+        + ("; of biases LoRA's lora_bias alone is served, not those of the backbone" if field == "bias" else "")
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -117,6 +118,13 @@ def test_a_plan_that_does_not_fit_changes_nothing(tiny: backbone.Backbone, fault
     assert bank.free == free
 
 
+def test_a_bias_without_a_pair_is_refused(tiny: backbone.Backbone) -> None:
+    plan = make_plan(tiny, "lora", LoraOptions(rank=2, lora_bias=True), 1)
+    alone = tuple(replace(layer, low_rank={}) for layer in plan)
+    with pytest.raises(ValueError, match="a bias is added together with a low-rank pair"):
+        make_bank(tiny, [alone], capacity=1)
+
+
 MIXED = {
     "ranks": [("lora", LoraOptions(rank=rank)) for rank in (1, 5, 3)],
     "modules": [("lora", LoraOptions(modules=m)) for m in (("q",), ("v", "down"), ("gate", "up", "o"))],
@@ -127,6 +135,11 @@ MIXED = {
     ],
     "magnitudes": [
         ("dora", METHODS["dora"].options(rank=3, modules=("q", "down"))),
+        ("lora", LoraOptions(rank=2, modules=("q", "gate"))),
+        ("ia3", METHODS["ia3"].options()),
+    ],
+    "biases": [
+        ("lora", LoraOptions(rank=3, modules=("q", "v", "down"), lora_bias=True)),
         ("lora", LoraOptions(rank=2, modules=("q", "gate"))),
         ("ia3", METHODS["ia3"].options()),
     ],

@@ -92,12 +92,15 @@ class Batch:
         part = torch.full(mine.shape, 0.25)
         return self.setting.put(torch.stack([mine.float() - part, part]))
 
-    def expansion(self, parts: reference.Parts, shift: int) -> low_rank.Expansion:
-        """`parts` as the form takes them."""
+    def expansion(
+        self, parts: reference.Parts, shift: int, bias: tuple[torch.Tensor, int] | None = None
+    ) -> low_rank.Expansion:
+        """`parts` and a bias, with its first column, as the form takes them."""
         return low_rank.Expansion(
             tuple((rank, column, self.stack(b, shift)) for rank, column, b in parts),
             own=self.own(shift),
             shared=self._shared.shape[1],
+            bias=None if bias is None else (bias[1], self.stack(bias[0], shift)),
         )
 
     def scale(self, minus_one: torch.Tensor, first: int, shift: int) -> row_scale.Scale:
@@ -253,18 +256,24 @@ def _alike(groups: int, rows: int, setting: Setting) -> Problem:
 
 
 def _expand(ranks: tuple[int, int], setting: Setting) -> Problem:
-    """Of many rows, as in prefill, onto some columns of a wider row."""
+    """Of many rows, as in prefill, onto some columns of a wider row; a bias on some, which it gets in all rows but the
+    first of each request."""
     batch, make = Batch(setting, PLANES, 2 * len(OWN), sum(ranks), 1, 48), setting.normal(49)
     y = make(2 * len(OWN), 50)
     parts = [(0, 0, make(ADAPTERS, ranks[0], 20)), (ranks[0], 31, make(ADAPTERS, ranks[1], 19))]
+    bias = make(ADAPTERS, 25), 11
+    acts = torch.tensor([False, True] * len(OWN)).unsqueeze(1)
 
     def run(shift: int) -> torch.Tensor:
         out = _in_a_wider_row(setting, y)
-        low_rank.EXPANDS[setting.form](out, batch.h(shift), batch.expansion(parts, shift))
+        expansion = batch.expansion(parts, shift, bias)
+        low_rank.EXPANDS[setting.form](out, batch.h(shift), expansion, setting.put(acts))
         return out.cpu()
 
-    expected = reference.adapted(y, batch.ranks(batch.of_rows), parts, None, batch.of_rows)
-    return Problem(run, expected, FUSED)
+    without, everywhere = (
+        reference.adapted(y, batch.ranks(batch.of_rows), parts, None, batch.of_rows, bias=one) for one in (None, bias)
+    )
+    return Problem(run, torch.where(acts, everywhere, without), FUSED)
 
 
 def _qkv(
@@ -326,6 +335,24 @@ def _between_vectors(way: str, groups: int, rows: int, hidden: int, rank: int, s
         return torch.cat([in_place, found], dim=1).cpu()
 
     return Problem(run, expected, FUSED, batch.adapters > 1)
+
+
+def _biased(way: str, groups: int, rows: int, inner: int, rank: int, setting: Setting) -> Problem:
+    """A pair and a bias on up, behind them its scale, and none on gate."""
+    batch, make = Batch(setting, way, rows, rank, groups, 50), setting.normal(51)
+    gate_up, b = make(rows, 2 * inner), make(batch.adapters, rank, inner)
+    bias, minus_one = (make(batch.adapters, inner), inner), make(batch.adapters, inner)
+    parts, scale = [(0, inner, b)], (minus_one, inner)
+    both = reference.adapted(gate_up, batch.ranks(batch.of_rows), parts, scale, batch.of_rows, bias=bias)
+
+    def run(shift: int) -> torch.Tensor:
+        found = swiglu_epilogue.FORMS[setting.form](
+            _product_of(setting, way, gate_up), batch.h(shift), batch.expansion(parts, shift, bias),
+            batch.scale(minus_one, inner, shift), "silu", None,
+        )  # fmt: skip
+        return found.cpu()
+
+    return Problem(run, reference.gated(both, "silu"), FUSED, batch.adapters > 1)
 
 
 def _swiglu(
@@ -495,6 +522,9 @@ def _cases() -> Iterator[KernelCase]:
     ):  # fmt: skip
         name = f"{way}-groups{groups}-rows{rows}-kv{kv_heads}-ranks{ranks[0]}+{ranks[1]}{_turned(half)}"
         yield KernelCase("qkv_epilogue", name, partial(_qkv, way, groups, rows, kv_heads, ranks, half), _forms(way))
+    for way, groups, rows, inner, rank in ((IN_ORDER, 3, 6, 37, 2), (PLANES, 1, 8, 130, 3), (PRODUCT, 1, 4, 37, 40)):
+        name = f"{way}-groups{groups}-rows{rows}-{inner}-rank{rank}-bias"
+        yield KernelCase("swiglu_epilogue", name, partial(_biased, way, groups, rows, inner, rank), _forms(way))
     for way, groups, rows, inner, ranks, activation, half, shared in (
         (IN_ORDER, 1, 6, 37, (2, 3), "silu", 0, 0), (IN_ORDER, 3, 6, 37, (2, 3), "gelu", 0, 0),
         (IN_ORDER, 3, 3, 1030, (2, 3), "gelu_pytorch_tanh", 103, 0), (IN_ORDER, 2, 2, 130, (1, 40), "silu", 0, 0),

@@ -52,10 +52,12 @@ def adapted(
     scale: tuple[torch.Tensor, int] | None,
     own: Sequence[int],
     rotation: tuple[torch.Tensor, int, int] | None = None,
+    bias: tuple[torch.Tensor, int] | None = None,
 ) -> torch.Tensor:
-    """y [rows, D] with the low-rank parts and then the scale and the rotation of each row's own adapter, -1 none.
+    """y [rows, D] with low-rank parts and bias, and then the scale and the rotation, of each row's own adapter, -1 none.
 
-    ranks [rows, R]: what each row gives with its own adapter; scale: l - 1 [T, columns] and its first column; rotation:
+    ranks [rows, R]: what each row gives with its own adapter; scale: l - 1 [T, columns] and its first column, as of the
+    bias; rotation:
     sine [T, columns], half of a group of them, the first column.
     """
     out = y.double().clone()
@@ -65,6 +67,9 @@ def adapted(
         for rank, column, b in parts:
             mine = ranks[row, rank : rank + b.shape[1]].double()
             out[row, column : column + b.shape[2]] += mine @ b[adapter].double()
+        if bias is not None:
+            added, first = bias
+            out[row, first : first + added.shape[1]] += added[adapter].double()
         unturned = out[row].clone()
         if scale is not None:
             minus_one, first = scale

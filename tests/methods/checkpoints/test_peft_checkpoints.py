@@ -107,7 +107,7 @@ SERVED: dict[str, Callable[[], Any]] = {
 # PEFT knows a parameter by its name when it takes alpha, and does not when it warns.
 @pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")
 # Of merging, which is asked of nobody, and of sizes, which for PEFT are those of matrices.
-@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default': 9 LoRA tensor")
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'")
 @pytest.mark.parametrize("kind", SERVED)
 def test_it_is_served_as_by_peft(kind: str, tmp_path: Path) -> None:
     folder = make(tmp_path, SERVED[kind]())
@@ -235,6 +235,53 @@ def test_ia3_is_served_as_by_peft(kind: str, tmp_path: Path) -> None:
     method, modules, feedforward = IA3[kind]
     folder = make(tmp_path, peft.IA3Config(target_modules=modules, feedforward_modules=feedforward))
     assert_served_as_by_peft(folder, load(method, folder))
+
+
+B_BIAS = f"base_model.model.{Q}.lora_B.bias"
+INVOKED = {"task_type": "CAUSAL_LM", "lora_bias": True, "alora_invocation_tokens": [5, 6]}
+LORA_FAULTS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "a bias that is not said": (
+        "alora", lambda folder: edit_config(folder, lora_bias=False), "expected lora_A.weight or lora_B.weight",
+    ),
+    "a bias that is not there": (
+        "alora", lambda folder: edit_tensors(folder, lambda t: {n: v for n, v in t.items() if n != B_BIAS}),
+        f"{Q}.lora_B.bias: expected by {CONFIG}, got no such tensor",
+    ),
+    "a bias of other sizes": (
+        "alora", lambda folder: edit_tensors(folder, lambda t: t | {B_BIAS: t[B_BIAS][:3]}), "size [64], got [3]",
+    ),
+    "a bias and DoRA": ("alora", lambda folder: edit_config(folder, use_dora=True), "lora_bias: expected false, "),
+    "the base's bias": (
+        "lora", lambda folder: edit_config(folder, bias="lora_only"), "of biases LoRA's lora_bias alone is served",
+    ),
+    "method lora": ("lora", lambda folder: None, "tokens: expected null, got [5, 6]; method alora serves it"),
+    "no tokens": (
+        "alora", lambda folder: edit_config(folder, alora_invocation_tokens=None),
+        "alora_invocation_tokens: expected the tokens that invoke the adapter, got none; method lora serves it",
+    ),
+    "tokens that are none": (
+        "alora", lambda folder: edit_config(folder, alora_invocation_tokens=[5, 256]),
+        "alora_invocation_tokens: expected null or a list of tokens from 0 to 255, got [5, 256]",
+    ),
+    "an empty list": (
+        "alora", lambda folder: edit_config(folder, alora_invocation_tokens=[]), "tokens from 0 to 255, got []",
+    ),
+}  # fmt: skip
+
+
+# Of merging, which is asked of nobody, and of sizes, which for PEFT are those of matrices.
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'")
+@pytest.mark.parametrize("fault", LORA_FAULTS)
+def test_a_lora_that_is_another_one_is_refused_by_name(fault: str, tmp_path: Path) -> None:
+    method, damage, message = LORA_FAULTS[fault]
+    folder = make(tmp_path, lora(**INVOKED))
+    options = METHODS["alora"].options(adapters=str(folder))
+    parameters.implementation("alora").load(folder, TINY, options)
+    damage(folder)
+    with pytest.raises(AdapterError) as raised:
+        parameters.implementation(method).load(folder, TINY, options)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 ROAD: dict[str, dict[str, Any]] = {

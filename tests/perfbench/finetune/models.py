@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from perfbench.finetune import trained
 
-
 # The first token of every prompt of `examples`.
 INVOKING = 2
 

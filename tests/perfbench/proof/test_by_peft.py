@@ -44,6 +44,22 @@ def test_every_type_is_held_against_peft_s_or_our_training_s_form_of_it(
         assert (found is None) is (slot == 0), found
 
 
+@pytest.mark.parametrize("served", [(6, 7), (5,)])
+def test_an_activated_lora_is_held_against_peft_s_generation(
+    base: backbone.Backbone, tmp_path: Path, served: tuple[int, ...]
+) -> None:
+    """The tokens after the prompt, which do not hold those that invoke it, are adapted too."""
+    wanted, other = (METHODS["alora"].options(lora_bias=True, invocation=tokens) for tokens in ((6, 7), served))
+    folder = save(base, tmp_path / "adapter", 0, "alora", wanted)
+    values = parameters.make("alora", base.shape, other, seed=0)
+    plan = parameters.implementation("alora").plan(values, base.shape, other)
+    ids = torch.arange(3, 11)[None]
+    batch = Batch(ids, torch.ones_like(ids), (0,), 1, 3)
+    fresh = backbone.load("llama-tiny", "fp32", "cpu", seed=0)
+    found = by_peft.fault_of(fresh, base, batch, {0: folder}, lambda _: plan)
+    assert (found is None) is (served == (6, 7)), found
+
+
 @pytest.mark.parametrize("fault", [None, "alpha", "another tenant"])
 def test_what_is_read_otherwise_than_by_peft_is_found(
     base: backbone.Backbone, tmp_path: Path, fault: str | None

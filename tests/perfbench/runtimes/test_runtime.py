@@ -34,6 +34,7 @@ from perfbench.spec.runtime_support import serves
 CASES: dict[str, tuple[str, Any]] = {
     "lora": ("lora", LoraOptions()),
     "lora-alpha": ("lora", LoraOptions(rank=3, alpha=7.0, modules=("q", "down"))),
+    "lora-bias": ("lora", LoraOptions(rank=3, alpha=7.0, modules=("q", "v", "up", "down"), lora_bias=True)),
     "fanlora": ("fanlora", FanLoraOptions()),
     "fanlora-empty-layer": ("fanlora", FanLoraOptions(rank=2, setting=(("k", "gate"), (), ("o",)))),
     "ia3": ("ia3", METHODS["ia3"].options()),
@@ -122,11 +123,13 @@ def reference(tiny: backbone.Backbone, tenants: Tenants, slot: int, prompt_token
     return model
 
 
-def adapt_lora(layer: Any, own: dict[str, torch.Tensor], options: LoraOptions, prompt_tokens: int) -> None:
+def adapt_lora(layer: Any, own: dict[str, torch.Tensor], options: Any, prompt_tokens: int) -> None:
     for module in {name.split(".")[0] for name in own}:
         scale = 1.0 if options.alpha is None else options.alpha / options.rank
-        weight = layer.get_submodule(MODULE_PATHS[module]).weight
-        weight.data = weight.data + own[f"{module}.b"] @ own[f"{module}.a"] * scale
+        linear = layer.get_submodule(MODULE_PATHS[module])
+        linear.weight.data = linear.weight.data + own[f"{module}.b"] @ own[f"{module}.a"] * scale
+        if f"{module}.bias" in own:
+            linear.bias = torch.nn.Parameter(own[f"{module}.bias"] * scale)
 
 
 def scale_output(layer: Any, module: str, scale: Callable[[], torch.Tensor]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from perfbench.errors import AdapterError
 from perfbench.measure.on_device import workload
 from perfbench.measure.on_device.arms import PLAN_ARMS
 from perfbench.methods import parameters
@@ -16,7 +17,7 @@ from perfbench.methods.bank import Bank, union_layout
 from perfbench.methods.plan import AdapterPlan
 from perfbench.methods.registry import METHODS
 from perfbench.proof import check
-from perfbench.runtimes import backbone
+from perfbench.runtimes import backbone, shared_context
 from perfbench.runtimes.generation import Batch
 from perfbench.runtimes.static import decoder
 from perfbench.runtimes.static.arm import StaticArm
@@ -144,6 +145,113 @@ def test_without_a_shared_context_it_is_lora(exact: backbone.Backbone) -> None:
     assert torch.equal(ours.logits, theirs.logits)
 
 
-def test_adapters_of_a_folder_are_refused() -> None:
-    with pytest.raises(ValueError, match="adapters: activated LoRA is measured with random ones alone"):
-        METHODS["alora"].options(adapters="somewhere")
+# Of three tenants. The first stands in the context too, the second behind it alone.
+INVOCATIONS = ((7, 8), (9,), ())
+ALORA = METHODS["alora"].options
+
+
+def invoked_plan(base: backbone.Backbone, slot: int) -> AdapterPlan:
+    options = ALORA(rank=3, lora_bias=slot == 0, invocation=INVOCATIONS[slot])
+    values = parameters.make("alora", base.shape, options, seed=slot)
+    plan: AdapterPlan = parameters.implementation("alora").plan(values, base.shape, options)
+    return plan
+
+
+def invoked_arm(base: backbone.Backbone, runtime: str) -> Any:
+    plans = [invoked_plan(base, slot) for slot in range(TENANTS)]
+    bank = Bank(union_layout(plans), TENANTS, base.dtype, base.device, base.linear)
+    for plan in plans:
+        bank.admit(plan)
+    return PLAN_ARMS[runtime](base, bank, "eager")
+
+
+def invoked_batch(base: backbone.Backbone, **changed: Any) -> Batch:
+    """The first has its tokens in the context and behind it, the second behind it; the third needs none."""
+    batch = replace(make_batch(base), slots=(0, 1, 2, -1), **changed)
+    ids, mask = batch.input_ids.clone(), batch.attention_mask.clone()
+    ids[(ids == 7) | (ids == 8) | (ids == 9)] = 10
+    ids[:, 3:5] = torch.tensor([7, 8])
+    ids[0, 17:19] = torch.tensor([7, 8])
+    ids[1, 16] = 9
+    return replace(batch, input_ids=ids * mask, attention_mask=mask)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_an_adapter_acts_from_the_last_tokens_that_invoke_it_on(
+    exact: backbone.Backbone, runtime: str, beams: int
+) -> None:
+    arm, batch = invoked_arm(exact, runtime), invoked_batch(exact, beams=beams)
+    for changed in (batch, replace(batch, shared_tokens=0), replace(batch, slots=(0, 1, 0, 1))):
+        found = check.check(arm, changed, TENANTS, exact, seed=1, plan_of=partial(invoked_plan, exact))
+        assert found.status == "ok", found
+
+
+def test_the_context_is_shared_where_each_is_invoked_behind_it(
+    exact: backbone.Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm, batch = invoked_arm(exact, "static"), invoked_batch(exact)
+    assert read_lengths(monkeypatch, arm, batch) == [(1, 15), (4, 5)]
+    within = replace(batch, slots=(0, 1, 0, -1))  # the third request has these tokens in the context alone
+    assert read_lengths(monkeypatch, arm, within) == [(4, 20)]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_without_its_tokens_a_request_gets_the_backbone_as_in_peft(exact: backbone.Backbone, runtime: str) -> None:
+    batch = replace(invoked_batch(exact), slots=(1, -1, 1, -1))
+    arm = invoked_arm(exact, runtime)
+    found, bare = (arm.generate(one, with_logits=True).logits for one in (batch, replace(batch, slots=(-1,) * 4)))
+    torch.testing.assert_close(found, bare, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_one_that_acts_from_the_first_of_its_tokens_on_is_caught(
+    exact: backbone.Backbone, runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = {0: 3, 1: 16}
+    monkeypatch.setattr(shared_context, "place_of", lambda tokens, batch, request: first.get(request))
+    arm, batch = invoked_arm(exact, runtime), invoked_batch(exact)
+    found = check.check(arm, batch, TENANTS, exact, seed=1, plan_of=partial(invoked_plan, exact))
+    assert found.status == "check_failed", found
+
+
+def test_padding_is_none_of_a_prompt_s_tokens(exact: backbone.Backbone) -> None:
+    batch = replace(invoked_batch(exact), shared_tokens=0)
+    batch.attention_mask[0, :18] = 0
+    batch.input_ids[0, :18] = 0
+    assert shared_context.place_of((8,), batch, 0) == 18
+    assert shared_context.place_of((0, 8), batch, 0) is None
+    assert shared_context.place_of(range(21), batch, 0) is None
+
+
+def test_prompts_that_are_drawn_get_the_tokens_in_every_round(exact: backbone.Backbone) -> None:
+    batch = workload.invoked(make_batch(exact), INVOCATIONS.__getitem__)
+    for found in (batch, workload.fresh(batch, seed=3, turn=0)):
+        assert (found.input_ids[:, :15] == found.input_ids[0, :15]).all()
+        for request, slot in enumerate(found.slots):
+            own = () if slot == -1 else INVOCATIONS[slot]
+            assert tuple(found.input_ids[request, 15 : 15 + len(own)].tolist()) == own
+    assert not torch.equal(batch.input_ids, workload.fresh(batch, seed=3, turn=0).input_ids)
+
+
+def test_prompts_that_can_t_have_the_tokens_are_refused_by_name(exact: backbone.Backbone) -> None:
+    batch = replace(make_batch(exact), slots=(-1, 0, -1, -1))
+    with pytest.raises(AdapterError, match=r"^request 1: expected the tokens \[7, 8, .* to fit into its own 5 tokens$"):
+        workload.invoked(batch, lambda slot: (7, 8, 7, 8, 7, 8))
+    written = replace(batch, drawn=False)
+    with pytest.raises(AdapterError, match=r"^request 1: expected the tokens \[300\], .* its adapter, in its prompt$"):
+        workload.invoked(written, lambda slot: (300,))
+    own = int(written.input_ids[1, 4])
+    found = workload.invoked(written, lambda slot: (own,))
+    assert torch.equal(found.input_ids, written.input_ids)
+    assert workload.fresh(found, 3, 0).input_ids[1, found.kept[1][0]] == own
+
+
+def test_what_can_t_be_invoked_is_refused_by_name(exact: backbone.Backbone) -> None:
+    batch = invoked_batch(exact)
+    with pytest.raises(AdapterError, match="served one turn: leave follow_up_tokens out"):
+        invoked_arm(exact, "static").generate(replace(batch, follow_up=batch.input_ids[:, :2]))
+    with pytest.raises(AdapterError, match="runtime continuous serves no adapter that tokens"):
+        invoked_arm(exact, "continuous").generate(batch)
+    with pytest.raises(ValueError, match="invocation: expected tokens below 256, got 256"):
+        parameters.implementation("alora").shapes(exact.shape, ALORA(invocation=(3, 256)))
