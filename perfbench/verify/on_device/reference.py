@@ -54,7 +54,7 @@ def adapted(
     rotation: tuple[torch.Tensor, int, int] | None = None,
     bias: tuple[torch.Tensor, int] | None = None,
 ) -> torch.Tensor:
-    """y [rows, D] with low-rank parts and bias, and then the scale and the rotation, of each row's own adapter, -1 none.
+    """y [rows, D] with low-rank parts and bias, and then scale and rotation, of each row's own adapter, -1 none.
 
     ranks [rows, R]: what each row gives with its own adapter; scale: l - 1 [T, columns] and its first column, as of the
     bias; rotation:

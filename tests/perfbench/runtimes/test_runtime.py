@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ CASES: dict[str, tuple[str, Any]] = {
     "lora": ("lora", LoraOptions()),
     "lora-alpha": ("lora", LoraOptions(rank=3, alpha=7.0, modules=("q", "down"))),
     "lora-bias": ("lora", LoraOptions(rank=3, alpha=7.0, modules=("q", "v", "up", "down"), lora_bias=True)),
+    "dora": ("dora", METHODS["dora"].options()),
+    "dora-alpha": ("dora", METHODS["dora"].options(rank=3, alpha=7.0, modules=("q", "down"))),
     "fanlora": ("fanlora", FanLoraOptions()),
     "fanlora-empty-layer": ("fanlora", FanLoraOptions(rank=2, setting=(("k", "gate"), (), ("o",)))),
     "ia3": ("ia3", METHODS["ia3"].options()),
@@ -78,7 +81,8 @@ class Tenants:
 
 def make_tenants(tiny: backbone.Backbone, case: str) -> Tenants:
     method, options = CASES[case]
-    values = [parameters.make(method, tiny.shape, options, seed=seed) for seed in range(RESIDENT)]
+    make = partial(parameters.make, method, tiny.shape, options, linear_of=tiny.linear)
+    values = [make(seed) for seed in range(RESIDENT)]
     return Tenants(method, options, values)
 
 
@@ -130,6 +134,11 @@ def adapt_lora(layer: Any, own: dict[str, torch.Tensor], options: Any, prompt_to
         linear.weight.data = linear.weight.data + own[f"{module}.b"] @ own[f"{module}.a"] * scale
         if f"{module}.bias" in own:
             linear.bias = torch.nn.Parameter(own[f"{module}.bias"] * scale)
+        if f"{module}.magnitude" in own:
+            rows = linear.weight.data
+            linear.weight.data = (
+                own[f"{module}.magnitude"][:, None] * rows / (rows * rows).sum(dim=1, keepdim=True).sqrt()
+            )
 
 
 def scale_output(layer: Any, module: str, scale: Callable[[], torch.Tensor]) -> None:
@@ -208,6 +217,7 @@ def adapt_para(layer: Any, own: dict[str, torch.Tensor], options: ParaOptions, p
 
 ADAPT = {
     "lora": adapt_lora,
+    "dora": adapt_lora,
     "fanlora": adapt_lora,
     "peft": adapt_lora,
     "peft-road": adapt_road,
