@@ -139,10 +139,13 @@ import json, torch
 from perfbench.verify.on_device import call_sites
 for layers in (1, 2):
     base = call_sites.unfilled("llama-tiny", layers, torch.bfloat16)
-    for method in call_sites.SERVED:
+    options = {"lora-bias": {"lora_bias": True}}
+    for method in (*call_sites.SERVED, "lora-bias"):
+        own = options.get(method, {})
         for beams, padded, tokens in ((1, 0, 9), (1, 1, 9), (1, 0, 200), (3, 0, 9), (3, 1, 9)):
             batch = call_sites.tenants_apart(2, beams, prompt_tokens=tokens, new_tokens=4, padded=bool(padded))
-            print(json.dumps([method, layers, beams, padded, tokens, call_sites.of_step(base, method, batch)]))
+            counts = call_sites.of_step(base, method.removesuffix("-bias"), batch, **own)
+            print(json.dumps([method, layers, beams, padded, tokens, counts]))
 """
 
 
@@ -151,7 +154,7 @@ def test_no_adapter_adds_a_launch_to_a_decode_step(compiling: Callable[..., str]
     for line in compiling(STEPS).splitlines():
         *of, counts = json.loads(line)
         found[tuple(of)] = Counter(counts)
-    assert {"none", "lora", "fanlora", "ia3", "ia3-original", "para"} <= {method for method, *_ in found}
+    assert {"none", "lora", "fanlora", "ia3", "ia3-original", "para", "lora-bias"} <= {method for method, *_ in found}
     for (method, layers, beams, padded, tokens), counts in found.items():
         joined = LAUNCHES_OF_A_JOIN if beams > 1 or tokens > 64 else 0
         expected = LAUNCHES_AROUND[beams] + layers * (LAUNCHES_PER_LAYER + joined)

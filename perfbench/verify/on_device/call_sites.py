@@ -165,9 +165,9 @@ def _storages(values: Any) -> set[int]:
     return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)}
 
 
-def of_step(base: Backbone, method: str, batch: Batch) -> Counter[str]:
+def of_step(base: Backbone, method: str, batch: Batch, **options: Any) -> Counter[str]:
     """How often a decode step of this batch launches each operation of torch's and each of our kernels."""
-    served, operations = Served(base, method, len(batch.slots)), _Operations()
+    served, operations = Served(base, method, len(batch.slots), **options), _Operations()
     _, step = served.generate(batch, lambda: operations)
     served.close()
     return Counter([*operations.names, *(launch.name for launch in step)])
