@@ -77,6 +77,7 @@ def test_weights_are_those_of_the_model_that_is_loaded(name: str) -> None:
 def test_a_prompt_is_read_once_for_its_beams_and_an_adapter_once_for_its_tenant() -> None:
     config, shape = NAMED_CONFIGS["llama-tiny"], shape_of("llama-tiny")
     plans = {name: parameters.meta_plan(name, shape, METHODS[name].options()) for name in ("lora", "para")}
+    plans["lora-bias"] = parameters.meta_plan("lora", shape, METHODS["lora"].options(lora_bias=True))
 
     def work(method: str, served: list[int], beams: int = 1) -> Work:
         return decode_step(
@@ -89,6 +90,9 @@ def test_a_prompt_is_read_once_for_its_beams_and_an_adapter_once_for_its_tenant(
     assert one == sum(t.numel() for layer in plans["lora"] for t in layer.tensors()) * 2
     assert work("lora", [5, 5, 5]).adapter_bytes == one
     assert work("lora", [5, 6, 5]).adapter_bytes == 2 * one
+    added = sum(bias.numel() for layer in plans["lora-bias"] for bias in layer.bias.values())
+    assert work("lora-bias", [5, 5]).adapter_bytes == one + added * 2
+    assert work("lora-bias", [5, 5]).flops == work("lora", [5, 5]).flops + 2 * added, "an addition for each number"
     vectors = sum(layer.generator.bias_minus_one.numel() for layer in plans["para"]) * 2
     assert work("para", [5, 5, 5]).adapter_bytes == 3 * vectors
     assert work("lora", []).adapter_bytes == 0

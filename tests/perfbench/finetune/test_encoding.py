@@ -81,6 +81,17 @@ def test_nothing_to_learn_is_refused(prompt: str, answer: str, what: str) -> Non
         encode(example(prompt, answer), bare, end=True)
 
 
+@pytest.mark.parametrize(("prompt", "answer"), [("+2+2=", "4"), ("2=", "2"), ("2+2=", "2+2"), ("2=+", "24")])
+def test_an_activated_adapter_learns_from_what_its_prompts_invoke(tokenizer: Any, prompt: str, answer: str) -> None:
+    """PEFT looks for the tokens in prompt and answer alike, and finds the last ones."""
+    asked: dict[str, Any] = {"end": True, "max_tokens": 16, "invocation": tokenizer.encode("+2")[1:]}
+    if answer == "4":
+        assert len(encode_split([example(prompt, answer)], tokenizer, **asked)[0]) == 1
+        return
+    with pytest.raises(TaskError, match=r"^train.jsonl:7: expected the tokens \[\d+, \d+\], which invoke the adapter"):
+        encode_split([example(prompt, answer)], tokenizer, **asked)
+
+
 def test_a_tokenizer_without_an_end_is_refused() -> None:
     bare = byte_tokenizer()
     bare.eos_token = None

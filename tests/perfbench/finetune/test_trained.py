@@ -233,6 +233,8 @@ OPTIONS_THAT_DO_NOT_FIT: dict[str, tuple[str, dict[str, Any], str]] = {
     "depth": ("fanlora", {"setting": [["q"]]}, "the setting has 1 layers, the backbone 2"),
     "pool": ("para", {"pool": "mean"}, "pool: expected one of residual, normalised, got 'mean'"),
     "rank": ("lora", {"rank": 0}, "`r` should be a positive integer"),
+    "no tokens": ("alora", {}, "invocation: expected the tokens that invoke the adapter, which PEFT trains it by, got"),
+    "a bias of DoRA": ("dora", {"lora_bias": True}, "lora_bias: PEFT has none with DoRA"),
 }
 
 
