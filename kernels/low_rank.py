@@ -109,11 +109,13 @@ def expand(y: torch.Tensor, h: torch.Tensor, expansion: Expansion, acts: torch.T
 
 def add_bias(y: torch.Tensor, first: int, bias: torch.Tensor, acts: torch.Tensor | None) -> None:
     """Adds to y [G x M, D] in place, from column `first` on, each group's bias [G, columns] where its row `acts`."""
-    own = y[:, first : first + bias.shape[1]].unflatten(0, (len(bias), -1))
-    if acts is None:
-        own.add_(bias.unsqueeze(1))
+    own = y if bias.shape[1] == y.shape[1] else y[:, first : first + bias.shape[1]]
+    if acts is not None:
+        own.unflatten(0, (len(bias), -1)).addcmul_(acts.view(len(bias), -1, 1).to(y.dtype), bias.unsqueeze(1))
+    elif len(bias) == len(y):
+        own.add_(bias)
     else:
-        own.addcmul_(acts.view(len(bias), -1, 1).to(y.dtype), bias.unsqueeze(1))
+        own.unflatten(0, (len(bias), -1)).add_(bias.unsqueeze(1))
 
 
 def _expand_by_sums(y: torch.Tensor, h: torch.Tensor, expansion: Expansion) -> None:

@@ -13,10 +13,13 @@ from perfbench.runtimes import backbone
 from tests.benchmarks.conftest import DEVICE
 
 ROWS, PROMPT, ANSWER = 4, 48, 16
+# The first token of every prompt, from which on an activated LoRA acts.
+INVOKING = 3
 
 
 def make_examples(vocab: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, vocab, (ROWS, PROMPT + ANSWER), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids[:, 0] = INVOKING
     labels = ids.clone()
     labels[:, :PROMPT] = -100
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -25,7 +28,8 @@ def make_examples(vocab: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", [name for name in trainable() if name != "full"])
 @pytest.mark.benchmark(group="training: one step of 4 examples of 64 tokens")
 def test_training_step(benchmark: Any, base: backbone.Backbone, method: str) -> None:
-    module = trained.attach(base.skeleton(), method, None, seed=0).train()
+    options = {"invocation": [INVOKING]} if method == "alora" else None
+    module = trained.attach(base.skeleton(), method, options, seed=0).train()
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimiser, examples, losses = torch.optim.AdamW(parameters, lr=1e-4), make_examples(base.shape.vocab), []
     trained.begin(module, steps=1_000_000)

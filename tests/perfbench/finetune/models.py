@@ -11,6 +11,8 @@ from perfbench.finetune import trained
 
 # The first token of every prompt of `examples`.
 INVOKING = 2
+# Of the methods that are not trained without.
+OPTIONS: dict[str, dict[str, Any]] = {"alora": {"invocation": [INVOKING]}}
 
 
 def other_llama(**fields: Any) -> Any:

@@ -20,11 +20,9 @@ from perfbench.methods.lora import LoraOptions
 from perfbench.methods.para import ParaOptions
 from perfbench.methods.registry import METHODS
 from perfbench.spec.backbone_config import find_config
-from tests.perfbench.finetune.models import INVOKING, examples, other_llama, run, train
+from tests.perfbench.finetune.models import OPTIONS, examples, other_llama, run, train
 
 METHOD_NAMES = tuple(trainable())
-# Of a method that is not trained without. The token begins every prompt of `examples`.
-OPTIONS: dict[str, dict[str, Any]] = {"alora": {"invocation": [INVOKING]}}
 # Soft tokens that are not there at first change the output from the start.
 SOFT = ("prompt-tuning", "p-tuning", "p-tuning-v2", "idpg", "lpt")
 # Those of them that PEFT keeps, in a form that can't be trained further.
