@@ -10,6 +10,7 @@ import torch
 
 from perfbench.errors import AdapterError
 from perfbench.methods.ia3_original import Ia3OriginalOptions
+from perfbench.methods.lora import LoraOptions
 from perfbench.methods.miss import MissOptions
 from perfbench.methods.road import RoadOptions
 from perfbench.methods.shape import MODULES
@@ -23,6 +24,7 @@ from perfbench.verify.on_device.runtimes import make_bank, make_plan
 
 OPERATIONS: dict[str, tuple[str, Any]] = {
     "lora": ("lora", None),
+    "lora-bias": ("lora", LoraOptions(lora_bias=True)),
     "ia3-outputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=())),
     "ia3-inputs": ("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=MODULES)),
     "road": ("road", RoadOptions(variant="road_4")),
@@ -93,3 +95,10 @@ def test_two_tenants_at_once_and_scales_of_the_prompt_are_refused(base: backbone
         arm.generate(replace(make_batch(0, 1), slots=(0, -1, 0)))
     with pytest.raises(AdapterError, match="made from the prompt can't be merged"):
         MERGED_ARMS["transformers"](base, [make_plan(base, "para", 0)], "eager").switch(0)
+
+
+def test_a_bias_is_not_merged_into_a_linear_that_has_none() -> None:
+    base = backbone.load("llama-tiny", "fp32", "cpu", seed=0)
+    arm = MERGED_ARMS["static"](base, [make_plan(base, "lora", 0, LoraOptions(lora_bias=True))], "eager")
+    with pytest.raises(AdapterError, match="q: a bias can't be merged into a linear that has none"):
+        arm.generate(make_batch(0, 1))
