@@ -633,7 +633,7 @@ def test_a_scenario_of_several_workloads_is_refused(tmp_path: Path) -> None:
 
     (tmp_path / "tiny.yaml").write_text(TINY.replace("requests: 2", "requests: [2, 3]"))
     job = {"scenario": str(tmp_path / "tiny.yaml"), "set": [], "case": None, "threads": 1, "prepare": True}
-    with pytest.raises(PerfbenchError, match="expected one backbone, dtype and workload, got 2 combinations"):
+    with pytest.raises(PerfbenchError, match="expected one backbone, dtype, quantisation and workload, got 2"):
         _plan(job)
     comparisons, settings = _plan(job | {"case": "*-q3-*"})
     assert [one.workload.requests for one in comparisons] == [3, 3]
