@@ -40,12 +40,21 @@ def eager(
         residual.add_(y)
     else:
         onto = y
-    if h is not None and expansion is not None:
-        expand(onto, h, expansion)
     if onto is y:
-        turn_columns(y, scale, rotation)
+        adapt(y, h, expansion, scale, rotation)
         residual.add_(y)
+    elif h is not None and expansion is not None:
+        expand(residual, h, expansion)
     return norm(residual, weight, eps)
+
+
+def adapt(
+    y: torch.Tensor, h: torch.Tensor | None, expansion: Expansion | None, scale: Scale | None, rotation: Rotation | None
+) -> None:
+    """What the adapters make of the product y [rows, hidden], in place: linear in y and h together."""
+    if h is not None and expansion is not None:
+        expand(y, h, expansion)
+    turn_columns(y, scale, rotation)
 
 
 FORMS = {"eager": eager, "compiled": eager, "triton": later("residual_rmsnorm_triton", "epilogue")}

@@ -85,7 +85,7 @@ class Bank:
                 pairs[module] = LowRank(a.view(count, *pair.a.shape), b.view(count, *pair.b.shape))
             others = replace(layer, low_rank={}).map(lambda t: next(second).view(count, *t.shape))
             shared = {
-                module: replace(p, **{half: self._shared[half, *getattr(p, half).shape] for half in "ab"})
+                module: replace(p, **{half: self._shared[key] for half, key in p.keys.items()})
                 for module, p in others.shared.items()
             }
             return replace(others, low_rank=pairs, shared=shared)
@@ -150,7 +150,7 @@ class Bank:
         if any(layer.shared for layer in plan):
             self._sharing.add(NO_SLOT)
 
-    def _take_shared(self, matrices: dict[tuple[str | int, ...], torch.Tensor]) -> None:
+    def _take_shared(self, matrices: dict[tuple[str | int | bool, ...], torch.Tensor]) -> None:
         """The first tenant's; AdapterError where a later one has others, and nothing has changed."""
         _expect_in_range([("the shared pair", matrix) for matrix in matrices.values()], self.rest.dtype)
         for key, matrix in matrices.items():
@@ -158,7 +158,7 @@ class Bank:
             if self._sharing and not torch.equal(own, matrix.to(own.device, own.dtype)):
                 raise AdapterError(
                     f"expected the shared matrices that the bank's other adapters have, got another {key[0]} of size "
-                    f"{list(key[1:])}: it was drawn from another key, or for other modules"
+                    f"{list(key[1:-1])}: it was drawn from another key, or for other modules"
                 )
         if not self._sharing:
             for key, matrix in matrices.items():
@@ -240,10 +240,10 @@ def _size_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("meta")
 
 
-def _matrices(plan: AdapterPlan) -> dict[tuple[str | int, ...], torch.Tensor]:
-    """(a or b, its size) -> what all tenants share; those of one size are one."""
+def _matrices(plan: AdapterPlan) -> dict[tuple[str | int | bool, ...], torch.Tensor]:
+    """`SharedPair.keys` -> what all tenants share."""
     pairs = [pair for layer in plan for pair in layer.shared.values()]
-    return {(half, *getattr(pair, half).shape): getattr(pair, half) for pair in pairs for half in "ab"}
+    return {key: getattr(pair, half) for pair in pairs for half, key in pair.keys.items()}
 
 
 def _any_of(of_layers: Sequence[dict[str, Any]]) -> dict[str, Any]:

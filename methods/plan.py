@@ -56,12 +56,19 @@ class Generator:
 @dataclass(frozen=True)
 class SharedPair:
     """y += ((x a^T) * of_ranks) b * of_columns, with a: [R, D_in] and b: [R, D_out], which all tenants share and none
-    of them pays for, and of_ranks: [R] and of_columns: [D_out], each tenant's own."""
+    of them pays for, and of_ranks: [R] and of_columns: [D_out], each tenant's own. cut: the half, a or b, of which
+    this is one rank's part, if any: it may be as large as the whole of another module's, and is not the same."""
 
     a: torch.Tensor
     b: torch.Tensor
     of_ranks: torch.Tensor
     of_columns: torch.Tensor
+    cut: str = ""
+
+    @property
+    def keys(self) -> dict[str, tuple[str | int | bool, ...]]:
+        """By half what tells it from others: those of one backbone that are equal in this are one."""
+        return {half: (half, *getattr(self, half).shape, half == self.cut) for half in ("a", "b")}
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ class LayerPlan:
             {module: make(scale) for module, scale in self.input_scale_minus_one.items()},
             {module: make(b) for module, b in self.grouped.items()},
             {
-                module: SharedPair(make_shared(p.a), make_shared(p.b), make(p.of_ranks), make(p.of_columns))
+                module: SharedPair(make_shared(p.a), make_shared(p.b), make(p.of_ranks), make(p.of_columns), p.cut)
                 for module, p in self.shared.items()
             },
             {module: make(length) for module, length in self.magnitude.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # The seven linear modules of a Llama-family layer, in the order in which they run.
@@ -25,6 +25,10 @@ MODULE_PATHS = {
 
 # The modules that read the same input, in the order in which their outputs lie side by side in one fused product.
 SHARED_INPUT = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+
+# Of several ranks with a part of each module these have a part of its inputs, of which each makes a part of a sum; of
+# the others each has a part of the outputs.
+ROW_PARALLEL = ("o", "down")
 
 # `model_type` of the configurations whose decoder layers have exactly those modules.
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3", "gemma")
@@ -55,6 +59,15 @@ class BackboneShape:
             "up": (self.hidden, self.intermediate),
             "down": (self.intermediate, self.hidden),
         }[module]
+
+    def of_rank(self, ranks: int) -> BackboneShape:
+        """What each of so many ranks has: whole heads, and as much of the MLP. ValueError where they do not divide."""
+        parts = {}
+        for name in ("kv_heads", "heads", "intermediate"):
+            if (size := getattr(self, name)) % ranks:
+                raise ValueError(f"{ranks} ranks: expected a divisor of its {size} {name}")
+            parts[name] = size // ranks
+        return replace(self, **parts)
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> BackboneShape:

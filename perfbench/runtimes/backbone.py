@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,8 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype.torch_name) for nam
 
 @dataclass
 class Backbone:
-    """One set of weights on one device. `fused`: what runtime static made of them, once it has."""
+    """One set of weights on one device. `fused`: what runtime static made of them, once it has. `reduce`: where they
+    are one rank's part, what makes of a tensor, in place, the sum over all ranks."""
 
     name: str
     shape: BackboneShape
@@ -33,6 +34,7 @@ class Backbone:
     dtype: torch.dtype
     device: torch.device
     fused: Any = None
+    reduce: Callable[[torch.Tensor], None] | None = None
 
     @property
     def bytes(self) -> int:

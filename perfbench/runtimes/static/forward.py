@@ -206,13 +206,25 @@ class Forward:
         weights, bound = self.weights, self.layers[i].projections
         o, both, down = bound["o"], bound["gate_up"], bound["down"]
         y, h = self._product(attended, i, "o", prefill=prefill, acts=acts)
-        post_norm = weights.layers[i].post_norm
-        normed = self._norm(residual, y, h, o.expansion, post_norm, weights.eps, o.scale, o.rotation)
+        normed = self._onto(residual, y, h, o, weights.layers[i].post_norm)
         gate_up, h = self._product(normed, i, "gate_up", prefill=prefill, acts=acts)
         inner = self._swiglu(gate_up, h, both.expansion, both.scale, weights.activation, both.rotation)
         y, h = self._product(inner, i, "down", prefill=prefill, acts=acts)
         following = weights.layers[i + 1].input_norm if i + 1 < len(weights.layers) else weights.norm
-        return self._norm(residual, y, h, down.expansion, following, weights.eps, down.scale, down.rotation)
+        return self._onto(residual, y, h, down, following)
+
+    def _onto(
+        self, residual: torch.Tensor, y: torch.Tensor, h: torch.Tensor | None, bound: Bound, norm: torch.Tensor
+    ) -> torch.Tensor:
+        """The normed residual, once what its adapters make of the product y is added to it. All that adapters do to an
+        output is linear: done to each rank's part of y, the one sum that the base needs carries it."""
+        eps = self.weights.eps
+        if self.weights.reduce is None:
+            return self._norm(residual, y, h, bound.expansion, norm, eps, bound.scale, bound.rotation)
+        residual_rmsnorm.adapt(y, h, bound.expansion, bound.scale, bound.rotation)
+        y = y.contiguous()
+        self.weights.reduce(y)
+        return self._norm(residual, y, None, None, norm, eps)
 
     def _generate_scales(self, generator: BoundGenerator, pooled: torch.Tensor) -> None:
         """The scales of the layer's projections: PARA's vectors, from its input at the last prompt tokens [Q, hidden],

@@ -7,7 +7,7 @@ ranks. Concatenated, never merged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
@@ -78,7 +78,8 @@ class LayerWeights:
 @dataclass
 class Weights:
     """A whole backbone. cos, sin: [context, head_dim / 2 twice] with sin negated in the first half, so that RoPE is
-    x cos + swap(x) sin, swap exchanging the halves of a head. `version` counts how often a tail has moved."""
+    x cos + swap(x) sin, swap exchanging the halves of a head. `version` counts how often a tail has moved. `reduce`: as
+    `Backbone` has it."""
 
     shape: BackboneShape
     dtype: torch.dtype
@@ -91,6 +92,7 @@ class Weights:
     activation: str
     cos: torch.Tensor
     sin: torch.Tensor
+    reduce: Callable[[torch.Tensor], None] | None = None
     version: int = 0
     _held: dict[int, list[Rooms]] = field(default_factory=dict)
     _caches: WeakValueDictionary[CacheSize, KVCache] = field(default_factory=WeakValueDictionary)
@@ -172,6 +174,7 @@ def _fused(backbone: Backbone) -> Weights:
         activation=model.config.hidden_act,
         cos=cos[0].to(backbone.dtype),
         sin=sin[0].to(backbone.dtype),
+        reduce=backbone.reduce,
     )
 
 
