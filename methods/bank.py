@@ -85,7 +85,7 @@ class Bank:
                 pairs[module] = LowRank(a.view(count, *pair.a.shape), b.view(count, *pair.b.shape))
             others = replace(layer, low_rank={}).map(lambda t: next(second).view(count, *t.shape))
             shared = {
-                module: replace(p, **{half: self._shared[key] for half, key in p.keys.items()})
+                module: replace(p, a=self._shared[p.keys["a"]], b=self._shared[p.keys["b"]])
                 for module, p in others.shared.items()
             }
             return replace(others, low_rank=pairs, shared=shared)

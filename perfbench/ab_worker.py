@@ -65,7 +65,7 @@ def _serve(emit: Emit) -> None:
 def _plan(job: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
     """The comparisons of the scenario, which must fit in one process, and the settings of the session."""
     from perfbench.machine.device import device_kind
-    from perfbench.spec import cases, scenario
+    from perfbench.spec import cases, method_plugins, scenario
 
     document = scenario.load(Path(job["scenario"]), job["set"])
     resolved = scenario.resolve(document, *device_kind(document.device))
@@ -73,7 +73,10 @@ def _plan(job: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
     comparisons = cases.expand(resolved)
     if job["case"]:
         comparisons = cases.select(comparisons, job["case"])
-    shared = {(one.backbone, one.dtype, one.quantisation, one.device, one.workload) for one in comparisons}
+    shared = {
+        (one.backbone, one.dtype, one.quantisation, one.device, one.workload, one.tensor_parallel_size)
+        for one in comparisons
+    }
     if len(shared) > 1:
         raise PerfbenchError(
             f"{job['scenario']}: expected one backbone, dtype, quantisation and workload, got {len(shared)} "
@@ -81,6 +84,8 @@ def _plan(job: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         )
     ids = [case.id for comparison in comparisons for case in comparison.cases]
     return comparisons, {
+        "comparisons": [cases.to_json(comparison) for comparison in comparisons],
+        "plugins": method_plugins.as_json(),
         "threads": job["threads"],
         "seed": resolved.seed,
         "warmup": resolved.warmup,

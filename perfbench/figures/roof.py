@@ -99,6 +99,7 @@ def decode_step(
     beams: int,
     adapters: Iterable[tuple[Iterable[Any], Sequence[int]]] = (),
     quantisation: str = "none",
+    ranks: int = 1,
 ) -> Work:
     """The least work of a step that finds the prompts and `generated_tokens` more of each row in the cache.
 
@@ -106,14 +107,15 @@ def decode_step(
     scales made from a prompt once for each. The new cache entries and the embedding's rows are beside the point, and so
     are keys and values of tokens that a layer's window has left behind.
     `prompt_tokens`: of each request; `adapters`: of every kind of adapter its plan, sizes only, and the tenant of each
-    request that has one of that kind.
+    request that has one of that kind; `ranks`: how many share the backbone, of which this is one's work, with the sizes
+    of its part of the adapters.
     """
-    shape, size = BackboneShape.of_config(config), DTYPES[dtype].bytes
+    shape, size = BackboneShape.of_config(config).of_rank(ranks), DTYPES[dtype].bytes
     lengths = list(prompt_tokens)
     rows = len(lengths) * beams
     embedding = shape.vocab * shape.hidden
     tied = config.get("tie_word_embeddings", config["model_type"] == "gemma")
-    weights = parameter_count(config) - (0 if tied else embedding)
+    weights = parameter_count(config, ranks) - (0 if tied else embedding)
     linears = shape.layers * sum(d_in * d_out for d_in, d_out in map(shape.features, MODULES)) + embedding
     cached, seen = _tokens(config, lengths, generated_tokens, beams)
     attention = 2 * shape.heads * shape.head_dim * seen

@@ -54,9 +54,13 @@ def of_comparison(comparison: Comparison, config: dict[str, Any]) -> Needed:
         beams=load.beams,
         quantisation=comparison.quantisation,
     )
-    weights = backbone_config.parameter_count(config) * size
+    weights, ranks = backbone_config.parameter_count(config) * size, comparison.tensor_parallel_size
     if comparison.quantisation != "none":
         weights = last.weight_bytes + config["vocab_size"] * config["hidden_size"] * size  # the embedding stays
+    if ranks > 1:
+        # Each rank holds its part beside the whole, of which the proof and the adapters' scales are made.
+        weights += backbone_config.parameter_count(config, ranks) * size
+        weights *= ranks if comparison.device == "cpu" else 1
     return Needed(
         weights=weights,
         adapters=numbers(largest) * (load.resident + 1) * size,  # the bank has an empty slot beside

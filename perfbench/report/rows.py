@@ -43,6 +43,7 @@ def _row(comparison: Comparison, case: Case, name: str | None, paper: Paper | No
     row: Row = {"comparison": comparison["id"]}
     row |= {field: comparison[field] for field in ("backbone", "dtype", "device", "runtime")}
     row |= {"quantisation": comparison.get("quantisation", "none")}
+    row |= {"tensor_parallel_size": comparison.get("tensor_parallel_size", 1)}
     row |= {field: comparison["workload"].get(field) for field in WORKLOAD}
     row |= {"case": case["id"]} | {field: case[field] for field in ("arm", "method", "kernels", "status")}
     summary = case["summary"] or {}

@@ -53,10 +53,11 @@ def title(comparison: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) ->
 
 
 def where(comparison: Mapping[str, Any]) -> str:
-    """The backbone and what it runs in, such as `llama-110m fp32 int8 cpu static`."""
-    quantisation = comparison.get("quantisation", "none")
+    """The backbone and what it runs in, such as `llama-110m fp32 int8 cpu static`, and over how many ranks."""
+    quantisation, ranks = comparison.get("quantisation", "none"), comparison.get("tensor_parallel_size", 1)
     numbers = comparison["dtype"] if quantisation == "none" else f"{comparison['dtype']} {quantisation}"
-    return f"{comparison['backbone']} {numbers} {comparison['device']} {comparison['runtime']}"
+    over = "" if ranks == 1 else f", tensor parallel over {ranks} ranks"
+    return f"{comparison['backbone']} {numbers} {comparison['device']} {comparison['runtime']}{over}"
 
 
 def machine(environment: Mapping[str, Any], device: str) -> str:

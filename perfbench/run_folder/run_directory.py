@@ -313,7 +313,8 @@ class RunDirectory:
         """Arm -> its case on runtime transformers with kernels eager, everything else being as in `comparison`."""
 
         def shared(one: Comparison) -> tuple[Any, ...]:
-            return one["backbone"], one["dtype"], one.get("quantisation", "none"), one["device"], one["workload"]
+            others = one.get("quantisation", "none"), one.get("tensor_parallel_size", 1)
+            return one["backbone"], one["dtype"], one["device"], one["workload"], *others
 
         return {
             case["arm"]: case

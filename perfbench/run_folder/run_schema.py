@@ -50,6 +50,7 @@ class Comparison(TypedDict):
     workload: dict[str, Any]
     case_ids: list[str]
     quantisation: NotRequired[str]
+    tensor_parallel_size: NotRequired[int]
     backbone_parameters: NotRequired[int | None]
     backbone_bytes: NotRequired[int | None]
     roof: NotRequired[dict[str, Any] | None]
@@ -166,6 +167,7 @@ _COMPARISON = _object(
     {
         **dict.fromkeys(("id", "backbone", "dtype", "device", "runtime"), _TEXT),
         "quantisation": _TEXT,
+        "tensor_parallel_size": {"type": "integer", "minimum": 1},
         "workload": _WORKLOAD,
         "case_ids": {"type": "array", "items": _TEXT, "uniqueItems": True},
         **dict.fromkeys(("backbone_parameters", "backbone_bytes"), _MAYBE_COUNT),

@@ -26,7 +26,8 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype.torch_name) for nam
 @dataclass
 class Backbone:
     """One set of weights on one device. `fused`: what runtime static made of them, once it has. `reduce`: where they
-    are one rank's part, what makes of a tensor, in place, the sum over all ranks."""
+    are one rank's part, what makes of a tensor, in place, the sum over all ranks. `rank`: where several serve it, this
+    process's `static.rank.Rank`."""
 
     name: str
     shape: BackboneShape
@@ -35,6 +36,7 @@ class Backbone:
     device: torch.device
     fused: Any = None
     reduce: Callable[[torch.Tensor], None] | None = None
+    rank: Any = None
 
     @property
     def bytes(self) -> int:

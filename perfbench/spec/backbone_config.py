@@ -170,9 +170,10 @@ def shape_of(backbone: str) -> BackboneShape:
     return BackboneShape.of_config(find_config(backbone))
 
 
-def parameter_count(config: Mapping[str, Any]) -> int:
-    """The exact parameter count of this config's backbone, tied embeddings once; allocates nothing."""
-    shape, family = BackboneShape.of_config(config), config["model_type"]
+def parameter_count(config: Mapping[str, Any], ranks: int = 1) -> int:
+    """The exact parameter count of this config's backbone, tied embeddings once, or of what each of several ranks has
+    of it; allocates nothing."""
+    shape, family = BackboneShape.of_config(config).of_rank(ranks), config["model_type"]
     features = {module: shape.features(module) for module in MODULES}
     linears = sum(d_in * d_out for d_in, d_out in features.values())
     biases = sum(features[module][1] for module in _biased_modules(config))

@@ -97,6 +97,7 @@ class Comparison:
     workload: Workload
     cases: tuple[Case, ...]
     quantisation: str = "none"
+    tensor_parallel_size: int = 1
 
 
 # Of one scenario; more than fit on a screen for hours, and in memory with ease.
@@ -109,7 +110,13 @@ def expand(scenario: Scenario, *, large: bool = False) -> tuple[Comparison, ...]
     ScenarioError when two different points would have one id, and when there are more than MOST_POINTS, unless `large`.
     """
     count = sum(map(count_points, scenario.workload))
-    axes_of_run = (scenario.backbone, scenario.dtype, scenario.quantisation, scenario.runtime)
+    axes_of_run = (
+        scenario.backbone,
+        scenario.dtype,
+        scenario.quantisation,
+        scenario.runtime,
+        scenario.tensor_parallel_size,
+    )
     count *= math.prod(map(len, axes_of_run))
     if count > MOST_POINTS and not large:
         raise ScenarioError(
@@ -117,9 +124,9 @@ def expand(scenario: Scenario, *, large: bool = False) -> tuple[Comparison, ...]
             f"got {count:,}; choose fewer values, or say --large"
         )
     found: dict[str, Comparison] = {}
-    for backbone, dtype, quantisation, runtime in itertools.product(*axes_of_run):
+    for of_run in itertools.product(*axes_of_run):
         for workload in (point for axes in scenario.workload for point in _points(axes)):
-            comparison = _comparison(scenario, backbone, dtype, quantisation, runtime, workload)
+            comparison = _comparison(scenario, *of_run, workload)
             other = found.setdefault(comparison.id, comparison)
             if other != comparison:
                 what = f"{_difference(other, comparison)} have one id, {comparison.id}"
@@ -198,11 +205,12 @@ def _points(axes: WorkloadAxes) -> Iterator[Workload]:
 
 
 def _comparison(
-    scenario: Scenario, backbone: str, dtype: str, quantisation: str, runtime: str, workload: Workload
+    scenario: Scenario, backbone: str, dtype: str, quantisation: str, runtime: str, ranks: int, workload: Workload
 ) -> Comparison:
     """The comparison at one point of the axes, with a case for each arm and kernel set."""
     numbers = dtype if quantisation == "none" else f"{dtype}-{quantisation}"
-    prefix = f"{_backbone_part(backbone)}-{numbers}-{scenario.device}/{runtime}/{_workload_part(workload)}"
+    devices = scenario.device if ranks == 1 else f"{scenario.device}x{ranks}"
+    prefix = f"{_backbone_part(backbone)}-{numbers}-{devices}/{runtime}/{_workload_part(workload)}"
     return Comparison(
         id=prefix,
         backbone=backbone,
@@ -210,6 +218,7 @@ def _comparison(
         quantisation=quantisation,
         device=scenario.device,
         runtime=runtime,
+        tensor_parallel_size=ranks,
         workload=workload,
         cases=tuple(
             Case(f"{prefix}/{arm.label}-{kernels}", arm.label, arm.method, arm.options, runtime, kernels)

@@ -5,6 +5,7 @@ A zero too many in a scenario is a run of years, and a product of a few axes mor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,8 @@ class Cost:
 def of_scenario(scenario: Scenario) -> Cost:
     """That of all the cases of `scenario`, none of which is made for it; a point that is written twice counts twice."""
     served = sum(serves(runtime, arm.method) for runtime in scenario.runtime for arm in scenario.methods)
-    arms = len(scenario.backbone) * len(scenario.dtype) * len(scenario.quantisation) * len(scenario.kernels) * served
+    axes_of_run = (scenario.backbone, scenario.dtype, scenario.quantisation, scenario.tensor_parallel_size)
+    arms = math.prod(map(len, axes_of_run)) * len(scenario.kernels) * served
     return _cost(scenario, ((arms * count_points(axes), max(axes.new_tokens)) for axes in scenario.workload))
 
 

@@ -51,6 +51,26 @@ def quantisation_problem(
     return None
 
 
+def tensor_parallel_problem(
+    runtimes: Sequence[str], kernels: Sequence[str], quantisations: Sequence[str], methods: Sequence[str]
+) -> tuple[str, str] | None:
+    """(field, why) several ranks can't serve these, with the way out; None where they can."""
+    if other := [runtime for runtime in runtimes if runtime != "static"]:
+        missing = "; accelerate's device map, for runtime transformers, is not there yet"
+        what = f"{other[0]}: only runtime static is spread over several ranks{missing * (other[0] == 'transformers')}"
+        return "runtime", f"{what}; choose runtime static, or tensor_parallel_size 1"
+    if other := [name for name in kernels if name != "eager"]:
+        what = f"{other[0]}: its fused kernels have no place for the sum over ranks"
+        return "kernels", f"{what}; choose kernels eager, or tensor_parallel_size 1"
+    if other := [name for name in quantisations if name != "none"]:
+        what = f"{other[0]}: weights of 8 bits with their scales are not dealt out to ranks"
+        return "quantisation", f"{what}; choose quantisation none, or tensor_parallel_size 1"
+    if merged := [name for name in methods if METHODS[name].served_by == "merged"]:
+        what = f"{merged[0]}: it merges into whole weights, which several ranks do not have"
+        return "methods", f"{what}; leave it out, or choose tensor_parallel_size 1"
+    return None
+
+
 def unsupported(runtime: str, config: Mapping[str, Any]) -> str | None:
     """What in a Llama-family `config` keeps `runtime` from running it, with the way out; None where it can."""
     if runtime == "transformers":

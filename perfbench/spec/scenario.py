@@ -24,7 +24,12 @@ from perfbench.methods.shape import BackboneShape
 from perfbench.spec import backbone_config, shipped
 from perfbench.spec.arms import Arm, read_arms, unserved
 from perfbench.spec.refusal import axis, refuse
-from perfbench.spec.runtime_support import kernels_problem, quantisation_problem, unsupported
+from perfbench.spec.runtime_support import (
+    kernels_problem,
+    quantisation_problem,
+    tensor_parallel_problem,
+    unsupported,
+)
 from perfbench.spec.scenario_schema import first_written, problems
 from perfbench.spec.workload_axes import WorkloadAxes, axes_at, workload_places
 
@@ -45,6 +50,7 @@ class Scenario:
     quantisation: tuple[str, ...]
     device: str  # cpu | cuda
     runtime: tuple[str, ...]
+    tensor_parallel_size: tuple[int, ...]
     kernels: tuple[str, ...]
     methods: tuple[Arm, ...]
     workload: tuple[WorkloadAxes, ...]
@@ -149,6 +155,11 @@ def check_against_backbone(scenario: Scenario) -> None:
         for runtime in scenario.runtime:
             if (reason := unsupported(runtime, config)) is not None:
                 refuse(scenario.source, f"{backbone}: {reason}", "runtime")
+        for ranks in scenario.tensor_parallel_size:
+            try:
+                shape.of_rank(ranks)
+            except ValueError as error:
+                refuse(scenario.source, f"{backbone}: {error}", "tensor_parallel_size")
         for place, axes in zip(places, scenario.workload, strict=True):
             problem = _point_problem(axes, backbone, shape)
             if problem:
@@ -217,10 +228,13 @@ def of_source(source: Source, path: Path, device_kind: str, notes: tuple[str, ..
         if (reason := kernels_problem(name, device_kind, runtimes)) is not None:
             refuse(source, reason, "kernels")
     arms = read_arms(source, path)
-    quantisations = axis(values.get("quantisation", "none"))
+    of_arms = [arm.method for arm in arms]
+    quantisations, ranks = axis(values.get("quantisation", "none")), axis(values.get("tensor_parallel_size", 1))
     for name in quantisations:
-        if problem := quantisation_problem(name, device_kind, kernels, [arm.method for arm in arms]):
+        if problem := quantisation_problem(name, device_kind, kernels, of_arms):
             refuse(source, problem[1], problem[0])
+    if max(ranks) > 1 and (problem := tensor_parallel_problem(runtimes, kernels, quantisations, of_arms)):
+        refuse(source, problem[1], problem[0])
     notes += tuple(unserved(source, arms, runtimes))
     if device_kind == "cpu" and "fp16" in dtypes:
         refuse(source, "fp16 on the CPU is slow and partly unsupported by torch; choose bf16 or fp32", "dtype")
@@ -232,6 +246,7 @@ def of_source(source: Source, path: Path, device_kind: str, notes: tuple[str, ..
         quantisation=quantisations,
         device=device_kind,
         runtime=runtimes,
+        tensor_parallel_size=ranks,
         kernels=kernels,
         methods=arms,
         workload=tuple(axes_at(source, place, path) for place in workload_places(source)),

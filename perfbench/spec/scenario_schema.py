@@ -177,6 +177,11 @@ _FIELDS: Schema = {
         default="none",
     ),
     "runtime": _axis(_one_of("runtime", RUNTIMES), "what generates the tokens", default="transformers"),
+    "tensor_parallel_size": _axis(
+        _integer(1),
+        "over how many devices, or processes of one CPU, runtime static spreads the heads and columns of each layer",
+        default=1,
+    ),
     "kernels": _axis(_one_of("kernels", KERNELS), "what computes the adapters' part", default="eager"),
     "workload": _workload(WORKLOAD_REQUIRED),
     "warmup": {**_integer(1), "description": "how often each arm runs before it is timed", "default": 3},

@@ -168,19 +168,21 @@ def _build_plan(
     one = of_tenant(case, 0)
     method = parameters.implementation(one.method)
     plan_of, source = partial(plan_of_tenant, case, backbone, resident, seed), source_of(case)
+    rank = backbone.rank
+    part, part_of_sizes = (_whole, _whole) if rank is None else (rank.of_plan, rank.of_sizes)
     if getattr(case.options, "adapters", None) is not None:
         folders = adapter_folders(case.options.adapters, source.method, resident)
         read = [plan_of(tenant) for tenant in range(resident)]
         plans: Iterable[AdapterPlan] = read
         names = list(map(str, folders))
-        layout, cold = union_layout(read), folders[0] if source is case else scratch / "cold"
+        sizes = [part_of_sizes(sizes_of(plan)) for plan in read]
+        layout, cold = union_layout(sizes), folders[0] if source is case else scratch / "cold"
         if source is not case and wanted:
             first = made_values(case, backbone, resident, seed, 0)
             method.save(first, backbone.shape, case.options, cold, backbone.name)
-        sizes = [sizes_of(plan) for plan in read]
         trained = [_trained(folder) for folder in folders]
     else:
-        kinds, of_kinds = kinds_of(case), random_layouts(case, backbone.shape)
+        kinds, of_kinds = kinds_of(case), list(map(part_of_sizes, random_layouts(case, backbone.shape)))
         layout, cold = union_layout(of_kinds), scratch / "cold"
         first = made_values(one, backbone, resident, seed, 0)
         if wanted:
@@ -194,7 +196,7 @@ def _build_plan(
     bank = Bank(layout, resident, backbone.dtype, backbone.device, backbone.linear)
     for name, plan in zip(names, plans, strict=True):
         try:
-            bank.admit(plan)
+            bank.admit(part(plan))
         except AdapterError as error:
             raise AdapterError(f"{name}: {error}") from None
     batch = workload.invoked(batch, bank.invocation_of)
@@ -202,7 +204,7 @@ def _build_plan(
         return BuiltArm(_plan_arm(case, backbone, bank, batch), batch, tuple(sizes), plan_of, {})
 
     def admit() -> None:
-        bank.admit(method.load(cold, backbone.shape, one.options))
+        bank.admit(part(method.load(cold, backbone.shape, one.options)))
 
     # The first resident leaves and comes back: the last slot freed is the first to be taken.
     admit_ms = _timed(admit, before=lambda: bank.evict(0), device=backbone.device)
@@ -214,8 +216,15 @@ def _build_plan(
     return BuiltArm(_plan_arm(case, backbone, bank, batch), batch, tuple(sizes), plan_of, figures)
 
 
+def _whole(plan: AdapterPlan) -> AdapterPlan:
+    return plan
+
+
 def _plan_arm(case: Case, backbone: Backbone, bank: Bank | None, batch: Batch) -> Arm:
-    arm = PLAN_ARMS[case.runtime](backbone, bank, case.kernels)
+    if backbone.rank is not None:
+        arm = backbone.rank.arm(bank, case.kernels)
+    else:
+        arm = PLAN_ARMS[case.runtime](backbone, bank, case.kernels)
     if isinstance(arm, StaticArm):
         arm.reserve(batch)
     return arm

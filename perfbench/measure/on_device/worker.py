@@ -47,21 +47,32 @@ def serve(work: Callable[[Emit], None]) -> int:
             state["case"] = fields["case"]
         _write(events, {"event": event, **fields})
 
-    from perfbench.errors import PerfbenchError
-
     try:
         _load_libraries()
         work(emit)
-    except PerfbenchError as error:
-        emit("error", kind="bad_input", case=state["case"], message=str(error))
     except Exception as error:
-        kind = OUT_OF_MEMORY if _is_out_of_memory(error) else "crashed"
-        emit("error", kind=kind, case=state["case"], message=f"{type(error).__name__}: {_first_line(error)}")
-        raise
+        kind = kind_of(error)
+        emit("error", kind=kind, case=state["case"], message=said_of(error))
+        if kind != "bad_input":
+            raise
     else:
         emit("done")
         return 0
     return 1
+
+
+def kind_of(error: Exception) -> str:
+    """What an `error` event calls it: bad_input, out_of_memory or crashed."""
+    from perfbench.errors import PerfbenchError
+
+    if isinstance(error, PerfbenchError):
+        return "bad_input"
+    return OUT_OF_MEMORY if _is_out_of_memory(error) else "crashed"
+
+
+def said_of(error: Exception) -> str:
+    """It in one line: bad input says itself where it lies."""
+    return str(error) if kind_of(error) == "bad_input" else f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _load_libraries() -> None:
@@ -101,24 +112,39 @@ def _run(job: dict[str, Any], emit: Emit) -> None:
 
 
 def open_session(job: dict[str, Any], first: Any, emit: Emit) -> Session:
-    """The backbone and the batch of a comparison, loaded, with the job's `threads` and `seed`."""
+    """The backbone and the batch of a comparison, loaded, with the job's `threads` and `seed`. Of a comparison of
+    several ranks this process is rank 0, and starts the others."""
+    from perfbench.errors import PerfbenchError
+    from perfbench.measure.on_device import ranks, repetition
+
+    if (fault := repetition.clock_fault()) is not None:
+        raise PerfbenchError(f"the clock: {fault}")
+    emit("phase", case=None, text=f"loading {first.backbone}")
+    others = ranks.Others(job, first) if first.tensor_parallel_size > 1 else None
+    session = session_of_rank(job, first, emit, 0)
+    if others is not None:
+        session.backbone.rank = others.joined_by(session.backbone)
+    _spare_from_collection()
+    return session
+
+
+def session_of_rank(job: dict[str, Any], first: Any, emit: Emit, rank: int) -> Session:
+    """The same for one of the ranks, which share the threads, before it knows the others."""
     import torch
     import transformers
 
-    from perfbench.errors import PerfbenchError
-    from perfbench.measure.on_device import repetition, workload
+    from perfbench.measure.on_device import workload
     from perfbench.runtimes import backbone as backbones
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(job["threads"])
-    if (fault := repetition.clock_fault()) is not None:
-        raise PerfbenchError(f"the clock: {fault}")
-    emit("phase", case=None, text=f"loading {first.backbone}")
-    backbone = backbones.load(first.backbone, first.dtype, first.device, job["seed"], first.quantisation)
-    batch = workload.make(first.workload, backbone, job["seed"])
-    _spare_from_collection()
-    return Session(job, first, backbone, batch, emit)
+    torch.set_num_threads(max(1, job["threads"] // first.tensor_parallel_size))
+    several_gpus = first.device == "cuda" and first.tensor_parallel_size > 1
+    device = f"cuda:{rank}" if several_gpus else first.device
+    if several_gpus:
+        torch.cuda.set_device(rank)
+    backbone = backbones.load(first.backbone, first.dtype, device, job["seed"], first.quantisation)
+    return Session(job, first, backbone, workload.make(first.workload, backbone, job["seed"]), emit)
 
 
 class Session:
@@ -128,6 +154,7 @@ class Session:
         self.job = job
         self.dtype, self.quantisation = first.dtype, first.quantisation
         self.resident = first.workload.resident
+        self.ranks = first.tensor_parallel_size
         self.backbone = backbone
         self.batch = batch
         self.emit = emit
@@ -209,6 +236,7 @@ class Session:
                 beams=batch.beams,
                 adapters=own,
                 quantisation=self.quantisation,
+                ranks=self.ranks,
             )
             for generated, own in ((0, adapters), (batch.new_tokens - 2, adapters), (batch.new_tokens - 2, []))
         )
@@ -364,6 +392,8 @@ class Session:
     def _build(self, case: Any, *, figures: bool = False) -> Any:
         from perfbench.measure.on_device import arms
 
+        if self.backbone.rank is not None:
+            self.backbone.rank.build(case.id)
         with tempfile.TemporaryDirectory(prefix="perfbench-") as scratch:
             seed = self.job["seed"]
             return arms.build(case, self.backbone, self.batch, self.resident, seed, Path(scratch), figures=figures)
