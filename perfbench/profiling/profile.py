@@ -50,8 +50,9 @@ def choose(comparisons: Sequence[Comparison], wanted: str) -> Comparison:
         raise ScenarioError(f"--case {wanted}: the profiler can't look into runtime continuous; its layers are those "
                             f"of runtime static: choose the same case there")  # fmt: skip
     if comparison.tensor_parallel_size > 1:
-        raise ScenarioError(f"--case {wanted}: the profiler sees one process, and this case runs in "
-                            f"{comparison.tensor_parallel_size}: choose the case of tensor_parallel_size 1")  # fmt: skip
+        ranks = comparison.tensor_parallel_size
+        raise ScenarioError(f"--case {wanted}: the profiler sees one process, and this case runs in {ranks}; "
+                            f"choose the case of tensor_parallel_size 1")  # fmt: skip
     bare = next(case for case in comparison.cases if case.method == "none" and case.kernels == chosen.kernels)
     return replace(comparison, cases=(bare,) if chosen == bare else (bare, chosen))
 

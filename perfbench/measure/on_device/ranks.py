@@ -19,6 +19,7 @@ from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,26 +107,34 @@ class Others:
         """Starts them; they load the backbone of the comparison `first` of `job` while the caller does."""
         self.ranks: int = first.tensor_parallel_size
         _expect_devices(first.device, self.ranks)
-        self._store = os.path.join(tempfile.mkdtemp(prefix="perfbench-ranks-"), "store")
+        self._meeting = Path(tempfile.mkdtemp(prefix="perfbench-ranks-"))
         self._awaited: torch.Tensor | None = None
         self._links: list[Connection] = []
-        self._processes: list[Any] = []
+        self.processes: list[Any] = []
         context = get_context("spawn")
         for rank in range(1, self.ranks):
             here, there = context.Pipe()
-            process = context.Process(target=follow, args=(rank, job, self._store, there), daemon=True)
+            process = context.Process(target=follow, args=(rank, job, self._meeting / "place", there), daemon=True)
             process.start()
             there.close()
             self._links.append(here)
-            self._processes.append(process)
+            self.processes.append(process)
 
     def joined_by(self, whole: Backbone) -> Leader:
         """Rank 0, once all others are ready and have met. What `together` raises, where one is not."""
         for rank in range(1, self.ranks):
             self._answer_of(rank)
-        meet(0, self.ranks, self._store, whole.device)
-        shutil.rmtree(os.path.dirname(self._store), ignore_errors=True)
+        meet(0, self.ranks, self._meeting / "place", whole.device)
+        shutil.rmtree(self._meeting, ignore_errors=True)
         return Leader(whole, Share(0, self.ranks), self)
+
+    def end(self) -> None:
+        """Ends them, and lets this process meet others."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
     def tell(self, *said: Any) -> None:
         """Sends a call to all, once they have done what they were told before. As `together` where one has failed."""
@@ -173,13 +182,13 @@ class Others:
 
     def _first_fault(self) -> Exception | None:
         """Why a sum over the ranks failed here: it fails in all of them where one has died, which has no words left."""
-        connection.wait([process.sentinel for process in self._processes], LAST_WORDS_S)
-        ranks = sorted(range(1, self.ranks), key=lambda rank: self._processes[rank - 1].exitcode or 0)
+        connection.wait([process.sentinel for process in self.processes], LAST_WORDS_S)
+        ranks = sorted(range(1, self.ranks), key=lambda rank: self.processes[rank - 1].exitcode or 0)
         return next((fault for rank in ranks if (fault := self._fault_of(rank)) is not None), None)
 
     def _fault_of(self, rank: int) -> Exception | None:
         """Why that rank has ended, or is about to; None where it has not."""
-        link, process = self._links[rank - 1], self._processes[rank - 1]
+        link, process = self._links[rank - 1], self.processes[rank - 1]
         while link.poll(LAST_WORDS_S):
             try:
                 kind, said = link.recv()
@@ -204,13 +213,13 @@ def add_up(tensor: torch.Tensor) -> None:
     torch.distributed.all_reduce(tensor)
 
 
-def meet(rank: int, ranks: int, store: str, device: torch.device) -> None:
-    """Joins the group of all ranks, which find each other by the file `store`."""
+def meet(rank: int, ranks: int, place: Path, device: torch.device) -> None:
+    """Joins the group of all ranks, which find each other by the file `place`."""
     # The ranks are on this machine: no other interface is asked for.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     torch.distributed.init_process_group(
         BACKENDS[device.type],
-        init_method=f"file://{store}",
+        init_method=place.absolute().as_uri(),
         rank=rank,
         world_size=ranks,
         timeout=timedelta(seconds=PATIENCE_S),
@@ -222,7 +231,7 @@ def _expect_devices(kind: str, ranks: int) -> None:
         raise PerfbenchError(f"tensor_parallel_size: expected at most {there}, the GPUs of this machine, got {ranks}")
 
 
-def follow(rank: int, job: dict[str, Any], store: str, link: Connection) -> None:
+def follow(rank: int, job: dict[str, Any], place: Path, link: Connection) -> None:
     """The life of a process of another rank than 0."""
     from perfbench.measure.on_device import worker
 
@@ -230,7 +239,7 @@ def follow(rank: int, job: dict[str, Any], store: str, link: Connection) -> None
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with rank 0, whatever ends that
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 hears it, and ends
     try:
-        _serve(rank, job, store, link)
+        _serve(rank, job, place, link)
     except (EOFError, BrokenPipeError):
         return  # rank 0 has ended
     except Exception as error:
@@ -238,7 +247,7 @@ def follow(rank: int, job: dict[str, Any], store: str, link: Connection) -> None
         raise
 
 
-def _serve(rank: int, job: dict[str, Any], store: str, link: Connection) -> None:
+def _serve(rank: int, job: dict[str, Any], place: Path, link: Connection) -> None:
     """Does what rank 0 says, until it has ended."""
     from perfbench.measure.on_device import worker
     from perfbench.spec import cases, method_plugins
@@ -249,7 +258,7 @@ def _serve(rank: int, job: dict[str, Any], store: str, link: Connection) -> None
     session = worker.session_of_rank(job, comparisons[0], lambda event, **fields: None, rank)
     whole, ranks = session.backbone, comparisons[0].tensor_parallel_size
     link.send(("answer", None))
-    meet(rank, ranks, store, whole.device)
+    meet(rank, ranks, place, whole.device)
     whole.rank = Follower(whole, Share(rank, ranks), add_up)
     arms: dict[int, StaticArm] = {}
     gc.disable()  # as in rank 0 while it times: between two calls there is time
