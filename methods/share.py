@@ -78,11 +78,16 @@ class Share:
                 module: self.of_inputs(module, scale) for module, scale in layer.input_scale_minus_one.items()
             },
             grouped={module: self._of_grouped(module, b, own_shape) for module, b in layer.grouped.items()},
+            bias={module: self._of_bias(module, added) for module, added in layer.bias.items()},
             shared={module: self._of_shared(module, pair) for module, pair in layer.shared.items()},
         )
 
     def _each_output(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {module: self.of_outputs(module, tensor) for module, tensor in own.items()}
+
+    def _of_bias(self, module: str, added: torch.Tensor) -> torch.Tensor:
+        """The bias of a sum is added once, by the first rank."""
+        return added * 0 if module in ROW_PARALLEL and self.rank else self.of_outputs(module, added)
 
     def _of_generator(self, generator: Generator, shape: BackboneShape) -> Generator:
         """Every rank has the hidden state; of the vectors each makes its own modules' columns."""

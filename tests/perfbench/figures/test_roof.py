@@ -48,6 +48,18 @@ def test_what_is_kept_at_64_requests_is_what_the_bytes_allow() -> None:
     assert kept["ia3"] == pytest.approx(0.993, abs=0.006)
 
 
+def test_the_work_of_a_rank_is_its_share_and_the_whole_head() -> None:
+    shape, config = shape_of("llama-tiny"), NAMED_CONFIGS["llama-tiny"]
+    one, rank = (
+        decode_step(config, "fp32", prompt_tokens=[7] * 4, generated_tokens=2, beams=1, ranks=ranks) for ranks in (1, 2)
+    )
+    whole = (shape.vocab * shape.hidden + (2 * shape.layers + 1) * shape.hidden) * 4
+    assert 2 * (rank.weight_bytes - whole) == one.weight_bytes - whole
+    assert 2 * rank.cache_bytes == one.cache_bytes
+    head = 2 * 4 * shape.vocab * shape.hidden
+    assert 2 * (rank.flops - head) == one.flops - head
+
+
 def test_kinds_of_adapters_add_up_and_what_all_share_is_read_once() -> None:
     shape = shape_of("llama-tiny")
     plans = {name: parameters.meta_plan(name, shape, METHODS[name].options()) for name in ("lora", "para", "vera")}

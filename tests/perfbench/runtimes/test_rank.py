@@ -44,6 +44,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 TENANTS: dict[str, list[tuple[str, Any]]] = {
     "none": [],
     "ranks": [("lora", LoraOptions(rank=rank)) for rank in (2, 8, 4, 1)],
+    "biases": [("lora", LoraOptions(lora_bias=bias)) for bias in (True, False, True, True)],
     "inputs": [("ia3-original", Ia3OriginalOptions(modules=MODULES, inputs=("gate", "up", "o", "down")))] * 4,
     "sums": [("miss", MissOptions(rank=rank)) for rank in (5, 8, 10, 5)],
     "shared": [("vera", VeraOptions(rank=16))] * 4,

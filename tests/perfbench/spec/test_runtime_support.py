@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,47 @@ def test_what_reads_no_8_bit_weights_is_refused(
     with pytest.raises(ScenarioError, match=message):
         scenario.resolve(scenario.load(path), kind)
     assert scenario.resolve(scenario.load(path, ["quantisation=none"]), kind).quantisation == ("none",)
+
+
+RANKS = """
+backbone: llama-tiny
+dtype: fp32
+runtime: static
+tensor_parallel_size: [1, 2]
+methods: [lora]
+workload: {prompt_tokens: 4, new_tokens: 4, requests: 2, tenants: 2}
+"""
+
+
+def of_ranks(folder: Path, *sets: str, device: str = "cpu") -> scenario.Scenario:
+    path = folder / "x.yaml"
+    path.write_text(RANKS)
+    found = scenario.resolve(scenario.load(path, list(sets)), device)
+    scenario.check_against_backbone(found)
+    return found
+
+
+def test_ranks_are_an_axis_of_their_own_comparisons(tmp_path: Path) -> None:
+    one, two = cases.expand(of_ranks(tmp_path))
+    assert (one.tensor_parallel_size, two.tensor_parallel_size) == (1, 2)
+    assert (one.id.split("/")[0], two.id.split("/")[0]) == ("llama-tiny-fp32-cpu", "llama-tiny-fp32-cpux2")
+    assert cases.from_json(cases.to_json(two)) == two
+    older = {key: value for key, value in cases.to_json(one).items() if key != "tensor_parallel_size"}
+    assert cases.from_json(older) == one
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("runtime=transformers", r"transformers: .*accelerate's device map.* is not there yet; choose runtime static"),
+        ("runtime=continuous", r"continuous: only runtime static is spread over several ranks; choose"),
+        ("kernels=triton", r"triton: .*no place for the sum over ranks; choose kernels eager"),
+        ("quantisation=int8", r"int8: .*8 bits.*not dealt out to ranks; choose quantisation none"),
+        ("methods=[lora-merged]", r"lora-merged: .*whole weights.*choose tensor_parallel_size 1"),
+        ("tensor_parallel_size=4", r"llama-tiny: 4 ranks: expected a divisor of its 2 kv_heads"),
+        ("tensor_parallel_size=0", r"expected an integer >= 1, got 0"),
+    ],
+)
+def test_what_several_ranks_can_not_do_is_refused(tmp_path: Path, setting: str, message: str) -> None:
+    with pytest.raises(ScenarioError, match=f"^--set {re.escape(setting)}: {message}"):
+        of_ranks(tmp_path, setting, device="cpu" if "int8" in setting else "cuda")
