@@ -144,9 +144,10 @@ def test_what_a_rank_says_when_it_errs_is_said_with_its_number(kind: str, raised
 
 
 def test_a_silent_rank_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    others, _there = _of_a_pipe()  # which would close if nobody had it
     monkeypatch.setattr(ranks, "PATIENCE_S", 0)
     with pytest.raises(RuntimeError, match=r"^rank 1 of 2 has said nothing for 0 s$"):
-        _of_a_pipe()[0]._answer_of(1)
+        others._answer_of(1)
 
 
 def _of_a_pipe() -> tuple[ranks.Others, Any]:
