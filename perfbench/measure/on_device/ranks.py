@@ -125,7 +125,6 @@ class Others:
         for rank in range(1, self.ranks):
             self._answer_of(rank)
         meet(0, self.ranks, self._meeting / "place", whole.device)
-        shutil.rmtree(self._meeting, ignore_errors=True)
         return Leader(whole, Share(0, self.ranks), self)
 
     def end(self) -> None:
@@ -135,6 +134,8 @@ class Others:
             process.join()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        # Not before: a rank that was slower to meet, or that adds up for the first time, still looks there.
+        shutil.rmtree(self._meeting, ignore_errors=True)
 
     def tell(self, *said: Any) -> None:
         """Sends a call to all, once they have done what they were told before. As `together` where one has failed."""

@@ -60,7 +60,9 @@ def session() -> Iterator[worker.Session]:
     opened = worker.open_session(job_of(comparisons), comparisons[0], lambda event, **fields: None)
     opened.cases = {case.method: case for case in comparisons[0].cases}  # type: ignore[attr-defined]
     yield opened
-    opened.backbone.rank.others.end()
+    others = opened.backbone.rank.others
+    others.end()
+    assert not others._meeting.exists()
 
 
 def ragged(batch: Batch, beams: int) -> Batch:
@@ -68,6 +70,11 @@ def ragged(batch: Batch, beams: int) -> Batch:
     mask = torch.ones_like(batch.input_ids)
     mask[1, :8] = mask[3, :2] = 0
     return replace(batch, input_ids=batch.input_ids * mask, attention_mask=mask, slots=(2, 5, -1, 3, 1), beams=beams)
+
+
+def test_where_the_ranks_meet_stays_for_those_who_come_late(session: Any) -> None:
+    """A rank that adds up for the first time looks there again; removed at once, it was gone in one of two runs."""
+    assert session.backbone.rank.others._meeting.is_dir()
 
 
 @pytest.mark.parametrize("method", SERVED)
