@@ -73,7 +73,7 @@ def ragged(batch: Batch, beams: int) -> Batch:
 
 
 def test_where_the_ranks_meet_stays_for_those_who_come_late(session: Any) -> None:
-    """A rank that adds up for the first time looks there again; removed at once, it was gone in one of two runs."""
+    """A rank that adds up for the first time looks there again: once it was gone by then, and a run waited in vain."""
     assert session.backbone.rank.others._meeting.is_dir()
 
 
