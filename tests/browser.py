@@ -15,6 +15,10 @@ _EXEC = "import os, sys; read, write, *command = sys.argv[1:]; "
 _EXEC += "os.dup2(int(read), 3); os.dup2(int(write), 4); os.execv(command[0], command)"
 
 
+class Navigated(Exception):
+    """A page was asked while another one took its place."""
+
+
 class Browser:
     """Chromium without a window and without a network: every host name is unknown to it."""
 
@@ -41,6 +45,8 @@ class Browser:
         while True:
             answer = self._next()
             if answer.get("id") == self._calls:
+                if "navigated" in answer.get("error", {}).get("message", ""):
+                    raise Navigated
                 assert "error" not in answer, answer["error"]
                 return answer["result"]
             self._events.append(answer)
@@ -96,9 +102,16 @@ class Tab:
     def wait_for(self, condition: str, seconds: float = 60.0) -> None:
         """Until the expression is true; fails when it does not become so."""
         deadline = time.monotonic() + seconds
-        while not self.ask(condition):
+        while not self._is_true(condition):
             assert time.monotonic() < deadline, f"never true: {condition}; {self.complaints()}"
             time.sleep(0.05)
+
+    def _is_true(self, condition: str) -> bool:
+        """Of the page that is there; of one that is just being left nothing is."""
+        try:
+            return bool(self.ask(condition))
+        except Navigated:
+            return False
 
     def complaints(self) -> list[str]:
         """Every error and warning of the console, and every uncaught exception."""
