@@ -22,6 +22,7 @@ from perfbench.cluster import shared_paths
 from perfbench.errors import PerfbenchError
 from perfbench.files.scratch import Scratch
 from perfbench.machine import environment
+from perfbench.measure.run import threads
 
 # Kinds of events that are not the child's own.
 MACHINE, ENDED = "machine", "ended"
@@ -79,11 +80,6 @@ def measure(module: str, job: Mapping[str, Any], device: str, variables: Mapping
                 if child.stdout is not None:
                     child.stdout.close()
         yield {"event": ENDED, "code": ended, "log": _last_words(log)}
-
-
-def threads() -> int:
-    """CPU threads that a child may use on this node: the processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def code() -> str:

@@ -9,7 +9,6 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,17 +17,29 @@ from perfbench.errors import PerfbenchError
 from perfbench.files.plain_text import printable
 from perfbench.machine import environment
 from perfbench.measure.children import NodeLost
+from perfbench.measure.run import threads
 
 LOCAL, AUTO = "local", "auto"
 OPTION = "--cluster"
 _ANSWER_S = 10.0
 
 
-@dataclass(frozen=True)
 class RayCluster:
     """A cluster that is connected; `at_once`: how many jobs may be under way, one for each node."""
 
-    at_once: int
+    def __init__(self, at_once: int):
+        self.at_once = at_once
+        self._under_way: list[Any] = []
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Ends what is under way; who reads its events gets a PerfbenchError, and no other job begins."""
+        import ray
+
+        self._stopped = True
+        for stream in list(self._under_way):
+            with suppress(Exception):  # it has ended meanwhile
+                ray.cancel(stream, force=True)
 
     def events(self, module: str, job: Mapping[str, Any], device: str, shared: Mapping[str, str]) -> Iterator[Any]:
         """What `node.measure` yields on a node that has what `device` needs, until it ends.
@@ -40,18 +51,22 @@ class RayCluster:
 
         needs = self._needs(device)
         task = ray.remote(node.measure_checked).options(max_retries=0, num_returns="streaming", **needs)
+        if self._stopped:
+            raise PerfbenchError(f"{OPTION}: the jobs were ended")
         stream = task.remote(module, dict(job), device, environment.variables(), expected(shared))
+        self._under_way.append(stream)
         try:
             for reference in stream:
                 yield ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             raise PerfbenchError(f"{OPTION}: {_first_line(error)}") from error
-        except ray.exceptions.TaskCancelledError as error:
-            raise NodeLost("cancelled") from error
         except ray.exceptions.RayError as error:
+            if self._stopped:
+                raise PerfbenchError(f"{OPTION}: the jobs were ended") from error
             # What follows the first sentence are addresses and Ray's own commands.
             raise NodeLost(_first_line(error).split(". ")[0]) from error
         finally:
+            self._under_way.remove(stream)
             with suppress(Exception):
                 ray.cancel(stream, force=True)
 
@@ -93,7 +108,7 @@ def connected(address: str) -> Iterator[RayCluster]:
     try:
         if address == LOCAL:
             ray.init(
-                address="local", num_cpus=node.threads(), include_dashboard=False, _node_ip_address="127.0.0.1", **quiet
+                address="local", num_cpus=threads(), include_dashboard=False, _node_ip_address="127.0.0.1", **quiet
             )
         else:
             ray.init(address=address, **quiet)

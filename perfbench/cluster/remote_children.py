@@ -60,6 +60,10 @@ class RemoteChildren(Children):
         self.cluster = cluster
         self.at_once = cluster.at_once
 
+    def stop(self) -> None:
+        """Ends those under way."""
+        self.cluster.stop()
+
     def take(self, directory: RunDirectory) -> tuple[Any, int]:
         """A child for one job of `directory`, and its number among the processes of that run."""
         with directory.lock:

@@ -95,6 +95,9 @@ class Children:
 
     at_once = 1
 
+    def stop(self) -> None:
+        """Ends those under way, where that are several: each supervisor ends its own."""
+
     def __init__(self, kept_log: Path | None = None):
         self._kept_log = kept_log
         self._waiting: Child | None = None

@@ -96,7 +96,7 @@ def execute(
     arms = sum(len(_cases_of(job)) for job in jobs)
     try:
         with RunProgress(arms * (1 + scenario.rounds)) as progress:
-            _run_all(jobs, children.at_once, lambda job: Supervisor(directory, scenario, progress, children).run(job))
+            _run_all(jobs, children, lambda job: Supervisor(directory, scenario, progress, children).run(job))
     except PerfbenchError:
         if not resume and not directory.samples():
             shutil.rmtree(out, ignore_errors=True)
@@ -108,19 +108,20 @@ def execute(
     return directory
 
 
-def _run_all(jobs: Sequence[Job], at_once: int, run: Callable[[Job], None]) -> None:
-    """Every job, so many at once; the first error ends them all, once the jobs under way have heard of it."""
-    if at_once == 1:
+def _run_all(jobs: Sequence[Job], children: Children, run: Callable[[Job], None]) -> None:
+    """Every job, as many at once as there may be children; the first error, or Ctrl-C, ends them all."""
+    if children.at_once == 1:
         for job in jobs:
             run(job)
         return
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(children.at_once) as pool:
         under_way = [pool.submit(run, job) for job in jobs]
         try:
             for done in as_completed(under_way):
                 done.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            children.stop()
             raise
 
 

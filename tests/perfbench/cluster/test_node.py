@@ -133,4 +133,5 @@ def test_the_hash_of_the_code_follows_a_change(tmp_path: Path, monkeypatch: pyte
 
 def test_events_are_plain_values(child: str) -> None:
     """They travel between machines, and stand in run.json."""
-    json.dumps(events(child, [{"event": "done"}]), allow_nan=False)
+    found = events(child, [{"event": "done"}])
+    assert json.loads(json.dumps(found, allow_nan=False)) == found

@@ -16,6 +16,7 @@ from perfbench.cluster import ray_cluster
 from perfbench.cluster.remote_children import RemoteChildren
 from perfbench.errors import PerfbenchError
 from perfbench.measure import run
+from perfbench.measure.children import Children
 from perfbench.run_folder.run_directory import RunDirectory
 
 SCENARIO = {
@@ -52,6 +53,26 @@ def test_a_comparison_goes_on_on_the_same_kind_of_machine_only(tmp_path: Path) -
     directory.write_manifest()
     with pytest.raises(PerfbenchError, match="was begun on Another Processor"):
         scenario.measure(tmp_path / "out", resume=True, say=lambda text: None)
+
+
+def test_an_error_of_one_job_ends_the_others() -> None:
+    """So does Ctrl-C: whoever waits for a node would wait until it is done."""
+    ended = threading.Event()
+
+    class Two(Children):
+        at_once = 2
+
+        def stop(self) -> None:
+            ended.set()
+
+    def job(number: Any) -> None:
+        if number == 1:
+            raise PerfbenchError("this one")
+        assert ended.wait(20), "nobody ended it"
+
+    with pytest.raises(PerfbenchError, match="this one"):
+        run._run_all([2, 1], Two(), job)  # type: ignore[list-item]
+    assert ended.is_set()
 
 
 @pytest.fixture
