@@ -168,9 +168,9 @@ class _Session:
             _say(f"{arm} {revision.label}: checking and counting")
             with (
                 (self.plan.out / WORKER_LOG).open("ab") as log,
-                ArmProcess(arm, revision, self._job(prepare=True), log) as process,
+                ArmProcess(arm, revision, log) as process,
             ):
-                self.ready[arm] = process.ready()
+                self.ready[arm] = process.begin(self._job(prepare=True))
             found[arm] = {case: {"id": case, **entry} for case, entry in self.ready[arm].prepared.items()}
         self.notes += self._what_differs()
         before, after = found["baseline"], found["candidate"]

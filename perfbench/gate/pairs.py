@@ -62,9 +62,10 @@ class Ready:
 
 
 class ArmProcess:
-    """One process of a revision that times blocks; use it as a context, which ends it."""
+    """One process of a revision that times blocks; use it as a context, which ends it. It loads its libraries at once,
+    and waits then for `begin`."""
 
-    def __init__(self, arm: str, revision: Revision, job: Mapping[str, Any], log: BinaryIO):
+    def __init__(self, arm: str, revision: Revision, log: BinaryIO):
         self.arm, self.revision = arm, revision
         self.case: str | None = None
         self._hung = False
@@ -83,7 +84,6 @@ class ArmProcess:
         except BaseException:
             self._scratch.remove()
             raise
-        self._send({"protocol": protocol.PROTOCOL, **job})
 
     def __enter__(self) -> ArmProcess:
         return self
@@ -97,11 +97,12 @@ class ArmProcess:
                     stream.close()
         self._scratch.remove()
 
-    def ready(self) -> Ready:
-        """What the revision will measure, once all its arms are warm and its code is proved its own.
+    def begin(self, job: Mapping[str, Any]) -> Ready:
+        """Gives it its job. What the revision will measure, once all its arms are warm and its code is proved its own.
 
         Raises ComparisonError where the revision can't take part, ArmCrashed where the process ended.
         """
+        self._send({"protocol": protocol.PROTOCOL, **job})
         found: dict[str, dict[str, Any]] = {}
         while True:
             event = self._event()
@@ -190,11 +191,13 @@ def measure_pair(
     with ExitStack() as stack:
         file = stack.enter_context(log.open("ab"))
         arms = {
-            arm: stack.enter_context(ArmProcess(arm, revisions[REVISION_OF[arm]], job, file))
+            arm: stack.enter_context(ArmProcess(arm, revisions[REVISION_OF[arm]], file))
             for arm in draw.sample(ARMS, len(ARMS))
         }
+        # They load their libraries together and warm up one after the other: two teams of threads on the same cores
+        # wait for each other at every barrier, and a warm-up of one second took up to ninety.
         for process in arms.values():
-            process.ready()
+            process.begin(job)
         orders = {case: balanced_orders(blocks, draw) for case in cases}
         for number in range(blocks):
             for case in draw.sample(list(cases), len(cases)):

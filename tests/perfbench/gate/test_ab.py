@@ -609,9 +609,9 @@ def test_a_real_pair_is_timed(real: Path, tmp_path: Path) -> None:
         assert same_code(dict.fromkeys(arms, arms["baseline"]), tmp_path / "tiny.yaml", [])
         with (
             (tmp_path / "log").open("wb") as log,
-            ArmProcess("baseline", arms["baseline"], {**job, "prepare": True, "only": None}, log) as process,
+            ArmProcess("baseline", arms["baseline"], log) as process,
         ):
-            loaded = process.ready().code
+            loaded = process.begin({**job, "prepare": True, "only": None}).code
         assert loaded.items() <= (imported_files(arms["baseline"]) or {}).items(), "what is loaded was compared"
         pair = measure_pair(
             arms,
