@@ -118,11 +118,13 @@ def test_the_gates_power_is_what_was_measured() -> None:
     pairs = power.read_pairs(path.with_name("pairs.jsonl"))
     assert len(pairs) >= 60
     rules = policy.load(ROOT / ".github" / "perfbench-policy.yaml")
-    effects = [row["effect"] for row in found["rows"]]
+    # Two effects, each of which has draws of its own; all of the table takes a quarter of a minute.
     again = power.experiment(
-        pairs, rules, effects=effects, sessions=found["sessions"], size=found["first_batch"], seed=found["seed"]
+        pairs, rules, effects=[0.03, 0.05], sessions=found["sessions"], sizes=[found["first_batch"]], seed=found["seed"]
     )
-    assert json.loads(json.dumps(again)) == found
+    again = json.loads(json.dumps(again))
+    rows = [row for row in found["rows"] if row["effect"] in (0.03, 0.05)]
+    assert again == {**found, "rows": rows, "curve": found["curve"][:1], "simulated": {}}
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -27,7 +27,10 @@ def add(commands: Any) -> None:
 
     ab = commands.add_parser("ab", help="is this commit slower than that one?", description=_ab.__doc__)
     ab.add_argument("scenario", type=Path, help="a YAML file, such as scenarios/gate.yaml")
-    about = "a commit, such as main; HEAD with other packages: 'torch==2.12.*', requirements.txt; or 'command: ...'"
+    about = (
+        "a commit, such as main; HEAD with other packages: 'torch==2.12.*', requirements.txt; a server: "
+        "http://127.0.0.1:8000/v1; or 'command: ...'"
+    )
     ab.add_argument("--baseline", required=True, metavar="SIDE", help=about)
     about = "what is judged, likewise (default: HEAD)"
     ab.add_argument("--candidate", default="HEAD", metavar="SIDE", help=about)
@@ -37,7 +40,8 @@ def add(commands: Any) -> None:
     ab.add_argument(
         "--pairs", type=positive, default=12, metavar="N", help="pairs of fresh processes in the first batch"
     )
-    ab.add_argument("--blocks", type=positive, default=10, metavar="N", help="turns of each case in a pair")
+    about = "turns of each case in a pair (default: as many as make 20 for all cases together, and at least 3)"
+    ab.add_argument("--blocks", type=positive, metavar="N", help=about)
     ab.add_argument("--repetitions", type=positive, default=1, metavar="N", help="repetitions in a turn")
     ab.add_argument("--seed", type=int, default=0, help="seed of the orders in which the processes take turns")
     ab.add_argument("--out", type=Path, metavar="DIR", help="where every pair is kept (default: runs/ab-<time>)")
@@ -83,9 +87,9 @@ def _gate(arguments: argparse.Namespace) -> int:
 
 
 def _ab(arguments: argparse.Namespace) -> int:
-    """Measures two revisions of this checkout, one with two sets of packages, or two commands of yours, side by side,
-    in pairs of fresh processes that take turns, and judges the candidate. Exit codes: 0 pass, 1 regression, 2 invalid
-    input, 3 inconclusive, 4 a fault of perfbench itself, or a control that moved."""
+    """Measures two revisions of this checkout, one with two sets of packages, two servers, or two commands of yours,
+    side by side, in pairs of fresh processes that take turns, and judges the candidate. Exit codes: 0 pass, 1
+    regression, 2 invalid input, 3 inconclusive, 4 a fault of perfbench itself, or a control that moved."""
     from perfbench.gate import policy
     from perfbench.gate.ab import Plan, compare_revisions
     from perfbench.gate.gate_report import Report

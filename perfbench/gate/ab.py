@@ -7,7 +7,9 @@ of each revision; only where they hold are pairs timed, of the cases that the po
 from __future__ import annotations
 
 import json
+import math
 import os
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,14 +40,17 @@ from perfbench.gate.session import check_size, run_session
 from perfbench.gate.sides import side_of
 from perfbench.machine import environment
 
+# The turns of a pair where nobody says how many: of all cases together, since a primary figure is a mean over its
+# cases, and at least of each.
+BLOCKS, LEAST_BLOCKS = 20, 3
 PAIRS, REPORT, WORKER_LOG = "pairs.jsonl", "report.json", "worker.log"
 
 
 @dataclass(frozen=True)
 class Plan:
     """What the command line asks for. scenario, settings, case: as `perfbench run` takes them; pairs: in the first
-    batch; blocks: of each case in a pair; repetitions: in a block; record: only measure the pairs, judge nothing;
-    even_if_same: measure also where both arms run the same code."""
+    batch; blocks: of each case in a pair, None for BLOCKS of all; repetitions: in a block; record: only measure the
+    pairs, judge nothing; even_if_same: measure also where both arms run the same code."""
 
     baseline: str
     candidate: str
@@ -54,7 +59,7 @@ class Plan:
     case: str | None
     policy: Policy
     pairs: int
-    blocks: int
+    blocks: int | None
     repetitions: int
     seed: int
     out: Path
@@ -261,15 +266,17 @@ class _Session:
 
     def _measure(self, batch: str, count: int, cases: Sequence[str]) -> list[Pair]:
         """`count` new pairs, each written down as soon as it is there."""
-        pairs = []
+        pairs: list[Pair] = []
+        blocks = self.plan.blocks or max(LEAST_BLOCKS, math.ceil(BLOCKS / len(cases)))
         for number in range(count):
-            _say(f"{batch} batch: pair {number + 1} of {count}")
+            took = f" ({statistics.median(one['seconds'] for one in pairs):.0f} s each)" if pairs else ""
+            _say(f"{batch} batch: pair {number + 1} of {count}{took}")
             pair = measure_pair(
                 self.arms,
                 self._job(prepare=False, only=cases),
                 cases,
                 self.ready["candidate"].requests,
-                blocks=self.plan.blocks,
+                blocks=blocks,
                 repetitions=self.plan.repetitions,
                 seed=f"{self.plan.seed}/{batch}/{number}",
                 log=self.plan.out / WORKER_LOG,

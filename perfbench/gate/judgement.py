@@ -45,7 +45,7 @@ def judge_presence(
         return found("fail", f"{why}{_because(candidate)} in the candidate")
     if why := _why_not_measured(baseline, samples[0]):
         return found("shown", f"measured now; {why} in the baseline")
-    return found("pass", "measured on both sides")
+    return found("pass", f"measured on both sides{_because(candidate)}")
 
 
 def _why_not_measured(case: Mapping[str, Any], samples: int | None) -> str | None:

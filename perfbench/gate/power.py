@@ -1,12 +1,13 @@
 """How often `perfbench ab` raises a false alarm, and how often it catches a slow-down, from recorded pairs.
 
-    perfbench ab --baseline HEAD --record --even-if-same --pairs 60 --blocks 16 --out results/gate scenarios/gate.yaml
-    python -m perfbench.gate.power results/gate/pairs.jsonl --seed 0 --out results/gate/power.json
+    perfbench ab --baseline HEAD --policy .github/perfbench-policy.yaml --record --even-if-same --pairs 64 \\
+        --out results/gate scenarios/gate.yaml
+    python -m perfbench.gate.power results/gate/pairs.jsonl --first-batch 12 8 16 24 --simulate --out power.json
 
 The pairs are of one revision, so that any two of a pair's three processes may stand for baseline and candidate. A
 session draws its pairs with replacement and its roles at random, adds the planted effect to the candidate's log ratios,
-and is judged by the very rules of a real session. What this can't show: drift from pair to pair within a session, which
-drawing at random breaks up. Free of torch.
+and is judged by the very rules of a real session. What the recorded pairs can't show, drift from pair to pair and noise
+of other shapes, simulated ones do. Free of torch.
 """
 
 from __future__ import annotations
@@ -19,13 +20,22 @@ import random
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from perfbench.errors import ComparisonError, PerfbenchError
-from perfbench.gate.pairs import ARMS, Pair, pair_slowdown
+from perfbench.gate.noise import (
+    SIMULATED,
+    Source,
+    Stream,
+    correlation,
+    every_role,
+    recorded,
+    share_between_processes,
+    simulated,
+)
+from perfbench.gate.pairs import ARMS, Pair
 from perfbench.gate.policy import Policy
 from perfbench.gate.policy import load as load_policy
 from perfbench.gate.session import Slowdowns, run_session
@@ -54,50 +64,27 @@ def read_pairs(file: Path) -> list[Pair]:
     return pairs
 
 
-def every_role(pair: Pair, policy: Policy) -> list[Slowdowns]:
-    """The slow-downs of one pair under each of the six ways to deal its three processes out to the arms."""
-    cases = list(dict.fromkeys(block["case"] for block in pair["blocks"]))
-    groups = [[case for case in cases if fnmatchcase(case, primary.cases)] for primary in policy.primary]
-    found: list[Slowdowns] = []
-    for dealt in itertools.permutations(ARMS):
-        roles = dict(zip(ARMS, dealt, strict=True))
-        blocks = [{"case": one["case"], **{arm: one[roles[arm]] for arm in ARMS}} for one in pair["blocks"]]
-        found.append(
-            {
-                arm: [
-                    pair_slowdown({"blocks": blocks}, primary.figure, group, arm)
-                    for primary, group in zip(policy.primary, groups, strict=True)
-                ]
-                for arm in ("candidate", "control")
-            }
-        )
-    return found
-
-
 def sessions_of(
-    pairs: Sequence[Pair], policy: Policy, *, effect: float, sessions: int, size: int, seed: int
+    source: Source, policy: Policy, *, effect: float, sessions: int, size: int, seed: int
 ) -> list[tuple[str, float]]:
-    """(verdict, seconds) of so many resampled sessions whose first batch has `size` pairs, the candidate being slower
-    by the share `effect`."""
-    draw, planted = random.Random(f"{seed}/{effect}"), math.log1p(effect)
-    roles = [every_role(pair, policy) for pair in pairs]
+    """(verdict, seconds) of so many sessions over pairs of `source`, the first batch having `size` of them, and the
+    candidate being slower by the share `effect`."""
+    chance, planted = random.Random(f"{seed}/{effect}"), math.log1p(effect)
     labels = [primary.cases for primary in policy.primary]
     found = []
     for _ in range(sessions):
-        seconds: list[float] = []
+        stream, took = source(chance), list[float]()
 
-        def batch(_name: str, count: int, seconds: list[float] = seconds) -> list[Slowdowns]:
+        def batch(_name: str, count: int, stream: Stream = stream, took: list[float] = took) -> list[Slowdowns]:
             drawn: list[Slowdowns] = []
-            for _ in range(count):
-                place = draw.randrange(len(pairs))
-                seconds.append(float(pairs[place]["seconds"]))
-                role = draw.choice(roles[place])
-                slower = [value + planted for value in role["candidate"]]
-                drawn.append({"candidate": slower, "control": role["control"]})
+            for pair, seconds in itertools.islice(stream, count):
+                took.append(seconds)
+                slower = [value + planted for value in pair["candidate"]]
+                drawn.append({"candidate": slower, "control": pair["control"]})
             return drawn
 
         outcome = run_session(batch, policy, labels, size)
-        found.append((outcome.verdict, sum(seconds)))
+        found.append((outcome.verdict, sum(took)))
     return found
 
 
@@ -127,38 +114,62 @@ def _root(rising: Any) -> float:
 
 
 def experiment(
-    pairs: Sequence[Pair], policy: Policy, *, effects: Sequence[float], sessions: int, size: int, seed: int
+    pairs: Sequence[Pair],
+    policy: Policy,
+    *,
+    effects: Sequence[float],
+    sessions: int,
+    sizes: Sequence[int],
+    seed: int,
+    simulate: bool = False,
 ) -> dict[str, Any]:
-    """The table as plain data: for each planted effect the verdicts, the share of failures with its exact interval,
-    in all sessions and in those of ten minutes, beside the spread of the pairs."""
-    rows = []
-    for effect in effects:
-        found = sessions_of(pairs, policy, effect=effect, sessions=sessions, size=size, seed=seed)
-        verdicts = Counter(verdict for verdict, _ in found)
-        failed = verdicts["regression"]
-        in_time = sum(verdict == "regression" and seconds <= _SESSION_S for verdict, seconds in found)
-        rows.append(
-            {
-                "effect": effect,
-                "verdicts": dict(sorted(verdicts.items())),
-                "failed": failed / sessions,
-                "failed_interval": share_interval(failed, sessions),
-                "failed_in_ten_minutes": in_time / sessions,
-                "median_session_s": statistics.median(seconds for _, seconds in found),
-            }
-        )
+    """The tables as plain data. rows: for each planted effect what the sessions said whose first batch has the first
+    of `sizes`; curve: for each size, how often the second-least effect past the least one that matters is caught;
+    simulated: rows for each kind of noise, as large as that of the pairs. Beside them the spread of the pairs."""
+    size, median_pair_s = sizes[0], statistics.median(float(pair["seconds"]) for pair in pairs)
     logs = [every_role(pair, policy)[0]["candidate"] for pair in pairs]
+    spreads = [_spread([row[place] for row in logs]) for place in range(len(policy.primary))]
+    source = recorded(pairs, policy)
+
+    def rows(source: Source, size: int, effects: Sequence[float]) -> list[dict[str, Any]]:
+        return [_row(source, policy, effect=effect, sessions=sessions, size=size, seed=seed) for effect in effects]
+
+    noises = SIMULATED if simulate and spreads[0] else ()
+    past = [effect for effect in effects if effect > policy.primary[0].least_effect][:1]
     return {
         "pairs": len(pairs),
-        "median_pair_s": statistics.median(float(pair["seconds"]) for pair in pairs),
+        "median_pair_s": median_pair_s,
         "spread_of_log_ratios": {
-            f"{primary.figure} ({primary.cases})": _spread([row[place] for row in logs])
-            for place, primary in enumerate(policy.primary)
+            f"{primary.figure} ({primary.cases})": spread
+            for primary, spread in zip(policy.primary, spreads, strict=True)
         },
+        "share_between_processes": share_between_processes(pairs, policy) if len(pairs) > 1 else None,
+        "correlation": correlation(pairs, policy) if len(pairs) > 1 else None,
+        "least_effect": policy.primary[0].least_effect,
         "first_batch": size,
         "sessions": sessions,
         "seed": seed,
-        "rows": rows,
+        "rows": rows(source, size, effects),
+        "curve": [{"first_batch": other, **row} for other in sizes for row in rows(source, other, past)],
+        "simulated": {
+            kind: rows(simulated(kind, spreads[0] or 0.0, policy, median_pair_s), size, effects) for kind in noises
+        },
+    }
+
+
+def _row(source: Source, policy: Policy, *, effect: float, sessions: int, size: int, seed: int) -> dict[str, Any]:
+    """What so many sessions say of one effect."""
+    found = sessions_of(source, policy, effect=effect, sessions=sessions, size=size, seed=seed)
+    verdicts = Counter(verdict for verdict, _ in found)
+    failed = verdicts["regression"]
+    in_time = sum(verdict == "regression" and seconds <= _SESSION_S for verdict, seconds in found)
+    return {
+        "effect": effect,
+        "verdicts": dict(sorted(verdicts.items())),
+        "failed": failed / sessions,
+        "failed_interval": share_interval(failed, sessions),
+        "failed_in_ten_minutes": in_time / sessions,
+        "median_session_s": statistics.median(seconds for _, seconds in found),
     }
 
 
@@ -170,23 +181,73 @@ def render(found: dict[str, Any]) -> str:
     """The experiment as Markdown."""
     known = {name: value for name, value in found["spread_of_log_ratios"].items() if value is not None}
     spreads = ", ".join(f"{name} {value:.2%}" for name, value in known.items())
+    between, following = found["share_between_processes"], found["correlation"]
+    said = (
+        ""
+        if between is None or not known
+        else (
+            f"; {between:.0%} of its variance lies between processes, and the correlation of a pair with the next is "
+            f"{following:.2f}"
+        )
+    )
     lines = [
         f"{found['sessions']} sessions for each effect, resampled from {found['pairs']} pairs of one revision "
         f"({found['median_pair_s']:.0f} s each; first batch {found['first_batch']}; seed {found['seed']}).",
-        f"Spread (standard deviation) of a pair's log ratio: {spreads or 'one pair has none'}.",
+        f"Spread (standard deviation) of a pair's log ratio: {spreads or 'one pair has none'}{said}.",
         "",
         "| slower by | FAIL (95% interval) | FAIL within ten minutes | PASS | INCONCLUSIVE | void | median session |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in found["rows"]:
-        share = {name: row["verdicts"].get(name, 0) / found["sessions"] for name in ("pass", "inconclusive", "fault")}
-        low, high = row["failed_interval"]
+        passed, inconclusive, void = (_said(row, found, name) for name in ("pass", "inconclusive", "fault"))
         lines.append(
-            f"| {row['effect']:.0%} | {row['failed']:.1%} [{low:.1%}, {high:.1%}] "
-            f"| {row['failed_in_ten_minutes']:.1%} | {share['pass']:.1%} | {share['inconclusive']:.1%} "
-            f"| {share['fault']:.1%} | {row['median_session_s']:.0f} s |"
+            f"| {row['effect']:.0%} | {_failed(row)} | {row['failed_in_ten_minutes']:.1%} | {passed:.1%} "
+            f"| {inconclusive:.1%} | {void:.1%} | {row['median_session_s']:.0f} s |"
         )
+    if len(found["curve"]) > 1:
+        lines += ["", f"How long it takes to catch {found['curve'][0]['effect']:.0%}:", ""]
+        lines += [
+            "| first batch | FAIL (95% interval) | FAIL within ten minutes | median session |",
+            "| ---: | ---: | ---: | ---: |",
+        ]
+        lines += [
+            f"| {row['first_batch']} pairs | {_failed(row)} | {row['failed_in_ten_minutes']:.1%} "
+            f"| {row['median_session_s']:.0f} s |"
+            for row in found["curve"]
+        ]
+    if found["simulated"]:
+        limit = found["least_effect"]
+        lines += ["", "The same with simulated noise of that spread:", ""]
+        lines += [
+            f"| noise of a process | FAIL at 0% | PASS at {limit:.0%} | FAIL at {limit:.0%} | FAIL past it |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
+        lines += [_simulated(kind, rows, found) for kind, rows in found["simulated"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _said(row: dict[str, Any], found: dict[str, Any], verdict: str) -> float:
+    share: float = row["verdicts"].get(verdict, 0) / found["sessions"]
+    return share
+
+
+def _failed(row: dict[str, Any]) -> str:
+    low, high = row["failed_interval"]
+    return f"{row['failed']:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _simulated(kind: str, rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> str:
+    """A line: what is wrong in both directions, and what is caught."""
+    none, limit, past = ([row for row in rows if test(row["effect"])] for test in _around(found["least_effect"]))
+    wrong = [f"{one['failed']:.1%}" for one in none[:1]]
+    wrong += [f"{_said(one, found, 'pass'):.1%} | {one['failed']:.1%}" for one in limit[:1]]
+    caught = [f"{one['failed']:.1%} ({one['effect']:.0%})" for one in past[:1]]
+    return f"| {kind} | {' | '.join([*wrong, *caught])} |"
+
+
+def _around(limit: float) -> tuple[Callable[[float], bool], ...]:
+    """Tests of an effect: nothing, the very limit, past it."""
+    return (lambda effect: effect == 0, lambda effect: effect == limit, lambda effect: effect > limit)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,7 +257,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--policy", type=Path)
     parser.add_argument("--effects", type=float, nargs="+", default=EFFECTS, metavar="SHARE")
     parser.add_argument("--sessions", type=int, default=1000)
-    parser.add_argument("--first-batch", type=int, default=12, metavar="N")
+    parser.add_argument("--first-batch", type=int, nargs="+", default=(12,), metavar="N", help="the sizes of the curve")
+    parser.add_argument("--simulate", action="store_true", help="also with noise of kinds that were not recorded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="FILE", help="the table as JSON")
     arguments = parser.parse_args(argv)
@@ -206,8 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             load_policy(arguments.policy),
             effects=arguments.effects,
             sessions=arguments.sessions,
-            size=arguments.first_batch,
+            sizes=arguments.first_batch,
             seed=arguments.seed,
+            simulate=arguments.simulate,
         )
     except PerfbenchError as error:
         print(f"perfbench: {error}", file=sys.stderr)

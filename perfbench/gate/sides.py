@@ -1,5 +1,6 @@
 """What a side of `perfbench ab` is: a commit; the checkout's HEAD with other packages, told as one requirement such as
-`torch==2.12.*` or as a requirements file; or a command of the user's that measures whatever it likes. Free of torch.
+`torch==2.12.*` or as a requirements file; a command of the user's that measures whatever it likes; or the address of a
+server, which a command of ours measures. Free of torch.
 """
 
 from __future__ import annotations
@@ -7,8 +8,10 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
@@ -17,6 +20,8 @@ from perfbench.errors import ComparisonError
 
 # What the text of a command begins with; no commit can be called so.
 COMMAND = "command:"
+# What the address of a server begins with, and the module that sends it requests.
+_SERVER, _SERVER_SIDE = re.compile(r"https?://"), "perfbench.traffic.on_device.server_side"
 # A name, and a version that it must have: git forbids none of these signs in a branch, but nobody has them there.
 _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+(\[[^]]*\])?\s*(==|~=|!=|<=|>=|<|>)\s*[0-9]")
 
@@ -34,9 +39,12 @@ class Side:
 
 
 def side_of(text: str) -> Side:
-    """The side that `text` names. ComparisonError on a requirements file that can't be read, and on no command."""
+    """The side that `text` names. ComparisonError on a requirements file that can't be read, on no command, and on an
+    address with a password in it."""
     if text.startswith(COMMAND):
         return Side(text, None, command=_words(text))
+    if _SERVER.match(text):
+        return Side(text, None, command=(sys.executable, "-P", "-m", _SERVER_SIDE, _address(text)))
     if text.endswith(".txt") and not Path(text).is_file():
         raise ComparisonError(f"{text}: no such file; give a requirements file, a requirement or a commit")
     if text.endswith(".txt"):
@@ -55,6 +63,15 @@ def _words(text: str) -> tuple[str, ...]:
     if not words or shutil.which(words[0]) is None:
         raise ComparisonError(f"{text}: no such command; expected a program and its arguments")
     return words
+
+
+def _address(text: str) -> str:
+    """The address, which a process list and the report will show."""
+    address = urlsplit(text)
+    if not address.hostname or "@" in address.netloc or address.query:
+        shown = text.replace(address.netloc.rpartition("@")[0] or "\0", "...")
+        raise ComparisonError(f"{shown}: expected an address such as http://127.0.0.1:8000/v1")
+    return text
 
 
 def without(constraints: str, requirements: tuple[str, ...]) -> str:

@@ -50,7 +50,7 @@ def started(target: Target, folder: Path, progress: RunProgress) -> Iterator[str
     try:
         _wait(process, target, log)
         progress.say("the server", "ready")
-        yield _version(target)
+        yield version_of(target)
     finally:
         _end(process)
 
@@ -81,7 +81,7 @@ def _answers(target: Target) -> bool:
     return _get(f"{target.openai}/models") is not None
 
 
-def _version(target: Target) -> str | None:
+def version_of(target: Target) -> str | None:
     """What vLLM and others tell at /version, beside /v1."""
     with suppress(ValueError, AttributeError):
         found: Any = json.loads(_get(f"{target.openai.removesuffix('/v1')}/version") or b"null")

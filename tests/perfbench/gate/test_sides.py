@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,17 @@ def test_constraints_on_what_is_asked_for_are_let_go() -> None:
     constraints = "# tested\ntorch==2.13.0\nTorch_Audio==2.13.0\nnumpy==2.4.6\n"
     assert without(constraints, ("torch==2.12.*", "--no-index")) == "# tested\nTorch_Audio==2.13.0\nnumpy==2.4.6\n"
     assert without(constraints, ("torch-audio<3",)) == "# tested\ntorch==2.13.0\nnumpy==2.4.6\n"
+
+
+def test_a_server_is_a_command_of_ours() -> None:
+    side = side_of("http://127.0.0.1:8000/v1")
+    assert side.ref is None
+    assert side.command[-2:] == ("perfbench.traffic.on_device.server_side", "http://127.0.0.1:8000/v1")
+    assert importlib.util.find_spec(side.command[-2]), "the module is there"
+
+
+@pytest.mark.parametrize("text", ["http://", "http://me:secret@127.0.0.1/v1", "https://127.0.0.1/v1?key=secret"])
+def test_an_address_that_is_none(text: str) -> None:
+    with pytest.raises(ComparisonError, match="expected an address such as") as refused:
+        side_of(text)
+    assert "secret@" not in str(refused.value)
