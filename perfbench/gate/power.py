@@ -150,7 +150,7 @@ def experiment(
         "sessions": sessions,
         "seed": seed,
         "rows": rows(source, size, effects),
-        "curve": [{"first_batch": other, **row} for other in sizes for row in rows(source, other, past)],
+        "curve": [{"first_batch": other, **row} for other in sorted(sizes) for row in rows(source, other, past)],
         "simulated": {
             kind: rows(simulated(kind, spreads[0] or 0.0, policy, median_pair_s), size, effects) for kind in noises
         },
