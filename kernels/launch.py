@@ -188,7 +188,7 @@ def expand_arguments(h: torch.Tensor | None, expansion: Expansion | None, y: tor
     """
     if h is None or expansion is None:
         return Expand((y, y), (0, 0, 1), (), 1, True, {"SPLITS": 1, "OWN": False})
-    parts, _, own, shared, vectors, bias = expansion
+    parts, _, own, shared, vectors, bias, _ = expansion
     ranks, adapters = expansion.ranks, expansion.adapters
     every = adapters * (ranks - shared) + shared
     check_own(own, y)

@@ -11,6 +11,12 @@ from typing import NamedTuple
 import torch
 
 from perfbench.kernels.later import later
+from perfbench.kernels.placement import onednn_has
+
+# A matrix of more values than this, which all rows share, oneDNN reads in half the time that torch's other products
+# take; a smaller one in up to three times theirs, since the call alone takes 12 microseconds (AMD EPYC, 2 threads,
+# fp32, 4 to 48 rows, either side of the matrix 16 to 2,048).
+MANY_VALUES = 2**17
 
 
 def eager(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -30,14 +36,25 @@ class VectorPart(NamedTuple):
     of_columns: torch.Tensor
 
 
+class JointVectors(NamedTuple):
+    """The parts with vectors of all modules of a product, which have one second half b [R, D_out] between them:
+    of_ranks [T, modules, R], of_columns [T, modules x D_out], and their first rank."""
+
+    rank: int
+    b: torch.Tensor
+    of_ranks: torch.Tensor
+    of_columns: torch.Tensor
+
+
 class Expansion(NamedTuple):
     """The second halves of the modules that lie side by side in one fused product.
 
     parts: for each module (first rank, first column, b [T, R, D_out]); alike: [T, modules, R, D_out] where the modules
     fill the product and have one size, whose views the parts then are; own: int64 [requests], which of the T adapters
     each request has, -1 none; where it is None there is one for each request in order, or one for all; shared: so many
-    ranks, the last ones, are the same with every adapter; vectors: modules whose second halves are shared too; bias:
-    (first column, [T, columns]), which each adapter adds beside what hangs on its ranks.
+    ranks, the last ones, are the same with every adapter; vectors: modules whose second halves are shared too, and
+    joint: all of them in one, where they fill the product and share one half; bias: (first column, [T, columns]), which
+    each adapter adds beside what hangs on its ranks.
     """
 
     parts: tuple[tuple[int, int, torch.Tensor], ...]
@@ -46,6 +63,7 @@ class Expansion(NamedTuple):
     shared: int = 0
     vectors: tuple[VectorPart, ...] = ()
     bias: tuple[int, torch.Tensor] | None = None
+    joint: JointVectors | None = None
 
     @property
     def ranks(self) -> int:
@@ -103,6 +121,9 @@ def expand(y: torch.Tensor, h: torch.Tensor, expansion: Expansion, acts: torch.T
             grouped.baddbmm_(own, weight)
         else:  # in place on some of the columns torch would take the groups one by one
             grouped[:, :, column : column + weight.shape[2]].add_(torch.bmm(own, weight))
+    if expansion.joint is not None and rows == 1 and y.is_contiguous():
+        _add_joint(y, h, expansion.joint)
+        return
     for part in expansion.vectors:
         add_between_vectors(grouped, h, part, part.of_ranks, part.of_columns)
 
@@ -133,8 +154,25 @@ def add_between_vectors(
     """Adds to y [G, M, D] in place what the module adds with h [G, M, R] and each group's own vectors."""
     ranks, columns = part.b.shape
     own = h[:, :, part.rank : part.rank + ranks] * of_ranks.unsqueeze(1)
-    added = torch.mm(own.flatten(0, 1), part.b).unflatten(0, own.shape[:2])
+    added = _times(own.flatten(0, 1), part.b).unflatten(0, own.shape[:2])
     y[:, :, part.column : part.column + columns].addcmul_(added, of_columns.unsqueeze(1))
+
+
+def _add_joint(y: torch.Tensor, h: torch.Tensor, joint: JointVectors) -> None:
+    """The same for all modules at once, y [G, D] and h [G, 1, R], with one product that reads b once."""
+    ranks = len(joint.b)
+    own = (h if h.shape[2] == ranks else h[:, :, joint.rank : joint.rank + ranks]) * joint.of_ranks
+    added = _times(own.view(-1, ranks), joint.b)
+    y.addcmul_(added.view(len(y), -1), joint.of_columns)
+
+
+def _times(x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """x [rows, R] times what all rows share [R, D], by the fastest way of `MANY_VALUES`."""
+    by_onednn = x.dtype == torch.float32 and shared.numel() > MANY_VALUES and onednn_has(x)
+    if not by_onednn or torch.compiler.is_compiling():
+        return torch.mm(x, shared)
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, shared.t(), None, "none", [], "")
+    return found
 
 
 def each_request_s(stacked: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:

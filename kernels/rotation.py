@@ -37,7 +37,8 @@ def eager(y: torch.Tensor, scale_minus_one: torch.Tensor | None, sine: torch.Ten
 
 def partners(y: torch.Tensor, half: int) -> torch.Tensor:
     """A new tensor of the size of y [..., D] that has at each column what y has at the column's partner."""
-    return y.unflatten(-1, (-1, 2, half)).flip(-2).flatten(-3)
+    first, second = y.unflatten(-1, (-1, 2, half)).unbind(-2)
+    return torch.stack((second, first), dim=-2).flatten(-3)  # half the time of a flip on a CPU
 
 
 def turn_columns(y: torch.Tensor, scale: Scale | None, rotation: Rotation | None) -> None:

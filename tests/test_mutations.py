@@ -116,7 +116,9 @@ FAULTS = (
         ("kernels/grouped_sum.py", "x.view(rows, -1, rank).sum(dim=1)", "x.view(rows, rank, -1).sum(dim=2)"),),
         "miss: FAILED", runtime="[transformers, static]", methods="[miss]"),
     Fault("VeRA's vectors after the product left out, on both runtimes", (
-        ("kernels/low_rank.py", ".addcmul_(added, of_columns.unsqueeze(1))", ".add_(added)"),),
+        ("kernels/low_rank.py", ".addcmul_(added, of_columns.unsqueeze(1))", ".add_(added)"),
+        ("kernels/low_rank.py", "y.addcmul_(added.view(len(y), -1), joint.of_columns)",
+         "y.add_(added.view(len(y), -1))"),),
         "vera: FAILED", runtime="[transformers, static]", methods="[{vera: {rank: 16}}]"),
     Fault("the inputs of gate and up take each other's scales", (
         (f"{STATIC}/adapters.py", "mine.input_scale_minus_one.get(module))",

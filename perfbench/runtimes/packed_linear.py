@@ -16,23 +16,11 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from perfbench.kernels.placement import on_gpu
-
-# Asked once: torch.compile, which follows the code that asks, can't follow torch's own answers.
-_ONEDNN = torch.backends.mkldnn.is_available()
-_ONEDNN_BF16: bool = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+from perfbench.kernels.placement import onednn_has
 
 
 def _nothing() -> None:
     """A reference to what is gone."""
-
-
-def onednn_has(tensor: torch.Tensor) -> bool:
-    """Whether oneDNN multiplies tensors of this dtype where this one lies: on a CPU in fp32, and in bf16 on a processor
-    with the instructions for it."""
-    if on_gpu(tensor) or tensor.device.type != "cpu":
-        return False
-    return _ONEDNN_BF16 if tensor.dtype == torch.bfloat16 else _ONEDNN and tensor.dtype == torch.float32
 
 
 def is_packed(weight: torch.Tensor) -> bool:

@@ -5,7 +5,8 @@ For one that has to stay in the usual order, since it is the embedding too or wo
 fp32. torch's `linear` on a CPU asks MKL for a product that reached 5 to 9 GB/s of the weights with the few rows of a
 decode step, where the machine reads 20 (AMD EPYC, 2 threads). With little on the other side the same library reaches
 15 to 30 when W is the left factor, one stretch of it for each thread; else oneDNN's product takes 0.5 to 0.9 of the
-time. In bf16 oneDNN's product takes 0.95 of the time of `linear` at any number of rows.
+time, and a multiple of it for a small W, such as the first half of a pair. In bf16 oneDNN's product takes 0.95 of the
+time of `linear` at any number of rows.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch.fx.traceback import annotate
 from torch.nn.functional import linear
 
 from perfbench.kernels import few_rows_product
-from perfbench.kernels.placement import on_gpu
+from perfbench.kernels.low_rank import MANY_VALUES
+from perfbench.kernels.placement import on_gpu, onednn_has
 from perfbench.runtimes.int8_linear import Int8Weight
-from perfbench.runtimes.packed_linear import is_packed, onednn_has
+from perfbench.runtimes.packed_linear import is_packed
 
 # With more values than this in x oneDNN is faster.
 FEW_VALUES = 3072
@@ -38,7 +40,10 @@ def product(x: torch.Tensor, weight: torch.Tensor | Int8Weight, bias: torch.Tens
     packed = is_packed(weight)
     if not packed and not onednn_has(x):
         return linear(x, weight, bias)
-    if packed or x.dtype != torch.float32 or x.numel() > FEW_VALUES:
+    many = x.numel() > FEW_VALUES
+    if many and not packed and x.dtype == torch.float32 and weight.numel() <= MANY_VALUES:
+        return linear(x, weight, bias)
+    if packed or x.dtype != torch.float32 or many:
         if not torch.compiler.is_compiling():
             return _by_onednn(x, weight, bias)
         # Inductor writes a product of its own only for weights that it has packed; this one it has to call.
