@@ -37,8 +37,7 @@ def eager(y: torch.Tensor, scale_minus_one: torch.Tensor | None, sine: torch.Ten
 
 def partners(y: torch.Tensor, half: int) -> torch.Tensor:
     """A new tensor of the size of y [..., D] that has at each column what y has at the column's partner."""
-    first, second = y.unflatten(-1, (-1, 2, half)).unbind(-2)
-    return torch.stack((second, first), dim=-2).flatten(-3)  # half the time of a flip on a CPU
+    return y.unflatten(-1, (-1, 2, half)).roll(1, -2).flatten(-3)  # of two the same as a flip, in half its time
 
 
 def turn_columns(y: torch.Tensor, scale: Scale | None, rotation: Rotation | None) -> None:
