@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from perfbench.kernels.low_rank import JointVectors, VectorPart
 from perfbench.methods.bank import Bank
 from perfbench.runtimes.static.adapters import Adapters, Bound, BoundGenerator, BoundLayer
 from perfbench.runtimes.static.weights import Weights
+
+Vectors = TypeVar("Vectors", VectorPart, JointVectors)
 
 
 class OfRows(NamedTuple):
@@ -70,6 +73,9 @@ def _of_bound(bound: Bound, rows: slice, own: torch.Tensor | None) -> Bound:
     def some(stacked: torch.Tensor | None) -> torch.Tensor | None:
         return None if stacked is None else stacked[rows]
 
+    def vectors_of(part: Vectors) -> Vectors:
+        return part._replace(of_ranks=part.of_ranks[rows], of_columns=part.of_columns[rows])
+
     expansion, scale, rotation = bound.expansion, bound.scale, bound.rotation
     if expansion is not None:
         expansion = expansion._replace(
@@ -77,10 +83,8 @@ def _of_bound(bound: Bound, rows: slice, own: torch.Tensor | None) -> Bound:
             alike=some(expansion.alike),
             own=own,
             bias=None if expansion.bias is None else (expansion.bias[0], expansion.bias[1][rows]),
-            vectors=tuple(
-                part._replace(of_ranks=part.of_ranks[rows], of_columns=part.of_columns[rows])
-                for part in expansion.vectors
-            ),
+            vectors=tuple(map(vectors_of, expansion.vectors)),
+            joint=None if expansion.joint is None else vectors_of(expansion.joint),
         )
     if scale is not None:
         scale = scale._replace(minus_one=scale.minus_one[rows], own=own if scale.own is not None else None)
