@@ -1,4 +1,4 @@
-"""The commands around servers: one that serves, and one that gives others the same adapters."""
+"""The commands around servers: one that serves, and those that give others the same adapters, or such as they take."""
 
 from __future__ import annotations
 
@@ -39,6 +39,13 @@ def add(commands: Any) -> None:
     add_set(export)
     add_plugin(export)
     export.set_defaults(command=_export)
+    convert = commands.add_parser("convert", help="an adapter as LoRA", description=_convert.__doc__)
+    convert.add_argument("adapter", type=Path, help="an adapter folder, perfbench's or PEFT's")
+    convert.add_argument("--rank", type=positive, required=True, metavar="N", help="of the LoRA that it becomes")
+    about = "a folder or hub id with its weights (default: what the adapter's configuration names)"
+    convert.add_argument("--backbone", metavar="NAME", help=about)
+    convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    convert.set_defaults(command=_convert)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -75,4 +82,16 @@ def _export(arguments: argparse.Namespace) -> int:
 
     tenants = arguments.tenants or most_tenants(scenario)
     export(scenario, chosen(scenario, arguments.method), tenants, arguments.out, notes.print)
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    """Writes the LoRA of a rank that is nearest to what an adapter does to each weight, as a PEFT checkpoint, and says
+    what is lost. Exit code: 2 bad input, such as an adapter whose scales depend on the prompt."""
+    from rich.console import Console
+
+    from perfbench.serving.on_device.convert import convert
+
+    notes = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    convert(arguments.adapter, arguments.backbone, arguments.rank, arguments.out, notes.print)
     return 0

@@ -70,10 +70,8 @@ def loss(
     errors, distances = defaultdict(list), []
     for request in requests:
         source, own = source_of(batch.slots[request]), plan_of(batch.slots[request])
-        both = zip(_changes(source, backbone), _changes(own, backbone), strict=True)
-        for (index, module, change), (_, _, pair) in both:
-            size = change.norm().item()
-            errors[f"layers.{index}.{module}"].append((pair - change).norm().item() / size if size else 0.0)
+        for module, error in lost(source, own, backbone).items():
+            errors[module].append(error)
         distances.append(_logit_distance(backbone, batch, request, source, own))
     means = {name: sum(found) / len(found) for name, found in errors.items()}
     return {
@@ -81,6 +79,16 @@ def loss(
         "conversion_error": sum(means.values()) / len(means) if means else None,
         "conversion_logit_distance": sum(distances) / len(distances) if distances else None,
     }
+
+
+def lost(source: AdapterPlan, own: AdapterPlan, backbone: Backbone) -> dict[str, float]:
+    """Module of a layer -> the share of what `source` changes of its weight, in Frobenius' norm, that `own`, to which
+    it was converted, does not."""
+    found = {}
+    for (index, module, change), (_, _, pair) in zip(_changes(source, backbone), _changes(own, backbone), strict=True):
+        size = change.norm().item()
+        found[f"layers.{index}.{module}"] = (pair - change).norm().item() / size if size else 0.0
+    return found
 
 
 def _changes(plan: AdapterPlan, backbone: Backbone) -> Iterator[tuple[int, str, torch.Tensor]]:
