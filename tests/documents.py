@@ -172,6 +172,22 @@ def power_table(path: str) -> str:
     return power.render(_json(path))
 
 
+def evaluation_table(path: str) -> str:
+    """The score of each adapter of an evaluation, and by how many points it is above the bare backbone."""
+    lines = ["| adapter | score % | points to the bare backbone |", "| --- | ---: | ---: |"]
+    for row in _json(path)["results"]:
+        versus = row["versus"]
+        points = (
+            "-"
+            if versus is None
+            else " ".join(
+                (f"{100 * versus['difference']:+.1f}", f"[{100 * versus['low']:+.1f}, {100 * versus['high']:+.1f}]")
+            )
+        )
+        lines.append(f"| {row['adapter']} | {100 * row['score']:.1f} | {points} |")
+    return "\n".join(lines)
+
+
 def accuracy_table(path: str) -> str:
     """Each method's test score over the seeds, and against LoRA's; where the run has them, the bare backbone's, the
     learning rate that a sweep chose, the lowest dev loss and the loss on another task's answers."""
@@ -326,6 +342,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "answer": answer,
     "power": power_table,
     "accuracy": accuracy_table,
+    "evaluation": evaluation_table,
     "traffic": traffic_table,
     "study": study_table,
     "plan": plan,

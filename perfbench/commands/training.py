@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
     accuracy.set_defaults(command=_accuracy)
 
     evaluate = commands.add_parser("evaluate", help="an adapter on a task", description=_evaluate.__doc__)
-    evaluate.add_argument("backbone", help="a folder or hub id with weights and tokenizer")
+    evaluate.add_argument("backbone", help="a folder or hub id with weights and tokenizer, or small-llama")
     evaluate.add_argument("--task", required=True, metavar="NAME", help="such as mmlu; `perfbench list task` has all")
     evaluate.add_argument("--source", default="", metavar="DIR", help="the task's data, a folder or hub id")
     about = "an adapter folder, perfbench's or PEFT's; may be repeated"

@@ -18,7 +18,7 @@ from perfbench import __version__
 from perfbench.errors import RunDirectoryError
 from perfbench.files.run_lock import has_files
 from perfbench.files.whole import write
-from perfbench.finetune import trained
+from perfbench.finetune import small_backbone, trained
 from perfbench.finetune.accuracy.identity import NONE, probe
 from perfbench.finetune.accuracy.paired_statistics import Paired, compare
 from perfbench.finetune.accuracy.paths import ServingPath
@@ -94,7 +94,7 @@ def evaluate(asked: Asked, out: Path, say: Callable[[str], object] = print) -> l
     examples = load_splits(task, asked.source, (asked.split,), limits)[asked.split]
     kinds = [adapter_folder.peft_type(Path(folder)) for folder in asked.adapters]
     kind, _ = device_kind(asked.device)
-    loaded = backbones.load(asked.backbone, asked.dtype, kind, seed=0)
+    loaded = backbones.load(small_backbone.resolve(asked.backbone), asked.dtype, kind, seed=0)
     tokenizer = loaded.tokenizer()
     for example in examples:
         fits(task, example, tokenizer, loaded.shape.context, leave_out=False)

@@ -11,6 +11,8 @@ KNOWN = (
     "The following rank_pattern keys did not match",
     # It can't merge such a bias into a linear that has none, and nothing here asks it to.
     "`lora_bias=True` was passed but the targeted layer",
+    # PEFT asks a model by transformers' old name.
+    "`is_gradient_checkpointing` is deprecated",
 )
 
 
