@@ -174,16 +174,25 @@ class Forward:
         *,
         prefill: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `_product`, module by module, since each reads x by a scale of its own: no weight is read twice, but for
-        packed ones, of which no part can be read alone."""
-        own, y = self._own, x.new_empty(len(x), projection.columns)
-        for columns, minus_one in bound.inputs:
-            read = x if minus_one is None else self._scaled(x, minus_one, own)
-            if projection.packed or isinstance(projection.weight, Int8Weight):
-                y[:, columns] = of_rows(read, projection.weight, projection.bias)[:, columns]
-                continue
-            bias = None if projection.bias is None else projection.bias[columns]
-            y[:, columns] = of_rows(read, projection.weight[columns], bias)
+        """As `_product`, module by module, since each reads x by a scale of its own. No weight is read twice: of one
+        that can't be read in parts, all of it is multiplied with the inputs of all modules at once, and of each
+        module's its columns are taken. The many rows of a prefill are multiplied module by module."""
+        weight, bias = projection.weight, projection.bias
+
+        def read(minus_one: torch.Tensor | None) -> torch.Tensor:
+            return x if minus_one is None else self._scaled(x, minus_one, self._own)
+
+        if len(bound.inputs) == 1:
+            return self._beside(of_rows(read(bound.inputs[0][1]), weight, bias), x, bound, prefill=prefill)
+        y = x.new_empty(len(x), projection.columns)
+        if projection.packed or isinstance(weight, Int8Weight):
+            for some in [(one,) for one in bound.inputs] if prefill else [bound.inputs]:
+                every = of_rows(torch.cat([read(minus_one) for _, minus_one in some]), weight, bias)
+                for (columns, _), own in zip(some, every.view(len(some), len(x), -1), strict=True):
+                    y[:, columns] = own[:, columns]
+        else:
+            for columns, minus_one in bound.inputs:
+                y[:, columns] = of_rows(read(minus_one), weight[columns], None if bias is None else bias[columns])
         return self._beside(y, x, bound, prefill=prefill)
 
     def _finish_qkv(
