@@ -107,7 +107,7 @@ FAULTS = (
         ("perfbench/runtimes/peft_arms.py", 'f"tenant{slot}" for slot in batch.slots]',
          'f"tenant{min(slot, 1)}" for slot in batch.slots]'),), "peft: FAILED", methods="[peft]"),
     Fault("rotated the other way, on both runtimes", (
-        ("kernels/rotation.py", "flip(-2).flatten(-3)", "flip(-2).flatten(-3).neg()"),),
+        ("kernels/rotation.py", "roll(1, -2).flatten(-3)", "roll(1, -2).flatten(-3).neg()"),),
         "road: FAILED", runtime="[transformers, static]", methods="[road]"),
     Fault("rotated with the neighbour", (
         ("kernels/rotation.py", "y.unflatten(-1, (-1, 2, half))", "y.unflatten(-1, (-1, 2, 1))"),),
