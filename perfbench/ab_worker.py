@@ -13,7 +13,8 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Sequence
+import sysconfig
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def _serve(emit: Emit) -> None:
         code=loaded_code(),
         versions=environment.versions(),
         root=str(_root()),
+        modules=loaded_modules(list(map(Path, job.get("places", [])))),
     )
     taken = itertools.count()
     for line in sys.stdin:
@@ -67,6 +69,7 @@ def _plan(job: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
     from perfbench.machine.device import device_kind
     from perfbench.spec import cases, method_plugins, scenario
 
+    method_plugins.load(job.get("plugins", []))
     document = scenario.load(Path(job["scenario"]), job["set"])
     resolved = scenario.resolve(document, *device_kind(document.device))
     scenario.check_against_backbone(resolved)
@@ -96,15 +99,30 @@ def _plan(job: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
 
 def loaded_code() -> dict[str, str]:
     """{path under the root: git's hash of the file} of every module of perfbench that this process has loaded."""
-    found = {}
+    return {os.path.relpath(path, _root()): _blob(path) for path in map(Path.resolve, _files(own=True))}
+
+
+def loaded_modules(places: Sequence[Path]) -> dict[str, str]:
+    """{absolute path: the same} of every other module that it has loaded and that lies in one of `places`, which are
+    folders and files; Python's library and the installed packages may lie there too, and are left out."""
+    folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    installed = tuple(f"{path}{os.sep}" for folder in folders for path in (folder, os.path.realpath(folder)))
+    elsewhere = (file.resolve() for file in _files(own=False) if not str(file).startswith(installed))
+    return {str(path): _blob(path) for path in elsewhere if any(path.is_relative_to(place) for place in places)}
+
+
+def _files(*, own: bool) -> Iterator[Path]:
+    """The file of every loaded module, of perfbench's `own` ones or of all others. Some say one that is not there."""
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if name.split(".")[0] == "perfbench" and file:
-            path = Path(file).resolve()
-            content = path.read_bytes()
-            header = b"blob %d\0" % len(content)
-            found[os.path.relpath(path, _root())] = hashlib.sha1(header + content).hexdigest()
-    return found
+        if (name.split(".")[0] == "perfbench") is own and isinstance(file, str) and Path(file).is_file():
+            yield Path(file)
+
+
+def _blob(path: Path) -> str:
+    """As git hashes what is there."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _root() -> Path:

@@ -35,6 +35,9 @@ def add(commands: Any) -> None:
     about = "what is judged, likewise (default: HEAD)"
     ab.add_argument("--candidate", default="HEAD", metavar="SIDE", help=about)
     add_set(ab)
+    about = "a Python file that adds methods; one in this repository is each side's own; may be repeated"
+    # Under another name than the option has elsewhere: this process measures nothing, and reads no side's methods.
+    ab.add_argument("--plugin", dest="plugins", action="append", default=[], metavar="FILE", help=about)
     ab.add_argument("--case", metavar="GLOB", help="only the cases whose id matches, and `none` beside them")
     ab.add_argument("--policy", type=Path, metavar="FILE", help="a YAML of figures and limits")
     ab.add_argument(
@@ -87,9 +90,10 @@ def _gate(arguments: argparse.Namespace) -> int:
 
 
 def _ab(arguments: argparse.Namespace) -> int:
-    """Measures two revisions of this checkout, one with two sets of packages, two servers, or two commands of yours,
-    side by side, in pairs of fresh processes that take turns, and judges the candidate. Exit codes: 0 pass, 1
-    regression, 2 invalid input, 3 inconclusive, 4 a fault of perfbench itself, or a control that moved."""
+    """Measures two revisions of this checkout, perfbench's or that of your methods, one with two sets of packages, two
+    servers, or two commands of yours, side by side, in pairs of fresh processes that take turns, and judges the
+    candidate. Exit codes: 0 pass, 1 regression, 2 invalid input, 3 inconclusive, 4 a fault of perfbench itself, or a
+    control that moved."""
     from perfbench.gate import policy
     from perfbench.gate.ab import Plan, compare_revisions
     from perfbench.gate.gate_report import Report
@@ -113,6 +117,7 @@ def _ab(arguments: argparse.Namespace) -> int:
                 out=out,
                 record=arguments.record,
                 even_if_same=arguments.even_if_same,
+                plugins=tuple(arguments.plugins),
             )
         )
 

@@ -34,8 +34,8 @@ from perfbench.gate.pairs import (
 )
 from perfbench.gate.policy import Policy
 from perfbench.gate.rank_bounds import signed_rank_bound
-from perfbench.gate.revisions import Revision, is_dirty, repository_of, revisions
-from perfbench.gate.same_code import same_code
+from perfbench.gate.revisions import Revision, asked_for, is_dirty, repository_of, revisions
+from perfbench.gate.same_code import WORKER, same_code
 from perfbench.gate.session import check_size, run_session
 from perfbench.gate.sides import side_of
 from perfbench.machine import environment
@@ -50,7 +50,8 @@ PAIRS, REPORT, WORKER_LOG = "pairs.jsonl", "report.json", "worker.log"
 class Plan:
     """What the command line asks for. scenario, settings, case: as `perfbench run` takes them; pairs: in the first
     batch; blocks: of each case in a pair, None for BLOCKS of all; repetitions: in a block; record: only measure the
-    pairs, judge nothing; even_if_same: measure also where both arms run the same code."""
+    pairs, judge nothing; even_if_same: measure also where both arms run the same code; plugins: files with methods, as
+    `revisions` takes them."""
 
     baseline: str
     candidate: str
@@ -65,6 +66,7 @@ class Plan:
     out: Path
     record: bool
     even_if_same: bool
+    plugins: tuple[str, ...] = ()
 
 
 def cache_folder() -> Path:
@@ -90,7 +92,7 @@ def compare_revisions(plan: Plan) -> Report:
             )
     _make_out(plan.out)
     sides = {"baseline": plan.baseline, "candidate": plan.candidate}
-    with revisions(Path.cwd(), sides, cache_folder()) as pair_of_revisions:
+    with revisions(Path.cwd(), sides, cache_folder(), plan.plugins) as pair_of_revisions:
         session = _Session(plan, pair_of_revisions)
         for arm, text in sides.items():
             if side_of(text).ref == "HEAD" and is_dirty(repository_of(Path.cwd())):
@@ -118,10 +120,13 @@ class _Session:
         self.began = datetime.now(UTC).isoformat(timespec="seconds")
         self.pairs: list[Pair] = []
         self.ready: dict[str, Ready] = {}
+        asked = [set(asked_for(revision)) for revision in arms.values() if revision.runner]
+        if len(asked) == 2 and (changed := ", ".join(sorted(asked[0] ^ asked[1]))):
+            self.notes.append(f"the commits ask for different packages ({changed}); both ran with those of this Python")
         for revision in arms.values():
-            if not revision.command and not (revision.folder / "perfbench" / "ab_worker.py").is_file():
+            if not (revision.command or revision.runner or (revision.folder / WORKER).is_file()):
                 raise ComparisonError(
-                    f"{revision.label}: older than `perfbench ab`, it has no perfbench/ab_worker.py; choose a later ref"
+                    f"{revision.label}: older than `perfbench ab`, it has no {WORKER}; choose a later ref"
                 )
 
     def report(self) -> Report:
@@ -203,7 +208,7 @@ class _Session:
 
     def _compiled(self) -> list[Finding]:
         """Registers, spills and shared memory that the revisions' kernels were compiled to, where both say."""
-        if any(revision.command for revision in self.arms.values()):
+        if any(revision.command or revision.runner for revision in self.arms.values()):
             return []
         before, after = (_resources(self.arms[arm].folder) for arm in ("baseline", "candidate"))
         if before is None or after is None:

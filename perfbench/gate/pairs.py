@@ -26,7 +26,8 @@ from perfbench.errors import ComparisonError
 from perfbench.files.scratch import Scratch
 from perfbench.gate import protocol
 from perfbench.gate.figures import medians, sample_figures, slowdown
-from perfbench.gate.revisions import Revision, prove_own_code
+from perfbench.gate.own_code import prove_own_code
+from perfbench.gate.revisions import Revision
 
 ARMS = ("baseline", "candidate", "control")
 REVISION_OF = {"baseline": "baseline", "candidate": "candidate", "control": "baseline"}
@@ -72,7 +73,7 @@ class ArmProcess:
         self._scratch = Scratch()
         environment = self._scratch.environment()
         if not revision.command:
-            environment |= {"PYTHONPATH": str(revision.folder)}
+            environment |= {"PYTHONPATH": revision.search_path}
         try:
             self._process = subprocess.Popen(
                 revision.starts,
@@ -102,7 +103,7 @@ class ArmProcess:
 
         Raises ComparisonError where the revision can't take part, ArmCrashed where the process ended.
         """
-        self._send({"protocol": protocol.PROTOCOL, **job})
+        self._send({"protocol": protocol.PROTOCOL, **self.revision.job, **job})
         found: dict[str, dict[str, Any]] = {}
         while True:
             event = self._event()
@@ -111,8 +112,8 @@ class ArmProcess:
             elif event["event"] == "counted":
                 found[event["case"]]["exact"] = event["exact"]
             elif event["event"] == "ready":
-                code: dict[str, str] = event.get("code", {})
-                prove_own_code(self.revision, event.get("root", ""), code)
+                loaded = event.get("code", {}), event.get("modules", {})
+                code = prove_own_code(self.revision, event.get("root", ""), *loaded)
                 device, versions = event.get("device", "cpu"), event.get("versions", {})
                 return Ready(event["cases"], found, event["requests"], device, code, versions)
 
@@ -154,7 +155,8 @@ class ArmProcess:
             ) from None
         if event["event"] == "error":
             if event["kind"] == "bad_input":
-                raise ComparisonError(f"{self.revision.label}: {event['message']}")
+                said = event["message"].replace(f"{self.revision.folder}/", "")
+                raise ComparisonError(f"{self.revision.label}: {said}")
             raise ArmCrashed(self.arm, event.get("case"), event["message"])
         if event["event"] == "phase":
             self.case = event["case"]

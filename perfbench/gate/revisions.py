@@ -1,5 +1,8 @@
 """Two revisions side by side: of a checkout, of other commits or with other packages, a worktree and an environment for
-each, and the proof that a process runs the code of its own; or a command of the user's. Free of torch.
+each; or a command of the user's. Free of torch.
+
+The checkout is perfbench's own, whose commits run themselves, or one of methods of the user's, whose commits are run by
+the perfbench that was called. That a process runs the code of its own commit is proved by `perfbench.gate.own_code`.
 """
 
 from __future__ import annotations
@@ -10,17 +13,15 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from perfbench.errors import ComparisonError
+from perfbench.errors import ComparisonError, nearest
+from perfbench.files.paths import expanded
 from perfbench.files.scratch import PREFIX, Scratch, is_stale
 from perfbench.gate.sides import Side, side_of, without
-
-# Where the module that measures stands in a checkout: today, and until version 0.1 (to be dropped with version 0.3).
-WORKERS = {"perfbench/measure/on_device/worker.py", "perfbench/worker.py"}
 
 _PIP_TIMEOUT_S = 3600
 
@@ -29,7 +30,11 @@ _PIP_TIMEOUT_S = 3600
 class Revision:
     """A commit in a worktree of its own: what the user called it, or the packages that it has instead of its own; its
     full hash, the worktree, the Python that has its dependencies, and a hash of what these are. Of a command of the
-    user's there is nothing but its words, and the folder in which it runs."""
+    user's there is nothing but its words, and the folder in which it runs.
+
+    `checkout`: the working tree that the commit is of, from which nothing may be loaded; `plugins`: {file of --plugin:
+    git's hash of what it has to hold}; `runner`: of a commit that is not perfbench's, the folder above the perfbench
+    that runs it."""
 
     ref: str
     commit: str
@@ -37,6 +42,9 @@ class Revision:
     python: Path
     packages: str
     command: tuple[str, ...] = ()
+    checkout: Path | None = None
+    plugins: Mapping[Path, str] = field(default_factory=dict)
+    runner: Path | None = None
 
     @property
     def label(self) -> str:
@@ -49,15 +57,36 @@ class Revision:
         # -P and the worktree in front: neither the current folder nor an installed perfbench can come first.
         return self.command or (str(self.python), "-P", "-m", "perfbench.ab_worker")
 
+    @property
+    def search_path(self) -> str:
+        """PYTHONPATH of such a process: before all else the worktree. Of a commit that is not perfbench's also the
+        worktree's own of every folder of the checkout where this process looks for modules; then what it has here."""
+        if self.runner is None or self.checkout is None:
+            return str(self.folder)
+        here = [Path(entry) for entry in sys.path if Path(entry).is_relative_to(self.checkout)]
+        found = [self.folder, self.folder / "src", *(self.folder / one.relative_to(self.checkout) for one in here)]
+        # Python finds installed packages by itself; in front they could hide modules of its library.
+        if self.runner.name not in ("site-packages", "dist-packages"):
+            found.append(self.runner)
+        inherited = os.environ.get("PYTHONPATH")
+        return os.pathsep.join([*dict.fromkeys(map(str, found)), *([inherited] if inherited else [])])
+
+    @property
+    def job(self) -> dict[str, list[str]]:
+        """What such a process is told of its own side: the files of --plugin, and the `places` of which it names every
+        module that it loads."""
+        places = [self.folder, self.checkout or self.folder, *self.plugins]
+        return {} if self.command else {"plugins": list(map(str, self.plugins)), "places": list(map(str, places))}
+
 
 def repository_of(folder: Path) -> Path:
     """The root of the git checkout that `folder` is in. Raises ComparisonError where it is in none."""
     try:
         root = Path(_git(folder, "rev-parse", "--show-toplevel"))
     except ComparisonError:
-        raise ComparisonError(f"{folder}: not in a git checkout; run `perfbench ab` inside that of perfbench") from None
-    if not (root / "perfbench" / "cli.py").is_file():
-        raise ComparisonError(f"{root}: no perfbench/cli.py in it; run `perfbench ab` in a checkout of perfbench")
+        raise ComparisonError(
+            f"{folder}: not in a git checkout; run `perfbench ab` inside that of your methods, or of perfbench"
+        ) from None
     return root
 
 
@@ -67,9 +96,12 @@ def is_dirty(repository: Path) -> bool:
 
 
 @contextmanager
-def revisions(here: Path, refs: Mapping[str, str], cache: Path) -> Iterator[dict[str, Revision]]:
+def revisions(
+    here: Path, refs: Mapping[str, str], cache: Path, plugins: Sequence[str] = ()
+) -> Iterator[dict[str, Revision]]:
     """{arm: Revision} for {arm: what `side_of` takes}, the worktrees removed again at the end; environments stay in
-    `cache`. `here`: a folder of the checkout that has the commits, and where commands run.
+    `cache`. `here`: a folder of the checkout that has the commits, and where commands run. `plugins`: files with
+    methods, each of them the commit's own where it lies in the checkout, and one for both sides where it does not.
 
     Raises ComparisonError, before anything is made, on a ref that there is not, and on one that can't be built.
     """
@@ -79,9 +111,20 @@ def revisions(here: Path, refs: Mapping[str, str], cache: Path) -> Iterator[dict
     }
     of_commits = {arm: side for arm, side in sides.items() if side.ref is not None}
     if not of_commits:
+        if plugins:
+            raise ComparisonError(
+                f"--plugin {plugins[0]}: no side is a commit, and a command loads its own; leave it out"
+            )
         yield found
         return
     repository = repository_of(here)
+    runner = None if (repository / "perfbench" / "cli.py").is_file() else Path(__file__).resolve().parents[2]
+    for side in of_commits.values():
+        if runner and side.requirements:
+            raise ComparisonError(
+                f"{side.text}: other packages are possible in perfbench's own checkout only, not in {repository}; "
+                "give a commit, and run both in the packages of this Python"
+            )
     commits = {arm: _commit(repository, str(side.ref)) for arm, side in of_commits.items()}
     _forget_stale(repository)
     with Scratch() as scratch:
@@ -90,8 +133,9 @@ def revisions(here: Path, refs: Mapping[str, str], cache: Path) -> Iterator[dict
             for arm, folder in folders.items():
                 _git(repository, "worktree", "add", "--quiet", "--detach", str(folder), commits[arm])
             for arm, side in of_commits.items():
-                python = _python(repository, folders[arm], side, cache)
-                found[arm] = Revision(side.text, commits[arm], folders[arm], *python)
+                python = (Path(sys.executable), "") if runner else _python(repository, folders[arm], side, cache)
+                one = Revision(side.text, commits[arm], folders[arm], *python, checkout=repository, runner=runner)
+                found[arm] = replace(one, plugins=_plugins(one, here, plugins))
             yield {arm: found[arm] for arm in refs}
         finally:
             for folder in folders.values():
@@ -118,10 +162,40 @@ def _commit(repository: Path, ref: str) -> str:
     try:
         return _git(repository, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
     except ComparisonError:
+        if not _git(repository, "rev-list", "--all", "--max-count=1"):
+            raise ComparisonError(f"{ref}: {repository} has no commit yet; commit two states to compare") from None
         raise ComparisonError(
             f"{ref}: no such commit in {repository}; give a branch, tag or hash that `git log` knows "
             "(a shallow clone of CI has few: fetch-depth: 0)"
         ) from None
+
+
+def _plugins(revision: Revision, here: Path, files: Sequence[str]) -> dict[Path, str]:
+    """{where the revision has each of the files of --plugin: git's hash of what it has to hold}."""
+    tracked, found = files_of(revision), {}
+    for name in files:
+        file = (here / expanded(name)).resolve()
+        if revision.checkout and file.is_relative_to(revision.checkout):
+            path = file.relative_to(revision.checkout).as_posix()
+            if path not in tracked:
+                known = nearest(path, [one for one in tracked if one.endswith(".py")])
+                raise ComparisonError(f"--plugin {name}: {revision.label} has no such file ({known})")
+            found[revision.folder / path] = tracked[path]
+        elif file.is_file():
+            found[file] = _git(here, "hash-object", "--no-filters", str(file))
+        else:
+            raise ComparisonError(f"--plugin {name}: no such file; expected a Python file with METHODS")
+    return found
+
+
+def asked_for(revision: Revision) -> list[str]:
+    """The packages that the commit's pyproject.toml asks for, none where it has no such file."""
+    file = revision.folder / "pyproject.toml"
+    try:
+        project = tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return sorted(project.get("project", {}).get("dependencies", []))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ComparisonError(f"{revision.label}: pyproject.toml: {error}; mend it") from None
 
 
 def _python(repository: Path, folder: Path, side: Side, cache: Path) -> tuple[Path, str]:
@@ -187,23 +261,6 @@ def files_of(revision: Revision) -> dict[str, str]:
     listing = _git(revision.folder, "ls-tree", "-r", "-z", revision.commit)
     entries = [line.partition("\t") for line in listing.split("\0") if line]
     return {path: entry.split()[2] for entry, _, path in entries}
-
-
-def prove_own_code(revision: Revision, root: str, code: Mapping[str, str]) -> None:
-    """Raises ComparisonError unless every module that a process has loaded is the file of this very commit. Of a
-    command nothing is known.
-
-    `root`: the folder above the process's perfbench; `code`: {path under it: git's hash of what is there}.
-    """
-    if revision.command:
-        return
-    if Path(root) != revision.folder:
-        raise ComparisonError(f"{revision.label}: expected code of {revision.folder}, got code of {root}")
-    blobs = files_of(revision)
-    wrong = sorted(path for path, blob in code.items() if blobs.get(path) != blob)
-    if wrong or not code.keys() & WORKERS:
-        what = f"{wrong[0]} is not that of the commit" if wrong else f"{max(WORKERS, key=len)} is not loaded"
-        raise ComparisonError(f"{revision.label}: this process does not run its commit's code: {what}")
 
 
 def _say(text: str) -> None:

@@ -1,8 +1,8 @@
 """Whether two revisions would run the very same thing, told from their files before any process is started.
 
 What is compared is every file that perfbench/ab_worker.py can come to import, however late, and the data files beside
-these: a commit that changes another part of perfbench, or its documentation, has nothing that could be timed.
-Free of torch.
+these: a commit that changes another part of perfbench, or its documentation, has nothing that could be timed. What a
+method from outside imports or reads nobody can tell: with one, every file counts but Markdown. Free of torch.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path, PurePosixPath
 
 from perfbench.gate.revisions import Revision, files_of
+from perfbench.spec.method_plugins import GROUP
 
 WORKER = "perfbench/ab_worker.py"
 # Their modules are imported by names that other files are asked for, so all of them count.
@@ -30,14 +32,27 @@ def same_code(arms: Mapping[str, Revision], scenario: Path, settings: Sequence[s
     one, other = arms["baseline"], arms["candidate"]
     if one.command or other.command or one.python != other.python or one.packages != other.packages:
         return None
+    measured = [scenario.read_text(encoding="utf-8", errors="replace"), *settings]
+    scenario_told = f"and {scenario.name} ({_digest(measured)})"
+    if one.runner or one.plugins or entry_points(group=GROUP):
+        every = _all_but_markdown(one)
+        if every != _all_but_markdown(other):
+            return None
+        packages = f"the packages ({one.packages})" if one.packages else "this Python with its packages"
+        return f"all {len(every)} files but Markdown ({_digest(every)}), {packages}, {scenario_told}"
     files = imported_files(one)
     if files is None or files != imported_files(other):
         return None
-    measured = [scenario.read_text(encoding="utf-8", errors="replace"), *settings]
     return (
         f"the {len(files)} files that {WORKER} can import ({_digest(files)}), the packages and their constraints "
-        f"({one.packages}), and {scenario.name} ({_digest(measured)})"
+        f"({one.packages}), {scenario_told}"
     )
+
+
+def _all_but_markdown(revision: Revision) -> dict[str, str]:
+    """{path: git's hash} of every file of the commit that could matter, and of the files of --plugin."""
+    own = {str(path): blob for path, blob in revision.plugins.items() if not path.is_relative_to(revision.folder)}
+    return own | {path: blob for path, blob in files_of(revision).items() if not path.lower().endswith(".md")}
 
 
 def imported_files(revision: Revision) -> dict[str, str] | None:

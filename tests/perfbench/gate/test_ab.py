@@ -25,7 +25,7 @@ from perfbench.errors import ComparisonError, PerfbenchError
 from perfbench.gate import pairs as pairs_module
 from perfbench.gate import revisions as revisions_module
 from perfbench.gate.pairs import ARMS, ArmProcess, balanced_orders, measure_pair, pair_slowdown
-from perfbench.gate.revisions import WORKERS, Revision, prove_own_code, repository_of, revisions
+from perfbench.gate.revisions import Revision, repository_of, revisions
 from perfbench.gate.same_code import imported_files, same_code
 from tests.perfbench.gate.runs import ROOT
 
@@ -43,7 +43,7 @@ def emit(event, **fields):
 root = Path(__file__).resolve().parents[1]
 job = json.loads(sys.stdin.readline())
 if STATUS == "refused":
-    emit("error", kind="bad_input", case=None, message="adapters: no such folder")
+    emit("error", kind="bad_input", case=None, message=f"{root}/adapters: no such folder")
     sys.exit(1)
 if job["prepare"]:
     for case in CASES:
@@ -156,7 +156,7 @@ def ab(candidate: str, out: Path, *more: str, baseline: str = "base") -> int:
         ("crashing", 1, "crashed (the process ended with exit code -11; see worker.log) in the candidate"),
         ("failing", 1, "FAIL: c/none: check failed in the candidate"),
         ("without-lora", 1, "FAIL: c/lora: missing in the candidate"),
-        ("refusing", 2, "adapters: no such folder"),
+        ("refusing", 2, "): adapters: no such folder"),
         ("elsewhere", 2, "got code of /somewhere/else"),
         ("rewriting", 2, "is not that of the commit"),
         ("not-starting", 2, "No module named 'no_such_module'"),
@@ -373,8 +373,7 @@ def test_it_runs_in_a_checkout_only(tmp_path: Path) -> None:
     with pytest.raises(ComparisonError, match="not in a git checkout"):
         repository_of(tmp_path)
     git(tmp_path, "init", "--quiet")
-    with pytest.raises(ComparisonError, match=r"no perfbench/cli\.py"):
-        repository_of(tmp_path)
+    assert repository_of(tmp_path) == tmp_path.resolve()
 
 
 def test_other_dependencies_get_an_environment_that_is_kept(
@@ -519,32 +518,6 @@ def test_a_side_that_is_none(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert ab(text, tmp_path / "out") == 2
     assert words in capsys.readouterr().out.splitlines()[0]
-
-
-def test_the_proof_finds_a_changed_file(repository: Path) -> None:
-    here = Revision("again", git(repository, "rev-parse", "again"), repository.resolve(), Path(sys.executable), "")
-    blob = git(repository, "rev-parse", "again:perfbench/worker.py")
-    prove_own_code(here, str(repository.resolve()), {"perfbench/worker.py": blob})
-    worker = "perfbench/worker.py"
-    for code in ({}, {worker: "0" * 40}, {worker: blob, "perfbench/new.py": blob}):
-        with pytest.raises(ComparisonError, match="does not run its commit's code"):
-            prove_own_code(here, str(repository.resolve()), code)
-    with pytest.raises(ComparisonError, match="got code of"):
-        prove_own_code(here, "/elsewhere", {"perfbench/worker.py": blob})
-
-
-def test_a_process_proves_itself_with_the_worker_of_either_layout(tmp_path: Path) -> None:
-    for where in sorted(WORKERS):
-        folder = tmp_path / where.replace("/", "-")
-        (folder / where).parent.mkdir(parents=True)
-        (folder / where).write_text("")
-        git(tmp_path, "init", "--quiet", str(folder))
-        git(folder, "add", ".")
-        git(folder, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "one")
-        here = Revision("one", git(folder, "rev-parse", "HEAD"), folder.resolve(), Path(sys.executable), "")
-        prove_own_code(here, str(folder.resolve()), {where: git(folder, "rev-parse", f"HEAD:{where}")})
-        with pytest.raises(ComparisonError, match="is not loaded"):
-            prove_own_code(here, str(folder.resolve()), {})
 
 
 def test_every_arm_stands_at_every_place_equally_often() -> None:
