@@ -57,7 +57,7 @@ def main() -> int:
 def _serve(emit: Emit) -> None:
     job = json.loads(sys.stdin.readline())
     need("a server as a side of perfbench ab")
-    method_plugins.load(job.get("plugins", ()))
+    method_plugins.load()
     sets = [*job["set"], f"target.openai={sys.argv[1]}"]
     scenario = traffic.load(job["scenario"], sets, device_kind)
     _check(scenario, Path(job["scenario"]))
