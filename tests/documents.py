@@ -25,7 +25,7 @@ from perfbench.commands.planning import planned
 from perfbench.figures import papers, stats
 from perfbench.files.plain_text import format_bytes
 from perfbench.finetune.study import study_table as study
-from perfbench.gate import policy, power
+from perfbench.gate import clocks, policy, power
 from perfbench.history import store
 from perfbench.report import tables
 from perfbench.report.table import render
@@ -310,6 +310,8 @@ def _copa_loss(method: str, rate: str) -> str:
 FACTS: dict[str, Callable[[], str]] = {
     "least-effect": lambda: f"{_POLICY.primary[0].least_effect:.0%}",
     "least-processes": lambda: str(policy.LEAST_PROCESSES),
+    "clock-share": lambda: f"{clocks.CLOCK_SHARE:.0%}",
+    "throttled-share": lambda: f"{clocks.THROTTLED_SHARE:.0%}",
     "implausible-gain": lambda: f"{_POLICY.implausible_gain:.0%}",
     "least-rounds": lambda: str(stats.LEAST_ROUNDS),
     "least-p95": lambda: f"{stats.TAILS['p95'][1]:,}",

@@ -93,7 +93,7 @@ def _ab(arguments: argparse.Namespace) -> int:
     """Measures two revisions of this checkout, perfbench's or that of your methods, one with two sets of packages, two
     servers, or two commands of yours, side by side, in pairs of fresh processes that take turns, and judges the
     candidate. Exit codes: 0 pass, 1 regression, 2 invalid input, 3 inconclusive, 4 a fault of perfbench itself, or a
-    control that moved."""
+    control or a GPU's clock that moved."""
     from perfbench.gate import policy
     from perfbench.gate.ab import Plan, compare_revisions
     from perfbench.gate.gate_report import Report

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from perfbench.errors import ComparisonError, nearest
+from perfbench.gate import clocks
 from perfbench.gate.figures import compiled, sampled
 from perfbench.gate.gate_report import Finding, Measured, Report, judge
 from perfbench.gate.judgement import judge_exact, judge_figure, judge_presence, timed_finding
@@ -118,7 +119,7 @@ class _Session:
         self.plan, self.arms = plan, arms
         self.notes: list[str] = []
         self.began = datetime.now(UTC).isoformat(timespec="seconds")
-        self.pairs: list[Pair] = []
+        self.measured: list[Pair] = []  # also those that were dropped
         self.ready: dict[str, Ready] = {}
         asked = [set(asked_for(revision)) for revision in arms.values() if revision.runner]
         if len(asked) == 2 and (changed := ", ".join(sorted(asked[0] ^ asked[1]))):
@@ -154,6 +155,8 @@ class _Session:
                 crashed = Finding("case", crash.case, "", "fail", note=f"crashed ({crash.why}) in the candidate")
                 return self._judged([*findings, crashed])
             return Report("fault", f"the {crash}", *self._labels(), tuple(findings), tuple(self.notes))
+        except clocks.ClocksMoved as moved:
+            return Report("fault", str(moved), *self._labels(), tuple(findings), tuple(self.notes))
 
     def _labels(self) -> tuple[str, str]:
         return self.arms["baseline"].label, self.arms["candidate"].label
@@ -256,10 +259,11 @@ class _Session:
 
         if self.plan.record:
             draw("recorded", self.plan.pairs)
+            self.notes += clocks.told(self.measured)
             self.notes.append(f"recorded {self.plan.pairs} pairs in {self.plan.out / PAIRS}; they were not judged")
             return self._judged(findings)
         outcome = run_session(draw, policy, labels, self.plan.pairs)
-        self.notes += outcome.story
+        self.notes += [*outcome.story, *clocks.told(self.measured)]
         for finding, primary, group in zip(outcome.findings, policy.primary, groups, strict=True):
             values = [pair_value(self.pairs, primary.figure, group, arm) for arm in ("baseline", "candidate")]
             findings.append(replace(finding, baseline=values[0], candidate=values[1]))
@@ -270,12 +274,18 @@ class _Session:
         return self._judged(findings)
 
     def _measure(self, batch: str, count: int, cases: Sequence[str]) -> list[Pair]:
-        """`count` new pairs, each written down as soon as it is there."""
-        pairs: list[Pair] = []
+        """`count` new pairs that are evidence; each is written down as soon as it is there. Raises ClocksMoved."""
         blocks = self.plan.blocks or max(LEAST_BLOCKS, math.ceil(BLOCKS / len(cases)))
-        for number in range(count):
-            took = f" ({statistics.median(one['seconds'] for one in pairs):.0f} s each)" if pairs else ""
-            _say(f"{batch} batch: pair {number + 1} of {count}{took}")
+        began = len(self.measured)
+        while True:
+            batch_so_far = self.measured[began:]
+            kept = [pair for pair in batch_so_far if "dropped" not in pair]
+            if len(batch_so_far) - len(kept) > clocks.allowed(count):
+                raise clocks.void(batch_so_far)
+            if len(kept) == count:
+                return kept
+            took = f" ({statistics.median(one['seconds'] for one in kept):.0f} s each)" if kept else ""
+            _say(f"{batch} batch: pair {len(kept) + 1} of {count}{took}")
             pair = measure_pair(
                 self.arms,
                 self._job(prepare=False, only=cases),
@@ -283,14 +293,20 @@ class _Session:
                 self.ready["candidate"].requests,
                 blocks=blocks,
                 repetitions=self.plan.repetitions,
-                seed=f"{self.plan.seed}/{batch}/{number}",
+                seed=f"{self.plan.seed}/{batch}/{len(batch_so_far)}",
                 log=self.plan.out / WORKER_LOG,
             )
-            pairs.append({"batch": batch, **pair})
+            if (reason := clocks.why_dropped(pair, ARMS)) is not None:
+                _say(f"dropped: {reason}")
+                pair["dropped"] = reason
+            self.measured.append({"batch": batch, **pair})
             with (self.plan.out / PAIRS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(pairs[-1]) + "\n")
-        self.pairs += pairs
-        return pairs
+                file.write(json.dumps(self.measured[-1]) + "\n")
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Those that are evidence."""
+        return [pair for pair in self.measured if "dropped" not in pair]
 
     def _each_timed(self, cases: Sequence[str], told: set[tuple[str, str]]) -> list[Finding]:
         """Every timed figure of every case over all pairs, shown: the primary ones carry the verdict."""

@@ -115,3 +115,10 @@ def worse_sign(figure: str) -> int:
 def change(figure: str, log_slowdown: float) -> float:
     """A log slow-down as the relative change of the figure itself: tokens/s fall (-0.05) where ms rise (+0.05)."""
     return math.expm1(worse_sign(figure) * log_slowdown)
+
+
+def trimmed_mean(values: Sequence[float]) -> float:
+    """The mean without the lowest and the highest fifth. Blocks are disturbed now and then, and else vary as a normal
+    sample does: over 24 blocks its spread was 1.8%, the median's and the mean's 2.0% (shared machine, two cores)."""
+    cut = len(values) // 5
+    return statistics.fmean(sorted(values)[cut : len(values) - cut])

@@ -24,8 +24,8 @@ from typing import Any, BinaryIO
 
 from perfbench.errors import ComparisonError
 from perfbench.files.scratch import Scratch
-from perfbench.gate import protocol
-from perfbench.gate.figures import medians, sample_figures, slowdown
+from perfbench.gate import clocks, protocol
+from perfbench.gate.figures import medians, sample_figures, slowdown, trimmed_mean
 from perfbench.gate.own_code import prove_own_code
 from perfbench.gate.revisions import Revision
 
@@ -36,7 +36,8 @@ REVISION_OF = {"baseline": "baseline", "candidate": "candidate", "control": "bas
 SILENT_S = 1800.0
 
 # One pair as a line of pairs.jsonl: `seconds` it took, and `blocks`, each with its `case`, the `order` of the arms and
-# {figure: median over the block's repetitions} of every arm.
+# {figure: median over the block's repetitions} of every arm; of a GPU also `clocks`, {arm: what clocks.of_block says}.
+# A pair that is no evidence has `dropped`, why in words.
 Pair = dict[str, Any]
 
 
@@ -207,8 +208,10 @@ def measure_pair(
                 block: dict[str, Any] = {"case": case, "order": list(order)}
                 for arm in order:
                     samples = arms[arm].block(case, repetitions)
-                    valid = [sample_figures(one, requests) for one in samples if one["void"] is None]
-                    block[arm] = medians(valid) if valid else None
+                    valid = [one for one in samples if one["void"] is None]
+                    block[arm] = medians([sample_figures(one, requests) for one in valid]) if valid else None
+                    if (clock := clocks.of_block(valid)) is not None:
+                        block.setdefault("clocks", {})[arm] = clock
                 measured.append(block)
     return {"seconds": time.monotonic() - began, "seed": seed, "blocks": measured}
 
@@ -230,13 +233,6 @@ def pair_slowdown(pair: Pair, figure: str, cases: Sequence[str], arm: str) -> fl
             raise ComparisonError(f"{case}: {figure}: no valid block in a pair; look at worker.log")
         means.append(trimmed_mean(ratios))
     return statistics.fmean(means)
-
-
-def trimmed_mean(values: Sequence[float]) -> float:
-    """The mean without the lowest and the highest fifth. Blocks are disturbed now and then, and else vary as a normal
-    sample does: over 24 blocks its spread was 1.8%, the median's and the mean's 2.0% (shared machine, two cores)."""
-    cut = len(values) // 5
-    return statistics.fmean(sorted(values)[cut : len(values) - cut])
 
 
 def pair_value(pairs: Sequence[Pair], figure: str, cases: Sequence[str], arm: str) -> float:

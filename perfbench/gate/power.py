@@ -45,7 +45,8 @@ _SESSION_S = 600.0
 
 
 def read_pairs(file: Path) -> list[Pair]:
-    """The pairs in a pairs.jsonl. Raises ComparisonError where there are none, or a line is no pair."""
+    """The pairs in a pairs.jsonl but those that were dropped. Raises ComparisonError where there are none, or a line is
+    no pair."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -58,7 +59,8 @@ def read_pairs(file: Path) -> list[Pair]:
                 _ = float(pair["seconds"]), block["case"], [block[arm] for arm in ARMS]
         except (ValueError, KeyError, TypeError) as error:
             raise ComparisonError(f"{file}:{number}: expected a pair, got {error!r}; record again") from None
-        pairs.append(pair)
+        if "dropped" not in pair:
+            pairs.append(pair)
     if not pairs:
         raise ComparisonError(f"{file}: has no pairs; record some with `perfbench ab --record`")
     return pairs

@@ -31,6 +31,8 @@ _SAMPLE = {
     "properties": {
         **_FIGURES,
         "energy_mj": {"type": ["number", "null"]},
+        "sm_clock_mhz": {"type": ["number", "null"], "minimum": 0},
+        "throttle_reasons": {"type": ["array", "null"], "items": _TEXT},
         "void": {"type": ["string", "null"]},
     },
 }
@@ -57,7 +59,7 @@ _CASE_OK = {"properties": {"check": _PASSED, "exact": {"type": "object"}}}
 # What a case may leave out, and is then this.
 _OF_A_CASE: dict[str, Any] = {"reason": None, "memory": {}, "adapters": {}, "exact": {}}
 # And a sample.
-_OF_A_SAMPLE: dict[str, Any] = {"energy_mj": None, "void": None}
+_OF_A_SAMPLE: dict[str, Any] = {"energy_mj": None, "sm_clock_mhz": None, "throttle_reasons": None, "void": None}
 
 
 def event_of(line: bytes) -> dict[str, Any]:

@@ -264,6 +264,7 @@ def test_every_pair_is_kept_and_every_format_written(tmp_path: Path) -> None:
     pairs = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
     assert [pair["batch"] for pair in pairs] == ["first"] * 8 + ["fresh"] * 8
     assert {len(pair["blocks"]) for pair in pairs} == {4}
+    assert "clocks" not in pairs[0]["blocks"][0], "a CPU says nothing of its clock"
     assert pair_slowdown(pairs[0], "decode_tokens_per_s", ["c/lora"], "candidate") == pytest.approx(0.0953, abs=1e-3)
     report = json.loads((tmp_path / "r.json").read_text())
     assert any("fresh batch: 8 pairs" in note for note in report["notes"])
