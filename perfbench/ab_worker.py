@@ -31,7 +31,8 @@ def main() -> int:
 
 
 def _serve(emit: Emit) -> None:
-    """A job that asks to `prepare` is checked and counted and gets no turns; any other is warmed up and gets some."""
+    """A job that asks to `prepare` is checked and counted and gets no turns, one that names a counter of `instructions`
+    has them counted and gets none either; any other is warmed up and gets some."""
     job = json.loads(sys.stdin.readline())
     if job["protocol"] != PROTOCOL:
         raise PerfbenchError(f"this revision speaks protocol {PROTOCOL} of `perfbench ab`, not {job['protocol']}")
@@ -44,6 +45,8 @@ def _serve(emit: Emit) -> None:
     built: dict[str, Any] = {}
     if job["prepare"]:
         session.count(passed)
+    elif job.get("instructions"):
+        session.count_instructions(passed, job["instructions"])
     else:
         built = session.warm_up(passed)
     emit(

@@ -310,6 +310,7 @@ def _copa_loss(method: str, rate: str) -> str:
 FACTS: dict[str, Callable[[], str]] = {
     "least-effect": lambda: f"{_POLICY.primary[0].least_effect:.0%}",
     "least-processes": lambda: str(policy.LEAST_PROCESSES),
+    "instructions-tolerance": lambda: f"{_POLICY.tolerances['instructions_per_decode_step']:.1%}",
     "clock-share": lambda: f"{clocks.CLOCK_SHARE:.0%}",
     "throttled-share": lambda: f"{clocks.THROTTLED_SHARE:.0%}",
     "implausible-gain": lambda: f"{_POLICY.implausible_gain:.0%}",

@@ -50,6 +50,8 @@ def add(commands: Any) -> None:
     ab.add_argument("--out", type=Path, metavar="DIR", help="where every pair is kept (default: runs/ab-<time>)")
     ab.add_argument("--record", action="store_true", help="measure the first batch and judge nothing")
     ab.add_argument("--even-if-same", action="store_true", help="measure also where both sides run the same code")
+    about = "count the instructions of a decode step too, on a CPU; takes minutes where valgrind has to count"
+    ab.add_argument("--instructions", action="store_true", help=about)
     ab.set_defaults(command=_ab)
     _add_write_option(ab)
 
@@ -118,6 +120,7 @@ def _ab(arguments: argparse.Namespace) -> int:
                 record=arguments.record,
                 even_if_same=arguments.even_if_same,
                 plugins=tuple(arguments.plugins),
+                instructions=arguments.instructions,
             )
         )
 

@@ -222,6 +222,20 @@ def cpu_load() -> Check:
     return Check("cpu load", "ok", f"{cores} cores, load {load:.1f}")
 
 
+def instructions() -> Check:
+    """Whether `perfbench ab --instructions` can count, and with what."""
+    from perfbench.errors import PerfbenchError
+    from perfbench.machine import instructions
+
+    try:
+        found = instructions.counter()
+    except PerfbenchError as error:
+        finding, _, remedy = str(error).partition("; ")
+        return Check("instructions", "warn", finding, remedy)
+    slowly = "valgrind, which takes minutes" if found == "callgrind" else "the processor's counter"
+    return Check("instructions", "ok", f"`perfbench ab --instructions` counts with {slowly}")
+
+
 def hub() -> Check:
     """Whether backbones can come from the hub, as far as can be told without opening the network."""
     from huggingface_hub import constants
@@ -266,6 +280,7 @@ MACHINE_CHECKS: dict[str, Callable[[], Check]] = {
     "cpu clock": cpu_clock,
     "timer": timer,
     "cpu load": cpu_load,
+    "instructions": instructions,
     "hub": hub,
 }
 

@@ -21,8 +21,8 @@ PARTS = ("memory", "adapters", "exact")
 # a figure; ratio: a part of a case of its own, an interval for each speed; row: worked out from other figures where a
 # table is made; compiled: in kernels/resources.json, under the metric's name without `compiled_`.
 SOURCES = (*PARTS, "sample", "tail", "ratio", "row", "compiled")
-# exact: the same in any two runs of one commit, so that any difference is a change; timed: sampled, and judged by a
-# bound where a policy names it; shown: taken once in a run, or worked out from others, and never judged.
+# exact: the same in any two runs of one commit, so that any difference past its tolerance is a change; timed: sampled,
+# and judged by a bound where a policy names it; shown: taken once in a run, or worked out from others, never judged.
 KINDS = ("exact", "timed", "shown")
 
 
@@ -62,6 +62,7 @@ class Metric:
     take: Take | None = None
     tail: tuple[str, str] | None = None
     one_machine: bool = False
+    tolerance: float = 0.0
 
 
 METRICS: dict[str, Metric] = {
@@ -212,6 +213,13 @@ METRICS: dict[str, Metric] = {
         "floating-point operations of one decode step: those that were counted, or the least that it needs where "
         "that is more",
         "exact", "exact",
+    ),
+    # Three times what seven runs of one commit differed by at most (callgrind, llama-256x8, two methods, two runtimes).
+    "instructions_per_decode_step": Metric(
+        "instructions", "lower",
+        "instructions that the host executes in one decode step, in user space on one thread, counted where `perfbench "
+        "ab --instructions` asks for it",
+        "exact", "exact", one_machine=True, tolerance=0.006,
     ),
     "bytes_per_decode_step": Metric(
         "bytes", "lower", "bytes of weights, adapters and cache that the last decode step has to read", "exact", "exact"

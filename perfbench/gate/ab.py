@@ -39,7 +39,7 @@ from perfbench.gate.revisions import Revision, asked_for, is_dirty, repository_o
 from perfbench.gate.same_code import WORKER, same_code
 from perfbench.gate.session import check_size, run_session
 from perfbench.gate.sides import side_of
-from perfbench.machine import environment
+from perfbench.machine import environment, instructions
 
 # The turns of a pair where nobody says how many: of all cases together, since a primary figure is a mean over its
 # cases, and at least of each.
@@ -52,7 +52,7 @@ class Plan:
     """What the command line asks for. scenario, settings, case: as `perfbench run` takes them; pairs: in the first
     batch; blocks: of each case in a pair, None for BLOCKS of all; repetitions: in a block; record: only measure the
     pairs, judge nothing; even_if_same: measure also where both arms run the same code; plugins: files with methods, as
-    `revisions` takes them."""
+    `revisions` takes them; instructions: count them too."""
 
     baseline: str
     candidate: str
@@ -68,6 +68,7 @@ class Plan:
     record: bool
     even_if_same: bool
     plugins: tuple[str, ...] = ()
+    instructions: bool = False
 
 
 def cache_folder() -> Path:
@@ -91,10 +92,11 @@ def compare_revisions(plan: Plan) -> Report:
                 f"{primary.figure}: expected a figure of every repetition ({nearest(primary.figure, sampled())}): "
                 "a block is too short for a tail; `perfbench gate` judges tails between stored runs"
             )
+    counter = instructions.counter() if plan.instructions else None
     _make_out(plan.out)
     sides = {"baseline": plan.baseline, "candidate": plan.candidate}
     with revisions(Path.cwd(), sides, cache_folder(), plan.plugins) as pair_of_revisions:
-        session = _Session(plan, pair_of_revisions)
+        session = _Session(plan, pair_of_revisions, counter)
         for arm, text in sides.items():
             if side_of(text).ref == "HEAD" and is_dirty(repository_of(Path.cwd())):
                 session.notes.append(
@@ -113,11 +115,12 @@ def _make_out(out: Path) -> None:
 
 
 class _Session:
-    """One session over two revisions that are checked out."""
+    """One session over two revisions that are checked out; `counter`: what counts instructions, or None."""
 
-    def __init__(self, plan: Plan, arms: Mapping[str, Revision]):
+    def __init__(self, plan: Plan, arms: Mapping[str, Revision], counter: str | None):
         self.plan, self.arms = plan, arms
         self.notes: list[str] = []
+        self.counter = counter
         self.began = datetime.now(UTC).isoformat(timespec="seconds")
         self.measured: list[Pair] = []  # also those that were dropped
         self.ready: dict[str, Ready] = {}
@@ -185,6 +188,8 @@ class _Session:
             ):
                 self.ready[arm] = process.begin(self._job(prepare=True))
             found[arm] = {case: {"id": case, **entry} for case, entry in self.ready[arm].prepared.items()}
+            if self.counter is not None:
+                self._count_instructions(self.counter, arm, found[arm])
         self.notes += self._what_differs()
         before, after = found["baseline"], found["candidate"]
         findings = []
@@ -193,6 +198,23 @@ class _Session:
             if findings[-1].status == "pass":
                 findings += judge_exact(self.plan.policy, case, before[case], after[case])
         return findings + self._compiled()
+
+    def _count_instructions(self, counter: str, arm: str, found: Mapping[str, dict[str, Any]]) -> None:
+        """Into the exact figures of the cases that passed; in a process of its own, on one thread."""
+        revision = self.arms[arm]
+        if revision.command:
+            self.notes.append(f"the {arm} is no commit: its instructions are not counted; a command may say them")
+            return
+        _say(f"{arm} {revision.label}: counting instructions with {counter}")
+        passed = [case for case, entry in found.items() if entry["status"] == "ok"]
+        job = self._job(prepare=False, only=passed) | {"threads": 1, "instructions": counter}
+        with (
+            (self.plan.out / WORKER_LOG).open("ab") as log,
+            ArmProcess(arm, revision, log, instructions.under(counter)) as process,
+        ):
+            counted = process.begin(job).prepared
+        for case, entry in counted.items():
+            found[case]["exact"] = found[case]["exact"] | entry["exact"]
 
     def _what_differs(self) -> list[str]:
         """Of the two sides, in words: their packages, as their own processes see them, or nothing at all."""

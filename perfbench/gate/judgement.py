@@ -135,7 +135,8 @@ def judge_figure(
         return found("fail", f"{before:,} -> {after:,}{allowed}")
     if worsening > 0:
         return found("pass", f"{before:,} -> {after:,}, within its tolerance{allowed}")
-    return found("pass", "" if relative == 0 else f"better: {before:,} -> {after:,}; renew the baseline")
+    same = -worsening <= METRICS[figure].tolerance
+    return found("pass", "" if same else f"better: {before:,} -> {after:,}; renew the baseline")
 
 
 def relative_change(before: float | None, after: float | None) -> float | None:

@@ -65,9 +65,9 @@ class Ready:
 
 class ArmProcess:
     """One process of a revision that times blocks; use it as a context, which ends it. It loads its libraries at once,
-    and waits then for `begin`."""
+    and waits then for `begin`. `under`: words in front of its command."""
 
-    def __init__(self, arm: str, revision: Revision, log: BinaryIO):
+    def __init__(self, arm: str, revision: Revision, log: BinaryIO, under: Sequence[str] = ()):
         self.arm, self.revision = arm, revision
         self.case: str | None = None
         self._hung = False
@@ -77,7 +77,7 @@ class ArmProcess:
             environment |= {"PYTHONPATH": revision.search_path}
         try:
             self._process = subprocess.Popen(
-                revision.starts,
+                [*under, *revision.starts],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -111,7 +111,7 @@ class ArmProcess:
             if event["event"] == "case":
                 found[event["case"]] = protocol.prepared(event)
             elif event["event"] == "counted":
-                found[event["case"]]["exact"] = event["exact"]
+                found.setdefault(event["case"], {})["exact"] = event["exact"]
             elif event["event"] == "ready":
                 loaded = event.get("code", {}), event.get("modules", {})
                 code = prove_own_code(self.revision, event.get("root", ""), *loaded)

@@ -1,6 +1,6 @@
 """A gate's policy: which figures carry the verdict, and within which limits. Read strictly from YAML; free of torch.
 
-exact:                                  # tolerance: the relative change that is let pass, 0 unless said
+exact:                                  # tolerance: the relative change that is let pass; 0 of most, unless said
   peak_allocated_bytes: {tolerance: 0.01}
 timed:
   least_effect: 0.03                    # a smaller slow-down does not matter
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from perfbench.errors import PolicyError, ScenarioError, nearest
+from perfbench.figures.metrics import METRICS
 from perfbench.files import yaml_source
 from perfbench.files.plain_text import shown
 from perfbench.files.yaml_source import Place, Source, dotted
@@ -104,7 +105,8 @@ def _policy(source: Source) -> Policy:
         expected = f"an integer >= {LEAST_PROCESSES}, below which there is no bound"
         raise _refused(source, ("timed", "min_processes"), expected, processes)
     return Policy(
-        tolerances=dict.fromkeys((*exact(), *compiled()), 0.0) | _tolerances(source, ("exact",), top.get("exact", {})),
+        tolerances={figure: METRICS[figure].tolerance for figure in (*exact(), *compiled())}
+        | _tolerances(source, ("exact",), top.get("exact", {})),
         primary=_primary(source, rules.get("primary", [{"figure": "decode_tokens_per_s"}]), least_effect),
         confidence=_share(source, ("timed", "confidence"), rules.get("confidence", 0.95)),
         implausible_gain=_share(source, ("timed", "implausible_gain"), rules.get("implausible_gain", 0.3)),

@@ -217,6 +217,24 @@ class Session:
             self.emit("counted", case=case.id, exact=exact)
             own.arm.close()
 
+    def count_instructions(self, cases: list[Any], counter: str) -> None:
+        """The instructions of each case's last decode step, told by one of `machine.instructions.COUNTERS`."""
+        from perfbench.errors import PerfbenchError
+        from perfbench.machine.instructions import COUNTERS
+        from perfbench.measure.on_device import counts
+
+        if self.backbone.device.type != "cpu":
+            raise PerfbenchError(
+                "--instructions: needs device cpu; beside another the host waits, and counts its waiting"
+            )
+        open_counter = COUNTERS[counter]()
+        for case in cases:
+            self.emit("phase", case=case.id, text="counting instructions")
+            own = self._build(case)
+            found = counts.instructions(own.arm, own.batch, open_counter)
+            self.emit("counted", case=case.id, exact={"instructions_per_decode_step": found})
+            own.arm.close()
+
     def _least(self, built: Any) -> dict[str, Any]:
         """What the first and the last decode step must at least read and compute."""
         from perfbench.figures.roof import decode_step

@@ -530,8 +530,12 @@ def test_every_arm_stands_at_every_place_equally_often() -> None:
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The code under test as a repository of its own: `base`, and `one-more` with one operation more in a step."""
-    folder = tmp_path_factory.mktemp("real")
+    """`base`, and `one-more` with one operation more in a step."""
+    return planted(tmp_path_factory.mktemp("real"), "one-more", "tokens = tokens + 0")
+
+
+def planted(folder: Path, tag: str, statement: str) -> Path:
+    """The code under test as a repository of its own: `base`, and a commit `tag` whose decode step begins with it."""
     git(folder, "init", "--quiet", "--initial-branch=main")
     for name in ("methods", "kernels", "scenarios", "perfbench"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -540,10 +544,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     commit(folder, "base")
     decoder = folder / "perfbench" / "runtimes" / "static" / "decoder.py"
     head = re.compile(r'    def step\(self, tokens.*?\n        """.*?"""\n', re.DOTALL)
-    source, planted = head.subn(lambda found: f"{found[0]}        tokens = tokens + 0\n", decoder.read_text())
-    assert planted == 1
+    source, places = head.subn(lambda found: f"{found[0]}        {statement}\n", decoder.read_text())
+    assert places == 1
     decoder.write_text(source)
-    commit(folder, "one-more")
+    commit(folder, tag)
     return folder
 
 

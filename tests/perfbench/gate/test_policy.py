@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from perfbench.errors import PolicyError
+from perfbench.figures.metrics import METRICS
 from perfbench.gate import policy
 from perfbench.gate.figures import compiled, exact
 
@@ -17,9 +18,10 @@ def load(tmp_path: Path, text: str) -> policy.Policy:
     return policy.load(file)
 
 
-def test_the_default_gates_every_exact_figure_by_equality() -> None:
+def test_the_default_gates_every_exact_figure_by_equality_but_one() -> None:
     found = policy.load(None)
-    assert found.tolerances == dict.fromkeys((*exact(), *compiled()), 0.0)
+    noisy = {"instructions_per_decode_step": METRICS["instructions_per_decode_step"].tolerance}
+    assert found.tolerances == dict.fromkeys((*exact(), *compiled()), 0.0) | noisy
     assert [(one.figure, one.cases, one.least_effect) for one in found.primary] == [("decode_tokens_per_s", "*", 0.03)]
 
 
