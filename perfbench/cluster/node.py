@@ -22,7 +22,6 @@ from perfbench.cluster import shared_paths
 from perfbench.errors import PerfbenchError
 from perfbench.files.scratch import Scratch
 from perfbench.machine import environment
-from perfbench.measure.run import threads
 
 # Kinds of events that are not the child's own.
 MACHINE, ENDED = "machine", "ended"
@@ -58,7 +57,7 @@ def measure(module: str, job: Mapping[str, Any], device: str, variables: Mapping
     Nothing else is timed on this host meanwhile, whatever Ray thinks of it. `device`: "cpu" or "cuda"; `variables`:
     what is set where the user started the command.
     """
-    yield {"event": MACHINE, "environment": environment.collect(device, threads())}
+    yield {"event": MACHINE, "environment": environment.collect(device, environment.threads())}
     with Scratch() as scratch, tempfile.TemporaryFile() as log:
         waits = Turn(device)
         while not waits.taken():
@@ -73,7 +72,7 @@ def measure(module: str, job: Mapping[str, Any], device: str, variables: Mapping
                 env=_variables(scratch.environment(), variables),
             )
             try:
-                yield from _events(child, {**job, "threads": threads()})
+                yield from _events(child, {**job, "threads": environment.threads()})
             finally:
                 child.kill()
                 ended = child.wait()

@@ -17,7 +17,6 @@ from perfbench.errors import PerfbenchError
 from perfbench.files.plain_text import printable
 from perfbench.machine import environment
 from perfbench.measure.children import NodeLost
-from perfbench.measure.run import threads
 
 LOCAL, AUTO = "local", "auto"
 OPTION = "--cluster"
@@ -108,7 +107,11 @@ def connected(address: str) -> Iterator[RayCluster]:
     try:
         if address == LOCAL:
             ray.init(
-                address="local", num_cpus=threads(), include_dashboard=False, _node_ip_address="127.0.0.1", **quiet
+                address="local",
+                num_cpus=environment.threads(),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                **quiet,
             )
         else:
             ray.init(address=address, **quiet)

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,15 +19,14 @@ from typing import Any
 
 from perfbench.errors import ComparisonError, nearest
 from perfbench.gate import clocks
-from perfbench.gate.figures import compiled, sampled
+from perfbench.gate.exact_phase import ExactPhase, say
+from perfbench.gate.figures import sampled
 from perfbench.gate.gate_report import Finding, Measured, Report, judge
-from perfbench.gate.judgement import judge_exact, judge_figure, judge_presence, timed_finding
+from perfbench.gate.judgement import timed_finding
 from perfbench.gate.pairs import (
     ARMS,
     ArmCrashed,
-    ArmProcess,
     Pair,
-    Ready,
     measure_pair,
     pair_slowdown,
     pair_value,
@@ -120,10 +118,9 @@ class _Session:
     def __init__(self, plan: Plan, arms: Mapping[str, Revision], counter: str | None):
         self.plan, self.arms = plan, arms
         self.notes: list[str] = []
-        self.counter = counter
+        self.exact = ExactPhase(arms, plan.policy, self._job, plan.out / WORKER_LOG, counter, self.notes)
         self.began = datetime.now(UTC).isoformat(timespec="seconds")
         self.measured: list[Pair] = []  # also those that were dropped
-        self.ready: dict[str, Ready] = {}
         asked = [set(asked_for(revision)) for revision in arms.values() if revision.runner]
         if len(asked) == 2 and (changed := ", ".join(sorted(asked[0] ^ asked[1]))):
             self.notes.append(f"the commits ask for different packages ({changed}); both ran with those of this Python")
@@ -144,7 +141,7 @@ class _Session:
             return Report("pass", reason, *self._labels(), (), (*self.notes, f"the same on both sides: {same}"))
         findings: list[Finding] = []
         try:
-            findings = self._exact()
+            findings = self.exact.findings()
             if any(one.status == "fail" for one in findings):
                 self.notes.append("no pair was timed: the exact figures fail already")
                 return self._judged(findings)
@@ -172,85 +169,10 @@ class _Session:
             "scenario": str(self.plan.scenario.resolve()),
             "set": list(self.plan.settings),
             "case": self.plan.case,
-            "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            "threads": environment.threads(),
             "prepare": prepare,
             "only": None if only is None else list(only),
         }
-
-    def _exact(self) -> list[Finding]:
-        """Which cases both measure, and their exact figures; alone on the machine, one revision after the other."""
-        found: dict[str, dict[str, Any]] = {}
-        for arm, revision in self.arms.items():
-            _say(f"{arm} {revision.label}: checking and counting")
-            with (
-                (self.plan.out / WORKER_LOG).open("ab") as log,
-                ArmProcess(arm, revision, log) as process,
-            ):
-                self.ready[arm] = process.begin(self._job(prepare=True))
-            found[arm] = {case: {"id": case, **entry} for case, entry in self.ready[arm].prepared.items()}
-            if self.counter is not None:
-                self._count_instructions(self.counter, arm, found[arm])
-        self.notes += self._what_differs()
-        before, after = found["baseline"], found["candidate"]
-        findings = []
-        for case in dict.fromkeys([*before, *after]):
-            findings.append(judge_presence(self.plan.policy, case, before.get(case), after.get(case)))
-            if findings[-1].status == "pass":
-                findings += judge_exact(self.plan.policy, case, before[case], after[case])
-        return findings + self._compiled()
-
-    def _count_instructions(self, counter: str, arm: str, found: Mapping[str, dict[str, Any]]) -> None:
-        """Into the exact figures of the cases that passed; in a process of its own, on one thread."""
-        revision = self.arms[arm]
-        if revision.command:
-            self.notes.append(f"the {arm} is no commit: its instructions are not counted; a command may say them")
-            return
-        _say(f"{arm} {revision.label}: counting instructions with {counter}")
-        passed = [case for case, entry in found.items() if entry["status"] == "ok"]
-        job = self._job(prepare=False, only=passed) | {"threads": 1, "instructions": counter}
-        with (
-            (self.plan.out / WORKER_LOG).open("ab") as log,
-            ArmProcess(arm, revision, log, instructions.under(counter)) as process,
-        ):
-            counted = process.begin(job).prepared
-        for case, entry in counted.items():
-            found[case]["exact"] = found[case]["exact"] | entry["exact"]
-
-    def _what_differs(self) -> list[str]:
-        """Of the two sides, in words: their packages, as their own processes see them, or nothing at all."""
-        one, other = self.ready["baseline"], self.ready["candidate"]
-        packages = [
-            f"{name} {one.versions.get(name)} -> {version}"
-            for name, version in other.versions.items()
-            if one.versions and one.versions.get(name) != version
-        ]
-        if packages:
-            return [f"packages that differ: {', '.join(packages)}"]
-        arms = self.arms["baseline"], self.arms["candidate"]
-        known = not (arms[0].command or arms[1].command)
-        same = known and one.code == other.code and arms[0].packages == arms[1].packages
-        return ["both revisions load the same code: what differs is noise"] if same else []
-
-    def _compiled(self) -> list[Finding]:
-        """Registers, spills and shared memory that the revisions' kernels were compiled to, where both say."""
-        if any(revision.command or revision.runner for revision in self.arms.values()):
-            return []
-        before, after = (_resources(self.arms[arm].folder) for arm in ("baseline", "candidate"))
-        if before is None or after is None:
-            return []
-        if before["triton"] != after["triton"]:
-            self.notes.append(f"compiled kernels are not compared: triton {before['triton']} -> {after['triton']}")
-            return []
-        findings = []
-        for kernel, targets in before["kernels"].items():
-            for target, resources in targets.items():
-                new = after["kernels"].get(kernel, {}).get(target, {})
-                findings += [
-                    judge_figure(self.plan.policy, f"{kernel} on {target}", figure, resources[key], new.get(key))
-                    for figure, key in compiled().items()
-                    if key in resources
-                ]
-        return findings
 
     def _timed(self, findings: list[Finding]) -> Report:
         policy = self.plan.policy
@@ -307,19 +229,19 @@ class _Session:
             if len(kept) == count:
                 return kept
             took = f" ({statistics.median(one['seconds'] for one in kept):.0f} s each)" if kept else ""
-            _say(f"{batch} batch: pair {len(kept) + 1} of {count}{took}")
+            say(f"{batch} batch: pair {len(kept) + 1} of {count}{took}")
             pair = measure_pair(
                 self.arms,
                 self._job(prepare=False, only=cases),
                 cases,
-                self.ready["candidate"].requests,
+                self.exact.ready["candidate"].requests,
                 blocks=blocks,
                 repetitions=self.plan.repetitions,
                 seed=f"{self.plan.seed}/{batch}/{len(batch_so_far)}",
                 log=self.plan.out / WORKER_LOG,
             )
             if (reason := clocks.why_dropped(pair, ARMS)) is not None:
-                _say(f"dropped: {reason}")
+                say(f"dropped: {reason}")
                 pair["dropped"] = reason
             self.measured.append({"batch": batch, **pair})
             with (self.plan.out / PAIRS).open("a", encoding="utf-8") as file:
@@ -351,8 +273,8 @@ class _Session:
         """The candidate's blocks as other tools want them; None before any pair."""
         if not self.pairs:
             return None
-        found = environment.collect(self.ready["candidate"].device, None)
-        found["versions"] = self.ready["candidate"].versions or found["versions"]
+        found = environment.collect(self.exact.ready["candidate"].device, None)
+        found["versions"] = self.exact.ready["candidate"].versions or found["versions"]
         found["checkout"] = {"commit": self.arms["candidate"].commit, "dirty": False}
         total_ms: dict[str, list[float]] = {}
         for pair in self.pairs:
@@ -362,24 +284,6 @@ class _Session:
         return Measured(found, self.began, total_ms)
 
 
-def _resources(folder: Path) -> dict[str, Any] | None:
-    """kernels/resources.json of a revision; None where it has none. Raises ComparisonError on a malformed one."""
-    file = folder / "kernels" / "resources.json"
-    if not file.is_file():
-        return None
-    try:
-        found: dict[str, Any] = json.loads(file.read_bytes())
-        if not isinstance(found["kernels"], dict) or "triton" not in found:
-            raise ValueError("no kernels, or no version of triton")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ComparisonError(f"{file}: expected compiled kernels, got {error}") from None
-    return found
-
-
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
     return lines[-1] if lines else ""
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -87,6 +87,11 @@ def collect(device_kind: str, threads: int | None) -> dict[str, Any]:
     }
 
 
+def threads() -> int:
+    """CPU threads that a measuring process may use: the processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
 def cpu(threads: int | None) -> dict[str, Any]:
     """Model, cores, the given `threads`, memory, frequency and governor, and the ISA features that matter."""
     info = _cpuinfo()

@@ -32,11 +32,6 @@ FINAL = ("check_failed", "check_void", *DIED)
 MOST_LOSSES = 10
 
 
-def threads() -> int:
-    """CPU threads that a child may use: the processors this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
 def manifest_of(scenario: Scenario, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """The run.json of a run in which nothing has been measured yet."""
     return {
@@ -45,7 +40,7 @@ def manifest_of(scenario: Scenario, comparisons: Sequence[Comparison]) -> dict[s
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "finished_at": None,
         "scenario": scenario.to_json(),
-        "environment": environment.collect(scenario.device, threads()),
+        "environment": environment.collect(scenario.device, environment.threads()),
         "processes": 0,
         "plugins": method_plugins.as_json(),
         "comparisons": [
@@ -194,7 +189,7 @@ class Supervisor:
         if self.children.at_once == 1:  # here, and not on the nodes of a cluster, which say themselves what they are
             for entry in self._comparisons(job):
                 if "machine" in entry:
-                    self._expect_same_machine(entry, environment.collect(self.scenario.device, threads()))
+                    self._expect_same_machine(entry, environment.collect(self.scenario.device, environment.threads()))
         self.progress.already(sum(len(done) for done in self._done(job).values()))
         for first in range(0, self.scenario.rounds, self.scenario.repetitions):
             self._measure(job, range(first, first + self.scenario.repetitions))
@@ -297,7 +292,7 @@ class Supervisor:
             "rounds": list(rounds),
             "last_round": self.scenario.rounds - 1,
             "seed": self.scenario.seed,
-            "threads": threads(),
+            "threads": environment.threads(),
             "plugins": method_plugins.as_json(),
         }
 

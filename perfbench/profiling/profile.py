@@ -21,7 +21,7 @@ from perfbench.errors import PerfbenchError, ScenarioError, TraceError, nearest
 from perfbench.files.scratch import Scratch
 from perfbench.machine import environment
 from perfbench.measure.children import WORKER_LOG
-from perfbench.measure.run import cause, threads
+from perfbench.measure.run import cause
 from perfbench.profiling.memory_picture import render as render_memory
 from perfbench.profiling.profile_table import PROFILE, SCHEMA_VERSION
 from perfbench.spec import cases, method_plugins
@@ -117,7 +117,7 @@ def _profile(scenario: Scenario, comparison: Comparison, steps: int, arms: dict[
         "device": scenario.device,
         "decode_steps": steps,
         "options": asdict(comparison.cases[-1].options),
-        "environment": environment.collect(scenario.device, threads()),
+        "environment": environment.collect(scenario.device, environment.threads()),
         "arms": {
             label: {
                 "check": arm["check"],
@@ -150,7 +150,7 @@ def _child(
         "steps": steps,
         "out": str(folder.resolve()),
         "seed": scenario.seed,
-        "threads": threads(),
+        "threads": environment.threads(),
         "plugins": method_plugins.as_json(),
     }
     found: dict[str, dict[str, Any]] = {}

@@ -20,7 +20,7 @@ from perfbench.errors import PerfbenchError, RunDirectoryError
 from perfbench.files.paths import stamped
 from perfbench.machine import environment
 from perfbench.measure.children import WORKER_LOG, Child
-from perfbench.measure.run import cause, threads
+from perfbench.measure.run import cause
 from perfbench.progress import RunProgress
 from perfbench.serving.extra import need
 from perfbench.spec import cases, method_plugins
@@ -60,7 +60,7 @@ def manifest_of(scenario: TrafficScenario) -> dict[str, Any]:
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "finished_at": None,
         "scenario": scenario.to_json(),
-        "environment": environment.collect(scenario.common.device, threads()),
+        "environment": environment.collect(scenario.common.device, environment.threads()),
         "backbone": None,
         "plugins": method_plugins.as_json(),
         "arms": {case.arm: {"method": case.method, "status": "pending"} for case in scenario.comparison.cases},
@@ -309,7 +309,7 @@ class Session:
             "comparison": cases.to_json(scenario.comparison),
             "target": None if scenario.target is None else asdict(scenario.target),
             "seed": scenario.common.seed,
-            "threads": threads(),
+            "threads": environment.threads(),
             "plugins": method_plugins.as_json(),
             "rows": scenario.server.rows,
             "resident": scenario.server.resident,

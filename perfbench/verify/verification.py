@@ -19,7 +19,6 @@ from perfbench.errors import PerfbenchError, RunDirectoryError, nearest
 from perfbench.files.run_lock import has_files
 from perfbench.machine import environment
 from perfbench.measure.children import WORKER_LOG, Children
-from perfbench.measure.run import threads
 from perfbench.verify import grid, verify_report
 from perfbench.verify.sections import AGAIN, THE_REST, Sections
 from perfbench.verify.verify_report import FAIL, SKIPPED, Finding
@@ -190,7 +189,7 @@ def _open(device: str, device_name: str, out: Path, *, full: bool, resume: bool)
         "device": where,
         "full": full,
         "budget_s": None,
-        "environment": environment.collect(device, threads()),
+        "environment": environment.collect(device, environment.threads()),
         "sections": {},
     }
     if not resume:

@@ -21,7 +21,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     resolved = scenario.resolve(scenario.load(ROOT / "scenarios" / "smoke.yaml", ["device=cpu"]), "cpu", "asked for")
     comparison = profile.choose(cases.expand(resolved), "*b1*/lora-eager")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profile, "threads", lambda: 1)
+        patch.setattr(profile.environment, "threads", lambda: 1)
         found = profile.execute(resolved, comparison, 2, out, lambda text: None)
     said = StringIO()
     profile_table.render(found, Console(width=100, file=said))

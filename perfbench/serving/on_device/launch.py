@@ -16,8 +16,8 @@ import transformers
 from aiohttp import web
 
 from perfbench.errors import BackboneError, PerfbenchError
+from perfbench.machine import environment
 from perfbench.measure.on_device import arms
-from perfbench.measure.run import threads
 from perfbench.runtimes import backbone as backbones
 from perfbench.runtimes.backbone import Backbone
 from perfbench.serving.choice import chosen, most_tenants
@@ -36,7 +36,7 @@ def open_served(scenario: TrafficScenario, case: Case, tenants: int, most_waitin
     """The engine with all adapters made, and the names of its models. BackboneError, AdapterError."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(threads())
+    torch.set_num_threads(environment.threads())
     sys.setswitchinterval(SWITCH_S)
     wanted, seed = scenario.comparison, scenario.common.seed
     backbone = backbones.load(wanted.backbone, wanted.dtype, wanted.device, seed)

@@ -54,7 +54,7 @@ def events(child: str, say: list[dict[str, Any]], code: int = 0, **variables: st
 def test_the_machine_comes_first_and_how_it_ended_last(child: str) -> None:
     found = events(child, [{"event": "phase"}, {"event": "done"}])
     assert [one["event"] for one in found] == ["machine", "phase", "done", "ended"]
-    assert found[0]["environment"]["cpu"]["threads"] == node.threads() == found[1]["threads"]
+    assert found[0]["environment"]["cpu"]["threads"] == node.environment.threads() == found[1]["threads"]
     assert (found[-1]["code"], found[-1]["log"]) == (0, "a library's word\n")
 
 

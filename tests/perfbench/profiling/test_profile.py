@@ -130,7 +130,7 @@ def test_a_case_that_fails_its_check_is_profiled_with_a_warning(
         lora.save(values, shape, LoraOptions(), tmp_path / "adapters" / tenant, "llama-tiny")
     changes = ["device=cpu", "workload.beams=1", "workload.without_adapter=0", "workload.resident=2",
                f"methods=[{{lora: {{adapters: {tmp_path / 'adapters'}}}}}]"]  # fmt: skip
-    monkeypatch.setattr(profile, "threads", lambda: 1)
+    monkeypatch.setattr(profile.environment, "threads", lambda: 1)
     sets = [part for change in changes for part in ("--set", change)]
     out = tmp_path / "out"
     code = main(["profile", str(SMOKE), *sets, "--case", "*/lora-eager", "--steps", "1", "--out", str(out)])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from perfbench.measure.run import threads
+from perfbench.machine import environment
 from perfbench.runtimes.continuous.engine import Request
 from perfbench.runtimes.continuous.residency import Store
 from perfbench.runtimes.continuous.rows import Rows
@@ -49,8 +49,8 @@ class Told(list[dict[str, Any]]):
 def opened() -> tuple[Worker, Told]:
     told = Told()
     job = {
-        "comparison": cases.to_json(SCENARIO.comparison), "seed": 0, "threads": threads(), "plugins": [], "rows": 4,
-        "resident": 3, "capacity": SCENARIO.server.capacity(SCENARIO.traffic), "chunk": 5,
+        "comparison": cases.to_json(SCENARIO.comparison), "seed": 0, "threads": environment.threads(), "plugins": [],
+        "rows": 4, "resident": 3, "capacity": SCENARIO.server.capacity(SCENARIO.traffic), "chunk": 5,
     }  # fmt: skip
     return Worker(job, told), told
 
