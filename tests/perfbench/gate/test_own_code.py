@@ -153,12 +153,12 @@ def test_other_packages_that_the_commits_ask_for_are_told(tmp_path: Path, monkey
         (("asking", "asking"), []),
     ):
         with revisions(folder, dict(zip(("baseline", "candidate"), refs, strict=True)), tmp_path) as arms:
-            assert ab_module._Session(plan, arms).notes == notes  # type: ignore[arg-type]
+            assert ab_module._Session(plan, arms, None).notes == notes  # type: ignore[arg-type]
     with (
         revisions(folder, {"baseline": "tools", "candidate": "broken"}, tmp_path) as arms,
         pytest.raises(ComparisonError, match=r"^broken \(\w{12}\): pyproject\.toml: .*mend it"),
     ):
-        ab_module._Session(plan, arms)  # type: ignore[arg-type]
+        ab_module._Session(plan, arms, None)  # type: ignore[arg-type]
 
 
 def test_the_folders_where_modules_are_looked_for_are_those_of_the_worktree(

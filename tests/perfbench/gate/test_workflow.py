@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from perfbench.cli import parser
+from perfbench.figures.metrics import METRICS
 from perfbench.gate import policy
 from perfbench.gate.figures import exact
 from tests.perfbench.gate import plugin_repository
@@ -281,6 +282,8 @@ def test_a_stranger_s_pull_request_is_judged(tmp_path: Path) -> None:
 
 def test_the_policy_is_one() -> None:
     found = policy.load(POLICY)
-    # As history, which calls every difference of an exact figure a change.
-    assert {found.tolerance(figure, "x")[0] for figure in exact()} == {0.0}
+    # As history, which calls every difference of an exact figure past its tolerance a change.
+    assert {figure: found.tolerance(figure, "x")[0] for figure in exact()} == {
+        figure: METRICS[figure].tolerance for figure in exact()
+    }
     assert found.skipped("a/peft-eager")
