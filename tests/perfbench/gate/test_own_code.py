@@ -144,7 +144,7 @@ def test_other_packages_that_the_commits_ask_for_are_told(tmp_path: Path, monkey
     plugin_repository.commit(folder, "tools", {"pyproject.toml": "[tool.ruff]\n"})
     plugin_repository.commit(folder, "asking", {"pyproject.toml": '[project]\ndependencies = ["einops>=1"]\n'})
     plugin_repository.commit(folder, "broken", {"pyproject.toml": "[project\n"})
-    plan = types.SimpleNamespace()
+    plan = types.SimpleNamespace(policy=None, out=tmp_path)
     for refs, notes in (
         (
             ("tools", "asking"),
