@@ -74,7 +74,11 @@ def test_no_prompt_is_sent_twice(up: Running, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(server_side.load, "prompts", lambda *given: sent.extend(real(*given)) or sent[-len(given[0]) :])
     for _ in range(2):
         said(monkeypatch, up.url, file_of(tmp_path), {"case": WAVES[0], "repetitions": 2}, only=[WAVES[0]])
-    assert len({tuple(prompt.tolist()) for prompt in sent}) == len(sent) == 2 * 2 * (server_side.WARM_WAVES + 2)
+    assert (
+        len({tuple(prompt.tolist()) for prompt in sent})
+        == len(sent)
+        == 2 * 2 * (1 + server_side.UNTIMED_WAVES) * (server_side.WARM_WAVES + 2)
+    )
 
 
 def test_a_server_that_answers_with_other_adapters_fails(
