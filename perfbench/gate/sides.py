@@ -69,8 +69,11 @@ def _address(text: str) -> str:
     """The address, which a process list and the report will show."""
     address = urlsplit(text)
     if not address.hostname or "@" in address.netloc or address.query:
-        shown = text.replace(address.netloc.rpartition("@")[0] or "\0", "...")
-        raise ComparisonError(f"{shown}: expected an address such as http://127.0.0.1:8000/v1")
+        # What stands before an @ or in a query may be a password or a key.
+        raise ComparisonError(
+            f"{address.scheme}://{address.hostname or ''}...: expected an address such as http://127.0.0.1:8000/v1, "
+            "without a user and without a query"
+        )
     return text
 
 
