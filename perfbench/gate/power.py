@@ -20,7 +20,7 @@ import random
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,9 @@ def experiment(
     simulate: bool = False,
 ) -> dict[str, Any]:
     """The tables as plain data. rows: for each planted effect what the sessions said whose first batch has the first
-    of `sizes`; curve: for each size, how often the second-least effect past the least one that matters is caught;
-    simulated: rows for each kind of noise, as large as that of the pairs. Beside them the spread of the pairs."""
+    of `sizes`; curve: the row of the least of `effects` that is past the least effect that matters, for each size;
+    simulated: for each kind of noise, as large as that of the pairs, the rows of no effect, of the least effect that
+    matters, and of that one past it. Beside them the spread of the pairs."""
     size, median_pair_s = sizes[0], statistics.median(float(pair["seconds"]) for pair in pairs)
     logs = [every_role(pair, policy)[0]["candidate"] for pair in pairs]
     spreads = [_spread([row[place] for row in logs]) for place in range(len(policy.primary))]
@@ -137,7 +138,8 @@ def experiment(
         return [_row(source, policy, effect=effect, sessions=sessions, size=size, seed=seed) for effect in effects]
 
     noises = SIMULATED if simulate and spreads[0] else ()
-    past = [effect for effect in effects if effect > policy.primary[0].least_effect][:1]
+    limit = policy.primary[0].least_effect
+    past = sorted(effect for effect in effects if effect > limit)[:1]
     return {
         "pairs": len(pairs),
         "median_pair_s": median_pair_s,
@@ -147,14 +149,15 @@ def experiment(
         },
         "share_between_processes": share_between_processes(pairs, policy) if len(pairs) > 1 else None,
         "correlation": correlation(pairs, policy) if len(pairs) > 1 else None,
-        "least_effect": policy.primary[0].least_effect,
+        "least_effect": limit,
         "first_batch": size,
         "sessions": sessions,
         "seed": seed,
         "rows": rows(source, size, effects),
         "curve": [{"first_batch": other, **row} for other in sorted(sizes) for row in rows(source, other, past)],
         "simulated": {
-            kind: rows(simulated(kind, spreads[0] or 0.0, policy, median_pair_s), size, effects) for kind in noises
+            kind: rows(simulated(kind, spreads[0] or 0.0, policy, median_pair_s), size, (0.0, limit, *past))
+            for kind in noises
         },
     }
 
@@ -240,16 +243,12 @@ def _failed(row: dict[str, Any]) -> str:
 
 def _simulated(kind: str, rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> str:
     """A line: what is wrong in both directions, and what is caught."""
-    none, limit, past = ([row for row in rows if test(row["effect"])] for test in _around(found["least_effect"]))
-    wrong = [f"{one['failed']:.1%}" for one in none[:1]]
-    wrong += [f"{_said(one, found, 'pass'):.1%} | {one['failed']:.1%}" for one in limit[:1]]
-    caught = [f"{one['failed']:.1%} ({one['effect']:.0%})" for one in past[:1]]
-    return f"| {kind} | {' | '.join([*wrong, *caught])} |"
-
-
-def _around(limit: float) -> tuple[Callable[[float], bool], ...]:
-    """Tests of an effect: nothing, the very limit, past it."""
-    return (lambda effect: effect == 0, lambda effect: effect == limit, lambda effect: effect > limit)
+    none, limit, *past = rows
+    caught = ", ".join(f"{one['failed']:.1%} ({one['effect']:.0%})" for one in past)
+    return (
+        f"| {kind} | {none['failed']:.1%} | {_said(limit, found, 'pass'):.1%} | {limit['failed']:.1%} "
+        f"| {caught or '-'} |"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
