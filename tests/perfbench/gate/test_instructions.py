@@ -13,7 +13,7 @@ from perfbench.cli import main
 from perfbench.errors import PerfbenchError
 from perfbench.gate import policy
 from perfbench.machine import instructions
-from tests.perfbench.gate.test_ab import PYPROJECT, SAME, SPEED, TINY, WORKER, commit, git, planted
+from tests.perfbench.gate.test_ab import SAME, SPEED, TINY, WORKER, commit, new_repository, planted
 
 FIGURE = "instructions_per_decode_step"
 # The stand-in of test_ab that can count too.
@@ -35,11 +35,7 @@ WITHIN, MORE = round(TAKEN * (1 + TOLERANCE / 2)), round(TAKEN * (1 + 2 * TOLERA
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("repository")
-    git(folder, "init", "--quiet", "--initial-branch=main")
-    (folder / "perfbench").mkdir()
-    (folder / "scenario.yaml").write_text("{}\n")
-    (folder / "pyproject.toml").write_text(PYPROJECT)
+    folder = new_repository(tmp_path_factory.mktemp("repository"))
     files = {"__init__": "", "cli": "", "worker": "", "speed": SPEED.format(SAME)}
     commit(folder, "older", ab_worker=WORKER, **files)
     commit(folder, "base", ab_worker=COUNTING, taken=f"TAKEN = {TAKEN}\n")
