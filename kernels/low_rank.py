@@ -167,7 +167,7 @@ def _add_joint(y: torch.Tensor, h: torch.Tensor, joint: JointVectors) -> None:
 
 
 def _times(x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-    """x [rows, R] times what all rows share [R, D], by the fastest way of `MANY_VALUES`."""
+    """x [rows, R] times what all rows share [R, D], by the library that `MANY_VALUES` chooses."""
     by_onednn = x.dtype == torch.float32 and shared.numel() > MANY_VALUES and onednn_has(x)
     if not by_onednn or torch.compiler.is_compiling():
         return torch.mm(x, shared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 
@@ -11,6 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 # A log has a line for each case, and one in between where it would be silent for longer.
 SILENCE_S = 15.0
+
+
+def say(text: str) -> None:
+    """A line for whoever waits, of work whose steps nobody can count beforehand."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class RunProgress:

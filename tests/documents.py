@@ -176,14 +176,10 @@ def evaluation_table(path: str) -> str:
     """The score of each adapter of an evaluation, and by how many points it is above the bare backbone."""
     lines = ["| adapter | score % | points to the bare backbone |", "| --- | ---: | ---: |"]
     for row in _json(path)["results"]:
-        versus = row["versus"]
-        points = (
-            "-"
-            if versus is None
-            else " ".join(
-                (f"{100 * versus['difference']:+.1f}", f"[{100 * versus['low']:+.1f}, {100 * versus['high']:+.1f}]")
-            )
-        )
+        points, versus = "-", row["versus"]
+        if versus is not None:
+            difference, low, high = (f"{100 * versus[name]:+.1f}" for name in ("difference", "low", "high"))
+            points = f"{difference} [{low}, {high}]"
         lines.append(f"| {row['adapter']} | {100 * row['score']:.1f} | {points} |")
     return "\n".join(lines)
 

@@ -19,18 +19,11 @@ from typing import Any
 
 from perfbench.errors import ComparisonError, nearest
 from perfbench.gate import clocks
-from perfbench.gate.exact_phase import ExactPhase, say
+from perfbench.gate.exact_phase import ExactPhase
 from perfbench.gate.figures import sampled
 from perfbench.gate.gate_report import Finding, Measured, Report, judge
 from perfbench.gate.judgement import timed_finding
-from perfbench.gate.pairs import (
-    ARMS,
-    ArmCrashed,
-    Pair,
-    measure_pair,
-    pair_slowdown,
-    pair_value,
-)
+from perfbench.gate.pairs import ARMS, ArmCrashed, Pair, measure_pair, pair_slowdown, pair_value
 from perfbench.gate.policy import Policy
 from perfbench.gate.rank_bounds import signed_rank_bound
 from perfbench.gate.revisions import Revision, asked_for, is_dirty, repository_of, revisions
@@ -38,6 +31,7 @@ from perfbench.gate.same_code import WORKER, same_code
 from perfbench.gate.session import check_size, run_session
 from perfbench.gate.sides import side_of
 from perfbench.machine import environment, instructions
+from perfbench.progress import say
 
 # The turns of a pair where nobody says how many: of all cases together, since a primary figure is a mean over its
 # cases, and at least of each.

@@ -4,7 +4,6 @@ torch."""
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from perfbench.gate.pairs import ArmProcess, Ready
 from perfbench.gate.policy import Policy
 from perfbench.gate.revisions import Revision
 from perfbench.machine import instructions
+from perfbench.progress import say
 
 
 @dataclass
@@ -38,10 +38,7 @@ class ExactPhase:
         found: dict[str, dict[str, Any]] = {}
         for arm, revision in self.arms.items():
             say(f"{arm} {revision.label}: checking and counting")
-            with (
-                self.log.open("ab") as log,
-                ArmProcess(arm, revision, log) as process,
-            ):
+            with self.log.open("ab") as log, ArmProcess(arm, revision, log) as process:
                 self.ready[arm] = process.begin(self.job(prepare=True))
             found[arm] = {case: {"id": case, **entry} for case, entry in self.ready[arm].prepared.items()}
             if self.counter is not None:
@@ -121,8 +118,3 @@ def _resources(folder: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise ComparisonError(f"{file}: expected compiled kernels, got {error}") from None
     return found
-
-
-def say(text: str) -> None:
-    """To the person who waits."""
-    print(text, file=sys.stderr, flush=True)

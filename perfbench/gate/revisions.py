@@ -22,6 +22,7 @@ from perfbench.errors import ComparisonError, nearest
 from perfbench.files.paths import expanded
 from perfbench.files.scratch import PREFIX, Scratch, is_stale
 from perfbench.gate.sides import Side, side_of, without
+from perfbench.progress import say
 
 _PIP_TIMEOUT_S = 3600
 
@@ -239,7 +240,7 @@ def _build(environment: Path, wanted: tuple[list[str], str], ref: str) -> None:
         # Not quietly: what conflicts with what it says on standard output alone.
         install = [str(python), "-m", "pip", "install", "--constraint", str(file)]
         commands.append([*install, "--requirement", str(asked)])
-    _say(f"{ref}: making an environment with its packages, once, in {environment}")
+    say(f"{ref}: making an environment with its packages, once, in {environment}")
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S)
         if done.returncode:
@@ -261,10 +262,6 @@ def files_of(revision: Revision) -> dict[str, str]:
     listing = _git(revision.folder, "ls-tree", "-r", "-z", revision.commit)
     entries = [line.partition("\t") for line in listing.split("\0") if line]
     return {path: entry.split()[2] for entry, _, path in entries}
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _git(folder: Path, *arguments: str) -> str:

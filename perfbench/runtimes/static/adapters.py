@@ -234,10 +234,10 @@ class Adapters:
         alike = None if vectors else alike
         biases = {module: mine.bias[module] for module in modules if module in mine.bias}
         bias = (columns[next(iter(biases))], self._side_by_side(shape, modules, biases)) if biases else None
-        joint = self._joint(mine, vectors, modules)
+        joint = self._joint(vectors, modules)
         bound.expansion = Expansion(tuple(parts), alike, self.own, bound.summed + of_shared, vectors, bias, joint)
 
-    def _joint(self, mine: LayerPlan, vectors: Sequence[VectorPart], modules: Sequence[str]) -> JointVectors | None:
+    def _joint(self, vectors: Sequence[VectorPart], modules: Sequence[str]) -> JointVectors | None:
         """Plain torch takes the vectors of all modules at once: 5 calls for a product in place of 8 for each module."""
         if self._kernels != "eager" or not vectors or len(vectors) != len(modules):
             return None
