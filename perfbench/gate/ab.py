@@ -11,6 +11,7 @@ import math
 import os
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -85,7 +86,18 @@ def compare_revisions(plan: Plan) -> Report:
                 "a block is too short for a tail; `perfbench gate` judges tails between stored runs"
             )
     counter = instructions.counter() if plan.instructions else None
+    made = not plan.out.exists()
     _make_out(plan.out)
+    try:
+        return _report(plan, counter)
+    except ComparisonError:
+        if made:
+            with suppress(OSError):  # what the processes said of a refused side stays
+                plan.out.rmdir()
+        raise
+
+
+def _report(plan: Plan, counter: str | None) -> Report:
     sides = {"baseline": plan.baseline, "candidate": plan.candidate}
     with revisions(Path.cwd(), sides, cache_folder(), plan.plugins) as pair_of_revisions:
         session = _Session(plan, pair_of_revisions, counter)

@@ -522,6 +522,7 @@ def test_a_side_that_is_none(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert ab(text, tmp_path / "out") == 2
     assert words in capsys.readouterr().out.splitlines()[0]
+    assert not (tmp_path / "out").exists(), "nothing is left of it"
 
 
 @pytest.fixture(scope="module")
